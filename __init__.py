@@ -1,0 +1,1 @@
+"""MIMIC for multimodal entity linking."""
