@@ -1,0 +1,344 @@
+"""What MIMIC reads: the text templates, the tokenizer and the pictures of mentions and entities."""
+
+from __future__ import annotations
+
+import io
+import os
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoTokenizer, BatchFeature, CLIPConfig, CLIPImageProcessorPil, ProcessorMixin
+from transformers.image_utils import PILImageResampling
+
+from .configuration_mimic import _HUB_KWARGS, MimicConfig
+
+# A picture: a PIL image, a path, an http(s) URL, the bytes of a file, or what `datasets` gives for one it did not
+# decode; `None` where there is none.
+ImageInput = Image.Image | str | os.PathLike[str] | bytes | Mapping[str, Any] | None
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "MPO", "AVIF", "JPEG2000")
+_MAX_PIXELS = 90_000_000
+_MAX_DOWNLOAD_BYTES = 64 * 2**20
+_DOWNLOAD_SECONDS = 20.0
+
+
+class MimicImageError(ValueError):
+    """A picture that cannot be read, with what was wrong and where."""
+
+
+def load_image(
+    source: ImageInput, max_pixels: int = _MAX_PIXELS, correct: bool = True, allow_urls: bool = True
+) -> Image.Image | None:
+    """Reads a picture of any source into RGB.
+
+    Args:
+        source: a PIL image, a path, an `http(s)` URL, the bytes of an image file, a dict with `bytes` or `path` (an
+            undecoded image of `datasets`), or `None`.
+        max_pixels: larger pictures are refused before they are decoded.
+        correct: whether the orientation that a camera recorded is applied, transparency shows white, and 16-bit
+            values are scaled to 8 bits. If not, the picture is only converted to RGB, as in the published code.
+        allow_urls: whether an `http(s)` URL is fetched.
+
+    Returns:
+        `PIL.Image.Image` of mode "RGB", or `None` for no source.
+
+    Raises:
+        MimicImageError: if there is no such file, it is no image, is broken, or is too large.
+    """
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path")
+    if source is None or (isinstance(source, str) and not source):
+        return None
+    if isinstance(source, Image.Image):
+        where, opened = "the given PIL image", source
+    elif isinstance(source, bytes):
+        where, opened = "the given bytes", _open(io.BytesIO(source), "the given bytes")
+    elif isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        if not allow_urls:
+            raise MimicImageError(f"The image {source} is a URL, and URLs are not fetched here.")
+        where, opened = source, _open(io.BytesIO(_download(source)), source)
+    elif isinstance(source, str | os.PathLike):
+        where = os.fspath(source)
+        if os.path.isdir(where):
+            raise MimicImageError(f"The image {where} is a directory.")
+        if not os.path.exists(where):
+            raise MimicImageError(f"There is no image file {where}.")
+        opened = _open(where, where)
+    else:
+        raise MimicImageError(
+            f"An image must be a PIL image, a path, a URL, bytes or None, got {type(source).__name__}."
+        )
+    width, height = opened.size
+    if width * height > max_pixels:
+        raise MimicImageError(
+            f"The image {where} has {width} x {height} pixels, more than the {max_pixels:,} that are read."
+        )
+    try:
+        return _to_rgb(opened, correct)
+    except Exception as error:  # decoders raise many kinds for broken files
+        raise MimicImageError(f"The image {where} cannot be decoded: {error}") from error
+
+
+def _open(file: str | io.BytesIO, where: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Our own limit on pixels follows, before anything is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(file, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise MimicImageError(f"The image {where} is too large to be read: {error}") from error
+    except Exception as error:
+        raise MimicImageError(f"{where} is not an image that can be read: {error}") from error
+
+
+def _download(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "mimic-el"})
+    try:
+        with urllib.request.urlopen(request, timeout=_DOWNLOAD_SECONDS) as response:
+            # A redirect may lead to another scheme, such as file:.
+            if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
+                raise MimicImageError(f"The image {url} redirects to {response.url}, which is not http(s).")
+            data = response.read(_MAX_DOWNLOAD_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, MimicImageError):
+            raise
+        raise MimicImageError(f"The image {url} cannot be fetched: {error}") from error
+    if len(data) > _MAX_DOWNLOAD_BYTES:
+        raise MimicImageError(f"The image {url} is larger than {_MAX_DOWNLOAD_BYTES >> 20} MiB.")
+    return data
+
+
+def _to_rgb(image: Image.Image, correct: bool) -> Image.Image:
+    if not correct:
+        return image.convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # PIL's own conversion clips these instead of scaling them.
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        top = max(255.0, float(values.max()) if values.max() <= 65535 else 65535.0)
+        top = 65535.0 if top > 255 else 255.0
+        return Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image).convert("RGB")
+    return image.convert("RGB")
+
+
+class MimicProcessor(ProcessorMixin):
+    """Turns the texts and pictures of mentions and entities into the tensors of a [`MimicModel`].
+
+    A mention's text is `mention + " [SEP] " + sentence`, an entity's `name + " [SEP] " + description`, truncated and
+    padded to `text_max_length` tokens. A picture is resized to the backbone's square without keeping its proportions
+    and normalised; where there is none, the normalised picture is all zeros.
+
+    Args:
+        image_processor (`CLIPImageProcessorPil`): resizes and normalises pictures.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's.
+        text_max_length (`int`, defaults to 40): number of tokens of every text.
+        correct_images (`bool`, defaults to `True`): whether a camera's orientation is applied, transparency shows
+            white and 16-bit pictures are scaled. The published code does none of these.
+
+    Example:
+
+    ```python
+    >>> processor = MimicProcessor.from_backbone("openai/clip-vit-base-patch32")
+    >>> inputs = processor.process_mentions(["Orange"], ["Orange opened a shop on the corner."], ["photo.png"])
+    >>> inputs["pixel_values"].shape
+    torch.Size([1, 3, 224, 224])
+    ```
+    """
+
+    _auto_class = "AutoProcessor"
+    separator = " [SEP] "
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        text_max_length: int = 40,
+        correct_images: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if image_processor is not None and not isinstance(image_processor, CLIPImageProcessorPil):
+            # Where torchvision is installed transformers loads that backend, whose pixels differ.
+            image_processor = CLIPImageProcessorPil(**_image_settings(image_processor))
+        super().__init__(image_processor, tokenizer, **kwargs)
+        if not isinstance(text_max_length, int) or text_max_length < 3:
+            raise ValueError(
+                f"MimicProcessor: `text_max_length` must be an integer of 3 or more, got {text_max_length!r}."
+            )
+        if tokenizer.pad_token is None:
+            raise ValueError("MimicProcessor: the tokenizer has no padding token; set `tokenizer.pad_token`.")
+        self.text_max_length = text_max_length
+        self.correct_images = correct_images
+
+    @classmethod
+    def from_backbone(cls, backbone: str | os.PathLike[str], config: MimicConfig | None = None, **kwargs: Any) -> Any:
+        """The processor of a MIMIC model on top of a CLIP checkpoint.
+
+        Args:
+            backbone: Hub id or directory of a CLIP checkpoint with its tokenizer.
+            config: the model's configuration; read from the checkpoint if absent.
+            **kwargs: what finds the checkpoint (`revision`, `cache_dir`, `token`, ...), and `correct_images`.
+        """
+        hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
+        if config is None:
+            config = MimicConfig.from_backbone(backbone, **hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(backbone, **hub_kwargs)
+        image_processor = cls.image_processor_for(config.backbone_config)
+        return cls(image_processor, tokenizer, text_max_length=config.text_max_length, **kwargs)
+
+    @staticmethod
+    def image_processor_for(backbone_config: CLIPConfig) -> CLIPImageProcessorPil:
+        """The published image preprocessing for a backbone's size: Lanczos, square, no crop, CLIP's normalisation."""
+        side = backbone_config.vision_config.image_size
+        return CLIPImageProcessorPil(
+            size={"height": side, "width": side}, resample=PILImageResampling.LANCZOS, do_center_crop=False
+        )
+
+    def process_mentions(
+        self,
+        mentions: Sequence[str] | str,
+        texts: Sequence[str] | str,
+        images: Sequence[ImageInput] | ImageInput = None,
+        on_image_error: str = "raise",
+    ) -> BatchFeature:
+        """The model's inputs for M mentions.
+
+        Args:
+            mentions: what each mention says ("Orange"). It need not occur in its sentence, and may be empty.
+            texts: the sentence of each.
+            images: the picture of each, or `None`: see [`load_image`] for what a picture may be.
+            on_image_error: "raise", or "warn" to go on without a picture that cannot be read, as training does.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask`, int64 of shape (M, text_max_length), and
+            `pixel_values`, float32 of shape (M, 3, height, width).
+
+        Raises:
+            ValueError: if the numbers of mentions, texts and images differ, or there are none.
+            MimicImageError: if a picture cannot be read and `on_image_error` is "raise".
+        """
+        return self._process("mentions", "texts", mentions, texts, images, on_image_error)
+
+    def process_entities(
+        self,
+        names: Sequence[str] | str,
+        descriptions: Sequence[str] | str,
+        images: Sequence[ImageInput | Sequence[ImageInput]] | ImageInput = None,
+        on_image_error: str = "raise",
+    ) -> BatchFeature:
+        """The model's inputs for N entities.
+
+        Args:
+            names: the name of each entity.
+            descriptions: the description of each; may be empty.
+            images: the picture of each, or the list of its pictures, of which the first is used, or `None`.
+            on_image_error: as in [`~MimicProcessor.process_mentions`].
+
+        Returns, raises: as [`~MimicProcessor.process_mentions`].
+        """
+        if isinstance(images, Sequence) and not isinstance(images, str | bytes) and not isinstance(names, str):
+            images = [first_image(item) for item in images]
+        elif isinstance(names, str):
+            images = first_image(images)
+        return self._process("names", "descriptions", names, descriptions, images, on_image_error)
+
+    def _process(
+        self,
+        heads_name: str,
+        bodies_name: str,
+        heads: Sequence[str] | str,
+        bodies: Sequence[str] | str,
+        images: Any,
+        on_image_error: str,
+    ) -> BatchFeature:
+        if isinstance(heads, str) or isinstance(bodies, str):
+            if not (isinstance(heads, str) and isinstance(bodies, str)):
+                raise ValueError(f"`{heads_name}` and `{bodies_name}` must both be strings, or both lists of strings.")
+            heads, bodies, images = [heads], [bodies], [images]
+        heads, bodies = list(heads), list(bodies)
+        pictures = [None] * len(heads) if images is None else list(images)
+        if not len(heads) == len(bodies) == len(pictures) or not heads:
+            raise ValueError(
+                f"There must be as many {heads_name} as {bodies_name} and images, and one at least; got {len(heads)}, "
+                f"{len(bodies)} and {len(pictures)}."
+            )
+        for name, items in ((heads_name, heads), (bodies_name, bodies)):
+            for row, item in enumerate(items):
+                if not isinstance(item, str):
+                    raise ValueError(f"`{name}[{row}]` must be a string, got {type(item).__name__}.")
+        inputs = self.tokenize([head + self.separator + body for head, body in zip(heads, bodies, strict=True)])
+        inputs["pixel_values"] = self.pixels(pictures, on_image_error)
+        return inputs
+
+    def tokenize(self, texts: list[str]) -> BatchFeature:
+        """`input_ids` and `attention_mask` of texts that already have their template, each (B, text_max_length)."""
+        encoded = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.text_max_length, return_tensors="pt"
+        )
+        return BatchFeature({"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]})
+
+    def pixels(self, images: Sequence[ImageInput], on_image_error: str = "raise") -> torch.Tensor:
+        """Normalised pictures, float32 of shape (B, 3, height, width); zeros where there is none."""
+        if on_image_error not in ("raise", "warn"):
+            raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
+        size = self.image_processor.size
+        pixel_values = torch.zeros(len(images), 3, size["height"], size["width"])
+        rows, loaded = [], []
+        for row, source in enumerate(images):
+            try:
+                image = load_image(source, correct=self.correct_images)
+            except MimicImageError as error:
+                if on_image_error == "raise":
+                    raise
+                warnings.warn(f"{error} It is left out.", stacklevel=2)
+                image = None
+            if image is not None:
+                rows.append(row)
+                loaded.append(image)
+        if rows:
+            pixel_values[rows] = self.image_processor(loaded, return_tensors="pt")["pixel_values"].float()
+        return pixel_values
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Plain texts and pictures, without a template; [`process_mentions`] and [`process_entities`] are what
+        linking needs."""
+        if text is None and images is None:
+            raise ValueError("MimicProcessor needs `text` or `images`.")
+        inputs = BatchFeature({})
+        if text is not None:
+            inputs.update(self.tokenize([text] if isinstance(text, str) else list(text)))
+        if images is not None:
+            several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+            inputs["pixel_values"] = self.pixels(images if several else [images])
+        return inputs
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _image_settings(image_processor: Any) -> dict[str, Any]:
+    names = ("size", "resample", "do_center_crop", "do_resize", "do_rescale", "do_normalize", "rescale_factor")
+    settings = image_processor.to_dict()
+    return {name: settings[name] for name in (*names, "image_mean", "image_std") if name in settings}
+
+
+def first_image(images: Any) -> Any:
+    """The first of an entity's pictures, `None` if it has none; a single picture is its own first."""
+    if isinstance(images, list | tuple):
+        return images[0] if images else None
+    return images
+
+
+__all__ = ["MimicImageError", "MimicProcessor", "load_image"]
