@@ -100,13 +100,14 @@ class MimicConfig(PreTrainedConfig):
                 raise ValueError(f"MimicConfig: `{name}` must be a positive integer, got {value!r}.")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"MimicConfig: `layer_norm_eps` must be positive, got {self.layer_norm_eps!r}.")
-        positions = self.backbone_config.text_config.max_position_embeddings
+        text: Any = self.backbone_config.text_config
+        positions = text.max_position_embeddings
         if self.text_max_length > positions:
             raise ValueError(
                 f"MimicConfig: `text_max_length` is {self.text_max_length}, but the backbone's text encoder has only "
                 f"{positions} positions (`max_position_embeddings`). Use {positions} or less."
             )
-        vision = self.backbone_config.vision_config
+        vision: Any = self.backbone_config.vision_config
         if isinstance(vision.image_size, int) and isinstance(vision.patch_size, int):
             if vision.patch_size < 1 or vision.image_size < vision.patch_size:
                 raise ValueError(
@@ -118,7 +119,7 @@ class MimicConfig(PreTrainedConfig):
                 "MimicConfig: the backbone's `image_size` and `patch_size` must be integers (square images), got "
                 f"{vision.image_size!r} and {vision.patch_size!r}."
             )
-        for name, part in (("text_config", self.backbone_config.text_config), ("vision_config", vision)):
+        for name, part in (("text_config", text), ("vision_config", vision)):
             if part.hidden_size % part.num_attention_heads:
                 raise ValueError(
                     f"MimicConfig: in the backbone's `{name}`, `hidden_size` ({part.hidden_size}) is not a multiple "

@@ -40,10 +40,10 @@ class MimicEncoderOutput(ModelOutput):
         image_tokens (`torch.Tensor` of shape `(B, P, image_hidden_size)`): last hidden state of the image.
     """
 
-    text_embeds: Tensor | None = None
-    text_tokens: Tensor | None = None
-    image_embeds: Tensor | None = None
-    image_tokens: Tensor | None = None
+    text_embeds: Tensor = None  # type: ignore[assignment]
+    text_tokens: Tensor = None  # type: ignore[assignment]
+    image_embeds: Tensor = None  # type: ignore[assignment]
+    image_tokens: Tensor = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -59,10 +59,10 @@ class MimicOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    logits: Tensor | None = None
-    text_logits: Tensor | None = None
-    image_logits: Tensor | None = None
-    cross_modal_logits: Tensor | None = None
+    logits: Tensor = None  # type: ignore[assignment]
+    text_logits: Tensor = None  # type: ignore[assignment]
+    image_logits: Tensor = None  # type: ignore[assignment]
+    cross_modal_logits: Tensor = None  # type: ignore[assignment]
 
 
 class _Features:
@@ -150,13 +150,13 @@ class _TextUnit(nn.Module):
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
-        hidden_size = config.backbone_config.text_config.hidden_size
+        backbone: Any = config.backbone_config
         size = config.tglu_hidden_size
         self.mask_padding = config.mask_text_padding
-        self.fc_query = nn.Linear(hidden_size, size)
-        self.fc_key = nn.Linear(hidden_size, size)
-        self.fc_value = nn.Linear(hidden_size, size)
-        self.fc_cls = nn.Linear(config.backbone_config.projection_dim, size)
+        self.fc_query = nn.Linear(backbone.text_config.hidden_size, size)
+        self.fc_key = nn.Linear(backbone.text_config.hidden_size, size)
+        self.fc_value = nn.Linear(backbone.text_config.hidden_size, size)
+        self.fc_cls = nn.Linear(backbone.projection_dim, size)
         self.layer_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
     def entity_features(self, embeds: Tensor, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -356,8 +356,9 @@ class _CrossModalUnit(nn.Module):
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
+        backbone: Any = config.backbone_config
         size = config.cmfu_hidden_size
-        self.text_fc = nn.Linear(config.backbone_config.projection_dim, size)
+        self.text_fc = nn.Linear(backbone.projection_dim, size)
         self.image_fc = nn.Linear(config.image_hidden_size, size)
         self.gate_fc = nn.Linear(size, 1)
         self.gate_layer_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
@@ -387,7 +388,7 @@ class _Encoder(nn.Module):
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
-        backbone = config.backbone_config
+        backbone: Any = config.backbone_config
         self.clip = CLIPModel._from_config(backbone)
         self.image_cls_fc = nn.Linear(backbone.projection_dim, config.image_hidden_size)
         self.image_tokens_fc = nn.Linear(backbone.vision_config.hidden_size, config.image_hidden_size)
@@ -408,7 +409,8 @@ class _Matcher(nn.Module):
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
-        backbone, eps = config.backbone_config, config.layer_norm_eps
+        backbone: Any = config.backbone_config
+        eps = config.layer_norm_eps
         self.text_cls_layernorm = nn.LayerNorm(backbone.projection_dim, eps=eps)
         self.text_tokens_layernorm = nn.LayerNorm(backbone.text_config.hidden_size, eps=eps)
         self.image_cls_layernorm = nn.LayerNorm(config.image_hidden_size, eps=eps)
@@ -468,7 +470,7 @@ class MimicPreTrainedModel(PreTrainedModel):
     config_class = MimicConfig
     base_model_prefix = "mimic"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "_Matcher"]  # noqa: RUF012
     # Small beside the encoder, and its arithmetic is float32 whatever the encoder's is.
@@ -545,7 +547,7 @@ class MimicModel(MimicPreTrainedModel):
         model = cls(config)
         model.encoder.clip = clip
         if clip.dtype != torch.float32:
-            model.to(clip.dtype)
+            model.to(dtype=clip.dtype)
             model.matcher.float()
         return model
 
@@ -600,7 +602,7 @@ class MimicModel(MimicPreTrainedModel):
                 f"`{prefix}attention_mask` has the shape {tuple(attention_mask.shape)}, `{prefix}input_ids` "
                 f"{tuple(input_ids.shape)}: they must be equal."
             )
-        vision = self.config.backbone_config.vision_config
+        vision: Any = self.config.backbone_config.vision_config
         shape = (input_ids.shape[0], vision.num_channels, vision.image_size, vision.image_size)
         if pixel_values is None:
             dtype = self.encoder.image_tokens_fc.weight.dtype

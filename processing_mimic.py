@@ -200,7 +200,8 @@ class MimicProcessor(ProcessorMixin):
     @staticmethod
     def image_processor_for(backbone_config: CLIPConfig) -> CLIPImageProcessorPil:
         """The published image preprocessing for a backbone's size: Lanczos, square, no crop, CLIP's normalisation."""
-        side = backbone_config.vision_config.image_size
+        vision: Any = backbone_config.vision_config
+        side = vision.image_size
         return CLIPImageProcessorPil(
             size={"height": side, "width": side}, resample=PILImageResampling.LANCZOS, do_center_crop=False
         )
