@@ -207,6 +207,20 @@ class _TextUnit(nn.Module):
         local = self.local_score(mention, entity, self.attention(mention, entity))
         return (self.global_score(mention, entity) + local) / 2
 
+    def score_pairs(self, mention: dict[str, Tensor], entity: dict[str, Tensor]) -> Tensor:
+        """Scores of aligned pairs, of shape (pairs,)."""
+        logits = _wide(entity["text_query"]) @ _wide(mention["text_key"]).transpose(1, 2)
+        if self.mask_padding:
+            logits = logits.masked_fill(~mention["text_mask"].unsqueeze(1), -torch.inf)
+            query_mask = entity["text_mask"].to(logits.dtype).unsqueeze(-1)
+            attention = (logits.softmax(dim=-1) * query_mask).sum(dim=1) / query_mask.sum(dim=1)
+        else:
+            attention = logits.softmax(dim=-1).mean(dim=1)
+        context = (attention.unsqueeze(1) @ _wide(mention["text_value"])).squeeze(1)
+        length = (context.square().mean(dim=-1) + self.layer_norm.eps).rsqrt()
+        local = _dot(context, _wide(entity["text_local"])) * length + entity["text_bias"]
+        return (_dot(_wide(mention["text_embed"]), _wide(entity["text_embed"])) + local) / 2
+
 
 class _DualUnit(nn.Module):
     """One direction of VDLU: a gated layer norm of the key side, compared with the query side.
@@ -310,11 +324,11 @@ class _DualUnit(nn.Module):
             cancelled = (x_square < _CANCELLATION * x_terms) | (y_square < _CANCELLATION * y_terms)
             rows, columns = cancelled.nonzero(as_tuple=True)
         if rows.numel():
-            exact = self._score_pairs({n: t[rows] for n, t in query.items()}, {n: t[columns] for n, t in key.items()})
+            exact = self.score_pairs({n: t[rows] for n, t in query.items()}, {n: t[columns] for n, t in key.items()})
             score = score.index_put((rows, columns), exact)
         return score
 
-    def _score_pairs(self, query: dict[str, Tensor], key: dict[str, Tensor]) -> Tensor:
+    def score_pairs(self, query: dict[str, Tensor], key: dict[str, Tensor]) -> Tensor:
         """Scores of aligned pairs, sums taken before squares: no cancellation, d numbers a pair."""
         q, query_a, m = (_wide(query[name]) for name in ("q", "a", "m"))
         z, key_a, k = (_wide(key[name]) for name in ("z", "a", "k"))
@@ -350,6 +364,13 @@ class _ImageUnit(nn.Module):
         to_mention = self.dual_ent2men.score(entity_query, mention_key).T
         return (to_mention + self.dual_men2ent.score(mention_query, entity_key)) / 2
 
+    def score_pairs(self, mention: dict[str, Tensor], entity: dict[str, Tensor]) -> Tensor:
+        """Scores of aligned pairs, of shape (pairs,)."""
+        mention_query, mention_key = _with_prefix("image_query_", mention), _with_prefix("image_key_", mention)
+        entity_query, entity_key = _with_prefix("image_query_", entity), _with_prefix("image_key_", entity)
+        to_mention = self.dual_ent2men.score_pairs(entity_query, mention_key)
+        return (to_mention + self.dual_men2ent.score_pairs(mention_query, entity_key)) / 2
+
 
 class _CrossModalUnit(nn.Module):
     """CMFU: on each side the text attends to the image, gated; the score is the dot product of the two sides."""
@@ -374,6 +395,10 @@ class _CrossModalUnit(nn.Module):
     def score(self, mention: dict[str, Tensor], entity: dict[str, Tensor]) -> Tensor:
         return _wide(mention["cross_modal"]) @ _wide(entity["cross_modal"]).T
 
+    def score_pairs(self, mention: dict[str, Tensor], entity: dict[str, Tensor]) -> Tensor:
+        """Scores of aligned pairs, of shape (pairs,)."""
+        return _dot(_wide(mention["cross_modal"]), _wide(entity["cross_modal"]))
+
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
@@ -395,13 +420,28 @@ class _Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> MimicEncoderOutput:
         text = self.clip.text_model(input_ids=input_ids, attention_mask=attention_mask)
-        image = self.clip.vision_model(pixel_values=pixel_values)
+        image_embeds, image_tokens = self._encode_images(pixel_values)
         return MimicEncoderOutput(
             text_embeds=F.normalize(self.clip.text_projection(text.pooler_output), dim=-1),
             text_tokens=text.last_hidden_state,
-            image_embeds=self.image_cls_fc(F.normalize(self.clip.visual_projection(image.pooler_output), dim=-1)),
-            image_tokens=self.image_tokens_fc(image.last_hidden_state),
+            image_embeds=image_embeds,
+            image_tokens=image_tokens,
         )
+
+    def _encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        rows = None
+        if not torch.is_grad_enabled():
+            # Whatever has no picture has the same blank one, which is encoded once.
+            blank = ~pixel_values.flatten(1).any(dim=1)
+            if int(blank.sum()) > 1:
+                shown = (~blank).nonzero().squeeze(1)
+                rows = torch.zeros(len(blank), dtype=torch.long, device=blank.device)
+                rows[shown] = torch.arange(1, len(shown) + 1, device=blank.device)
+                pixel_values = torch.cat([pixel_values[blank][:1], pixel_values[shown]])
+        image = self.clip.vision_model(pixel_values=pixel_values)
+        embeds = self.image_cls_fc(F.normalize(self.clip.visual_projection(image.pooler_output), dim=-1))
+        tokens = self.image_tokens_fc(image.last_hidden_state)
+        return (embeds, tokens) if rows is None else (embeds[rows], tokens[rows])
 
 
 class _Matcher(nn.Module):
@@ -449,15 +489,18 @@ class _Matcher(nn.Module):
     def forward(self, mentions: MentionFeatures, entities: EntityFeatures) -> MimicOutput:
         mention, entity = mentions.tensors, entities.tensors
         with _full_precision(mention["text_embed"].device):
-            text = self.tglu.score(mention, entity)
-            image = self.vdlu.score(mention, entity)
-            cross_modal = self.cmfu.score(mention, entity)
-        return MimicOutput(
-            logits=(text + image + cross_modal) / 3,
-            text_logits=text,
-            image_logits=image,
-            cross_modal_logits=cross_modal,
-        )
+            return _output(*(unit.score(mention, entity) for unit in (self.tglu, self.vdlu, self.cmfu)))
+
+    def score_pairs(self, mentions: MentionFeatures, entities: EntityFeatures) -> MimicOutput:
+        """Scores of mention i with entity i only; the logits have the shape (pairs,)."""
+        mention, entity = mentions.tensors, entities.tensors
+        with _full_precision(mention["text_embed"].device):
+            return _output(*(unit.score_pairs(mention, entity) for unit in (self.tglu, self.vdlu, self.cmfu)))
+
+
+def _output(text: Tensor, image: Tensor, cross_modal: Tensor) -> MimicOutput:
+    logits = (text + image + cross_modal) / 3
+    return MimicOutput(logits=logits, text_logits=text, image_logits=image, cross_modal_logits=cross_modal)
 
 
 def _full_precision(device: torch.device) -> torch.autocast:
@@ -546,9 +589,8 @@ class MimicModel(MimicPreTrainedModel):
             config.backbone_config = clip.config
         model = cls(config)
         model.encoder.clip = clip
-        if clip.dtype != torch.float32:
-            model.to(dtype=clip.dtype)
-            model.matcher.float()
+        for layer in (model.encoder.image_cls_fc, model.encoder.image_tokens_fc):
+            layer.to(clip.dtype)
         return model
 
     def get_input_embeddings(self) -> nn.Module:
