@@ -1,0 +1,53 @@
+"""Every test has a Hugging Face home of its own, and no Hub but one on localhost (`hub_server.Hub`)."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # lets test files import hub_server
+
+from hub_server import HUB_VARIABLES, Hub
+
+HUB = pytest.StashKey[Hub]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before any Hugging Face library reads it. Until a test asks for `hub`, no Hub answers."""
+    hub = config.stash[HUB] = Hub()
+    for name in [name for name in os.environ if name.startswith(HUB_VARIABLES)]:
+        del os.environ[name]
+    os.environ.update(hub.env())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[HUB].stop()
+
+
+@pytest.fixture(scope="module")
+def hub(pytestconfig: pytest.Config) -> Iterator[Hub]:
+    """The Hub that HF_ENDPOINT names, without users and repositories when a test file starts to use it."""
+    server = pytestconfig.stash[HUB].start()
+    server.reset()
+    yield server
+    for request in server.unsupported:
+        warnings.warn(f"The test Hub does not implement {request.method} {request.path}", stacklevel=1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hub_log(pytestconfig: pytest.Config) -> None:
+    """Requests and arranged faults of one test are not seen by the next."""
+    pytestconfig.stash[HUB].forget()
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new and empty cache for downloads of clients in this process; returns its path."""
+    from huggingface_hub import HfFileSystem, constants
+
+    HfFileSystem.clear_instance_cache()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    return tmp_path / "hub-cache"
