@@ -1,0 +1,394 @@
+"""The card of a data set, generated from its data: metadata, fields, statistics, histograms, what is wrong with it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.info import DatasetInfosDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCardData
+
+from .report import KINDS, SPLITS, Report
+from .sources import CustomData, MelBench, MimicArchive, Source, WikiDiverseRelease
+
+logger = logging.getLogger(__name__)
+
+_MIMIC = """@inproceedings{luo2023multi,
+  title = {Multi-Grained Multimodal Interaction Network for Entity Linking},
+  author = {Luo, Pengfei and Xu, Tong and Wu, Shiwei and Zhu, Chen and Xu, Linli and Chen, Enhong},
+  booktitle = {Proceedings of the 29th ACM SIGKDD Conference on Knowledge Discovery and Data Mining},
+  year = {2023},
+  pages = {1583--1594}
+}"""
+_MELBENCH = """@inproceedings{zhou2021weibo,
+  title = {Weibo-MEL, Wikidata-MEL and Richpedia-MEL: Multimodal Entity Linking Benchmark Datasets},
+  author = {Zhou, Xingchen and Wang, Peng and Li, Guozheng and Xie, Jiafeng and Wu, Jiangheng},
+  booktitle = {Knowledge Graph and Semantic Computing (CCKS)},
+  year = {2021}
+}"""
+_GHMFC = """@inproceedings{wang2022multimodal,
+  title = {Multimodal Entity Linking with Gated Hierarchical Fusion and Contrastive Training},
+  author = {Wang, Peng and Wu, Jiangheng and Chen, Xiaohang},
+  booktitle = {Proceedings of the 45th International ACM SIGIR Conference on Research and Development in Information
+               Retrieval},
+  year = {2022}
+}"""
+_WIKIDIVERSE = """@inproceedings{wang2022wikidiverse,
+  title = {WikiDiverse: A Multimodal Entity Linking Dataset with Diversified Contextual Topics and Entity Types},
+  author = {Wang, Xuwu and Tian, Junfeng and Gui, Min and Li, Zhixu and Wang, Rui and Yan, Ming and Chen, Lihan and
+            Xiao, Yanghua},
+  booktitle = {Proceedings of the 60th Annual Meeting of the Association for Computational Linguistics (ACL)},
+  year = {2022}
+}"""
+_CITATIONS = {
+    "wikimel": [_MELBENCH, _GHMFC],
+    "richpediamel": [_MELBENCH, _GHMFC],
+    "wikidiverse": [_WIKIDIVERSE],
+    "custom": [],
+}
+_ORIGINS = {
+    "wikimel": "WikiMEL: mentions in captions of pictures, from Wikipedia, linked to Wikidata.",
+    "richpediamel": "RichpediaMEL: mentions in sentences from Wikipedia, linked to Wikidata through Richpedia.",
+    "wikidiverse": "WikiDiverse: mentions in captions of pictures, from Wikinews, linked to Wikipedia.",
+    "custom": "",
+}
+_PICTURES_LICENCE = "Pictures of Wikimedia Commons have licences of their own, each its own."
+
+# Spelled here, because they are the user's to read; the names are the columns'.
+_FIELDS = {
+    "mentions": {
+        "id": "unique in the data set",
+        "mention": "the words that name the entity",
+        "sentence": "the sentence or caption that the mention is in",
+        "image": "the picture that goes with the sentence, or null",
+        "answer": "the id of the entity that is meant",
+        "source_id": "the id that the source gives the record that the mention is from, or null",
+        "topic": "the topic of the news",
+        "mention_type": "the type of the entity",
+        "start": "where the mention begins in the sentence, in characters, as the source states it",
+        "end": "where it ends",
+    },
+    "entities": {
+        "id": "unique in the knowledge base",
+        "qid": "the entity's id in Wikidata, or null",
+        "name": "the entity's name",
+        "description": "a text on the entity, or empty",
+        "images": "its pictures, none or more",
+    },
+}
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """What was written of a split: rows, bytes of its rows, bytes of its Parquet files."""
+
+    rows: int
+    data_bytes: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of, besides the report.
+
+    Attributes:
+        splits: by configuration and split, what was written.
+        features: by configuration, the columns.
+        options: the command's options that shape the data, as they were given.
+        pretty_name: overrides the data set's name.
+        license: overrides the licence identifier.
+    """
+
+    splits: dict[str, dict[str, SplitFacts]]
+    features: dict[str, datasets.Features]
+    options: dict[str, str] = field(default_factory=dict)
+    pretty_name: str | None = None
+    license: str | None = None
+
+
+def _licence(source: Source) -> tuple[str, str]:
+    """The identifier and what the source says."""
+    name = source.benchmark.name
+    if isinstance(source, MelBench):
+        return (
+            "mit",
+            f"MELBench is published under the MIT licence (copyright 2021 BlueStragglers). {_PICTURES_LICENCE}",
+        )
+    if isinstance(source, WikiDiverseRelease):
+        return "cc-by-sa-4.0", f"WikiDiverse is published under CC BY-SA 4.0. {_PICTURES_LICENCE}"
+    if isinstance(source, CustomData):
+        return "unknown", "No licence was stated."
+    origin = "WikiDiverse, published under CC BY-SA 4.0" if name == "wikidiverse" else "MELBench, published under MIT"
+    text = f"The archive states no licence of its own. Its mentions derive from {origin}. {_PICTURES_LICENCE}"
+    return "unknown", text
+
+
+def _size_category(rows: int) -> str:
+    bounds = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
+    return next((label for bound, label in bounds if rows < bound), "10M<n<100M")
+
+
+def metadata(source: Source, facts: CardFacts) -> DatasetCardData:
+    """The card's YAML: licence, languages, task, configurations with their files, columns and sizes."""
+    name = source.benchmark.name
+    is_custom = isinstance(source, CustomData)
+    data = DatasetCardData(
+        language=None if is_custom else ["en"],
+        license=facts.license or _licence(source)[0],
+        pretty_name=facts.pretty_name or source.benchmark.pretty_name,
+        size_categories=[_size_category(sum(split.rows for split in facts.splits["mentions"].values()))],
+        task_categories=["text-retrieval"],
+        task_ids=["entity-linking-retrieval"],
+        tags=["entity-linking", "multimodal-entity-linking", "image", *([] if is_custom else [name])],
+    )
+    configs = MetadataConfigs(
+        {
+            config: {"data_files": [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in splits]}
+            | ({"default": True} if config == "mentions" else {})
+            for config, splits in facts.splits.items()
+        }
+    )
+    infos = DatasetInfosDict()
+    for config, splits in facts.splits.items():
+        infos[config] = datasets.DatasetInfo(
+            features=facts.features[config],
+            splits=datasets.SplitDict.from_split_dict(
+                [
+                    {"name": split, "num_bytes": written.data_bytes, "num_examples": written.rows}
+                    for split, written in splits.items()
+                ]
+            ),
+            download_size=sum(split.file_bytes for split in splits.values()),
+            dataset_size=sum(split.data_bytes for split in splits.values()),
+        )
+    configs.to_dataset_card_data(data)
+    infos.to_dataset_card_data(data)
+    return data
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("\n", " ").replace("<", "&lt;")
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    alignment = ["---"] + ["---:" if isinstance(value, int) else "---" for value in (rows[0][1:] if rows else [])]
+    alignment += ["---"] * (len(header) - len(alignment))
+    cells = [[f"{value:,}" if isinstance(value, int) else _cell(value) for value in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, alignment, *cells])
+
+
+def _percentile(counts: Counter[int], share: float) -> int:
+    left = share * counts.total()
+    for value in sorted(counts):
+        left -= counts[value]
+        if left <= 0:
+            return value
+    return 0
+
+
+def _lengths(counts: Counter[int]) -> str:
+    mean = sum(value * count for value, count in counts.items()) / max(1, counts.total())
+    return f"{mean:.1f} on average, median {_percentile(counts, 0.5)}, at most {max(counts, default=0)}"
+
+
+def _fields(config: str, facts: CardFacts) -> str:
+    def type_name(feature: Any) -> str:
+        if isinstance(feature, datasets.List):
+            return f"list of {type_name(feature.feature)}"
+        return "image" if isinstance(feature, datasets.Image) else feature.dtype
+
+    rows = [
+        [f"**{name}**", type_name(feature), _FIELDS[config].get(name, "")]
+        for name, feature in facts.features[config].items()
+    ]
+    return _table(["field", "type", "what it is"], rows)
+
+
+def _statistics(source: Source, report: Report) -> str:
+    stats = report.statistics
+    plain = stats.to_dict()
+    rows = [
+        ["mentions", *(plain["mentions"][split] for split in SPLITS)],
+        ["with a picture", *(plain["mentions_with_image"][split] for split in SPLITS)],
+        ["distinct answers", *(plain["distinct_answers"][split] for split in SPLITS)],
+        ["answers that are none in train", 0, *(stats.unseen_answers(split) for split in SPLITS[1:])],
+    ]
+    lines = [
+        _table(["", *SPLITS], rows),
+        "",
+        _table(
+            ["knowledge base", "entities"],
+            [
+                ["all", stats.entities],
+                ["with a qid", stats.entities_with_qid],
+                ["with a description", stats.entities_with_description],
+                ["with a picture", plain["entities_with_image"]],
+                ["pictures in all", plain["entity_images"]],
+            ],
+        ),
+        "",
+        f"Words of a sentence: {_lengths(stats.sentence_words)}. Words of a mention: {_lengths(stats.mention_words)}.",
+    ]
+    if not source.is_closed:
+        lines.append(f"Words of a description: {_lengths(stats.description_words)}.")
+    return "\n".join(lines)
+
+
+def _made(source: Source, report: Report, facts: CardFacts) -> str:
+    options = "".join(f" --{name} {value}".rstrip() for name, value in facts.options.items())
+    lines = [
+        f"From {source.format}, with",
+        "",
+        "```bash",
+        f"python -m mimic_el.datasets_scripts.prepare {source.benchmark.name} --data_dir DIR --output_dir OUT{options}",
+        "```",
+        "",
+    ]
+    if isinstance(source, MimicArchive):
+        lines.append(
+            "Names and mentions are URL-decoded. Splits are the archive's. An answer is the entity's number in "
+            "`kb_entity.json`, found through `qid2id.json`. The order of an entity's pictures is the archive's."
+        )
+    if isinstance(source, MelBench):
+        lines.append(
+            "The original file has no splits. Here a record is in train, validation or test by the SHA-256 sum of its "
+            "id (70%, 10%, 20%), so the mentions of one record stay together and the splits are the same for everyone. "
+            "They are not the splits of any publication: results on them compare with each other alone."
+        )
+    if isinstance(source, WikiDiverseRelease):
+        lines.append(
+            "Splits are the release's. An entity is a page of Wikipedia; its `id` is the page's title with underscores."
+        )
+    if isinstance(source, CustomData):
+        lines.append(
+            "Without files or a column for splits, a mention is in train, validation or test by the SHA-256 sum of its "
+            "id (70%, 10%, 20%)."
+        )
+    if source.is_closed:
+        lines += [
+            "",
+            "**The source has no knowledge base.** The one here is closed: it holds the answers of the mentions and "
+            "nothing else, with names and without descriptions or pictures. Linking to it is easier than linking to "
+            "all of Wikidata or Wikipedia, and results on it do not compare with published ones.",
+        ]
+    lines += [
+        "",
+        "Pictures keep their bytes unless an option above says otherwise. `datasets` turns a picture as its camera's "
+        "orientation tag says when it decodes it.",
+        "",
+        _table(
+            ["file read", "bytes", "MD5", "published MD5"],
+            [[name, entry["bytes"], entry["md5"], _md5_verdict(entry)] for name, entry in report.files.items()],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _md5_verdict(entry: dict[str, Any]) -> str:
+    if entry["expected_md5"] is None:
+        return "not known"
+    return "the same" if entry["expected_md5"] == entry["md5"] else f"differs: {entry['expected_md5']}"
+
+
+def _problems(report: Report) -> str:
+    lines = []
+    differing = {what: counts for what, counts in report.published.items() if counts["found"] != counts["published"]}
+    for what, counts in differing.items():
+        lines.append(f"- {what}: {counts['found']:,} here, {counts['published']:,} in the MIMIC paper.")
+    if report.published and not differing:
+        lines.append("- The counts are those of the MIMIC paper.")
+    if report.unused_fields:
+        names = ", ".join(f"{_cell(name)} ({count:,})" for name, count in sorted(report.unused_fields.items()))
+        lines.append(f"- Fields of the source that are not here: {names}.")
+    rows = [[kind, report.counts[kind], KINDS[kind].effect] for kind in KINDS if report.counts[kind]]
+    if not rows:
+        return "\n".join([*lines, "Nothing was found wrong."])
+    table = _table(["kind", "count", "what it is and what was done"], rows)
+    return "\n".join([*lines, "", table, "", "Each is listed, with its file and row, in `problems.jsonl`."])
+
+
+def _histograms(source: Source, report: Report) -> dict[str, tuple[str, Counter[int]]]:
+    stats = report.statistics
+    histograms = {
+        "sentence_words": ("words of a sentence", stats.sentence_words),
+        "mention_words": ("words of a mention", stats.mention_words),
+        "description_words": ("words of a description", stats.description_words),
+        "images_per_entity": ("pictures of an entity", stats.images_per_entity),
+    }
+    return {name: entry for name, entry in histograms.items() if any(value for value in entry[1])}
+
+
+def draw_histograms(histograms: dict[str, tuple[str, Counter[int]]], folder: Path) -> list[str]:
+    """Draw counts by value as `folder/NAME.png`; one percent of the largest values is gathered in the last bar.
+
+    Returns:
+        The names drawn: none, with a warning in the log, where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("matplotlib is not installed: the card comes without histograms (pip install matplotlib)")
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (title, counts) in histograms.items():
+        last = max(_percentile(counts, 0.99), 1)
+        width = max(1, -(-(last + 1) // 40))
+        bars = Counter[int]()
+        for value, count in counts.items():
+            bars[min(value, last) // width * width] += count
+        figure = Figure(figsize=(5, 2.5), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(list(bars), list(bars.values()), width=width * 0.9, align="edge")
+        axes.set_xlabel(f"{title} (the last bar: {last // width * width} and more)")
+        axes.set_ylabel("count")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(folder / f"{name}.png", dpi=100)
+    return list(histograms)
+
+
+def card_text(source: Source, report: Report, facts: CardFacts, figures: list[str]) -> str:
+    """The card in Markdown, its YAML first. `figures` are the histograms drawn in `figures/`."""
+    data = metadata(source, facts)
+    origin = _ORIGINS[source.benchmark.name]
+    citations = list(_CITATIONS[source.benchmark.name])
+    if isinstance(source, MimicArchive):
+        citations.append(_MIMIC)
+    licence = f"Licence: {facts.license}." if facts.license else _licence(source)[1]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_cell(data.pretty_name)}",
+        f"{origin} For multimodal entity linking: given a mention, its sentence and its picture, find the entity that "
+        "is meant in a knowledge base of names, descriptions and pictures.".strip(),
+        "## Use",
+        "```python\nfrom datasets import load_dataset\n\n"
+        'mentions = load_dataset("REPOSITORY OR FOLDER", "mentions")\n'
+        'entities = load_dataset("REPOSITORY OR FOLDER", "entities", split="kb")\n'
+        'row_of = {id_: row for row, id_ in enumerate(entities["id"])}\n'
+        'answer = entities[row_of[mentions["test"][0]["answer"]]]\n```',
+        "## Fields",
+        f"### mentions\n\n{_fields('mentions', facts)}",
+        f"### entities\n\n{_fields('entities', facts)}",
+        "## Statistics",
+        _statistics(source, report),
+        "\n".join(f"![{_histograms(source, report)[name][0]}](figures/{name}.png)" for name in figures),
+        "## How it was made",
+        _made(source, report, facts),
+        "## Known problems",
+        _problems(report),
+        "## Licence",
+        licence,
+    ]
+    if citations:
+        parts += ["## Citation", "```bibtex\n" + "\n".join(citations) + "\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_card(folder: Path, source: Source, report: Report, facts: CardFacts) -> None:
+    """Write `README.md` and, where matplotlib is installed, `figures/*.png`."""
+    figures = draw_histograms(_histograms(source, report), folder / "figures")
+    (folder / "README.md").write_text(card_text(source, report, facts, figures), encoding="utf-8")

@@ -1,0 +1,266 @@
+"""What is in a data set and what is wrong with it: counted by kind, each finding listed in a JSON Lines file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+Severity = Literal["fatal", "error", "note"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of finding.
+
+    `fatal`: nothing can be written. `error`: a row or a picture is left out or changed; `--strict` refuses. `note`:
+    true of the data and worth knowing; `--strict` allows it.
+    """
+
+    severity: Severity
+    effect: str
+
+
+KINDS: dict[str, Kind] = {
+    # Files.
+    "missing_file": Kind("fatal", "a file or folder of the data set is not there"),
+    "not_a_file": Kind("fatal", "something else than a file has a file's name"),
+    "unsafe": Kind("fatal", "a file or folder of the data set lies outside of it"),
+    "broken_archive": Kind("fatal", "an archive cannot be read"),
+    "broken_json": Kind("fatal", "a file is not JSON"),
+    "wrong_encoding": Kind("fatal", "a file's text is not in the encoding it should be in"),
+    "wrong_structure": Kind("fatal", "a file is JSON, CSV or JSON Lines of another structure"),
+    "oversized": Kind("fatal", "a file is too large to be what it should be"),
+    "unreadable": Kind("fatal", "a file is damaged"),
+    "unsafe_member": Kind("error", "archive members with unsafe names, links, encryption or absurd sizes, not read"),
+    "duplicate_key": Kind("error", "JSON keys given twice in one object, of which the last counts"),
+    "no_images": Kind("note", "no pictures come with the data, or they were not asked for"),
+    "closed_knowledge_base": Kind("note", "the knowledge base is the mentions' own answers, without descriptions"),
+    "md5_differs": Kind("note", "files that differ from the published ones"),
+    "size_differs": Kind("note", "counts that differ from the published ones"),
+    # Mentions.
+    "bad_row": Kind("error", "rows without the fields they need, left out"),
+    "answer_without_entity": Kind("error", "mentions whose answer is not in the knowledge base, left out"),
+    "nil_answer": Kind("note", "mentions whose answer is 'nil', left out"),
+    "duplicate_mention_id": Kind("note", "mentions that share a record's id, kept"),
+    "empty_mention": Kind("note", "mentions of nothing but white space, kept"),
+    "mention_not_in_sentence": Kind("note", "mentions that do not occur literally in their sentence, kept"),
+    "repaired_entity_url": Kind("note", "entity addresses with a damaged beginning, repaired"),
+    # Entities.
+    "bad_entity": Kind("error", "entities without the fields they need, left out"),
+    "duplicate_entity_id": Kind("error", "entities with an id given before, left out"),
+    "duplicate_qid": Kind("note", "entities with a qid given before, kept"),
+    "conflicting_name": Kind("note", "further names of an entity, of which the first counts"),
+    # Fields of either.
+    "bad_field": Kind("error", "optional fields of another type than expected, taken as empty"),
+    "broken_text": Kind("error", "texts with characters that are none, replaced by U+FFFD"),
+    # Pictures; the row is kept without it.
+    "missing_image": Kind("error", "pictures that are named and not there"),
+    "unreadable_image": Kind("error", "pictures that are damaged or none"),
+    "oversized_image": Kind("error", "pictures above the limit of pixels or bytes"),
+    "image_not_a_file": Kind("error", "pictures that are a folder or something else than a file"),
+    "unsafe_image_path": Kind("error", "pictures named by a path that leaves their folder, refused"),
+}
+IMAGE_KINDS = tuple(
+    kind for kind in KINDS if kind.endswith("_image") or kind in ("image_not_a_file", "unsafe_image_path")
+)
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Statistics:
+    """Counts over the rows that are kept. Lengths are in words, split at white space."""
+
+    mentions: Counter[str] = field(default_factory=Counter)
+    mentions_with_image: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, set[str]] = field(default_factory=dict)
+    sentence_words: Counter[int] = field(default_factory=Counter)
+    mention_words: Counter[int] = field(default_factory=Counter)
+    entities: int = 0
+    entities_with_qid: int = 0
+    entities_with_description: int = 0
+    description_words: Counter[int] = field(default_factory=Counter)
+    images_per_entity: Counter[int] = field(default_factory=Counter)
+
+    def add_mention(self, split: str, mention: str, sentence: str, answer: str, has_image: bool) -> None:
+        self.mentions[split] += 1
+        self.mentions_with_image[split] += has_image
+        self.answers.setdefault(split, set()).add(answer)
+        self.sentence_words[len(sentence.split())] += 1
+        self.mention_words[len(mention.split())] += 1
+
+    def add_entity(self, qid: str | None, description: str, images: int) -> None:
+        self.entities += 1
+        self.entities_with_qid += qid is not None
+        self.entities_with_description += bool(description.strip())
+        self.description_words[len(description.split())] += 1
+        self.images_per_entity[images] += 1
+
+    def unseen_answers(self, split: str) -> int:
+        """Distinct answers of `split` that are no answer in `train`."""
+        return len(self.answers.get(split, set()) - self.answers.get("train", set()))
+
+    def to_dict(self) -> dict[str, Any]:
+        images = sum(count * number for count, number in self.images_per_entity.items())
+        return {
+            "mentions": {split: self.mentions[split] for split in SPLITS},
+            "mentions_with_image": {split: self.mentions_with_image[split] for split in SPLITS},
+            "distinct_answers": {split: len(self.answers.get(split, ())) for split in SPLITS},
+            "entities": self.entities,
+            "entities_with_qid": self.entities_with_qid,
+            "entities_with_description": self.entities_with_description,
+            "entities_with_image": self.entities - self.images_per_entity[0],
+            "entity_images": images,
+        }
+
+
+class Report:
+    """Findings by kind, files read, pictures resolved; [`text`] prints it, [`to_dict`] gives it to programs."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.resolved: Counter[str] = Counter()
+        self.unused_fields: Counter[str] = Counter()
+        self.files: dict[str, dict[str, Any]] = {}
+        self.published: dict[str, dict[str, int]] = {}
+        self.statistics = Statistics()
+        self._path: Path | None = None
+        self._file: TextIO | None = None
+        self._early: list[str] = []
+
+    def list_in(self, path: str | os.PathLike) -> None:
+        """List every finding, past and to come, in a JSON Lines file, which appears whole on [`close`].
+
+        A line has `file`, `row` (its position in the file counted from 0, its line number in a CSV or JSON Lines file
+        counted from 1, or its key), `kind` and `detail`.
+        """
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(f"{self._path}.incomplete", "w", encoding="utf-8")  # noqa: SIM115, see close
+        self._file.writelines(self._early)
+        self._early = []
+
+    def add(self, kind: str, file: str, row: int | str | None = None, detail: str = "") -> None:
+        """Count a finding of one of `KINDS` and list it."""
+        if kind not in KINDS:
+            raise KeyError(f"{kind!r} is not a kind of finding")
+        self.counts[kind] += 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < 3:
+            place = file if row is None else f"{file}, row {row}"
+            examples.append(f"{place}: {detail}" if detail else place)
+        # Escaped as ASCII, because a name may hold what is no text.
+        line = json.dumps({"file": file, "row": row, "kind": kind, "detail": detail}) + "\n"
+        if self._file:
+            self._file.write(line)
+        elif row is None:
+            self._early.append(line)
+
+    def add_file(self, name: str, size: int, md5: str, expected_md5: str | None = None) -> None:
+        """Record a file that was read, and a finding where its sum is not the published one."""
+        self.files[name] = {"bytes": size, "md5": md5, "expected_md5": expected_md5}
+        if expected_md5 not in (None, md5):
+            self.add("md5_differs", name, detail=f"MD5 {md5}, published {expected_md5}")
+
+    def compare(self, what: str, found: int, published: int) -> None:
+        """Record a published count, and a finding where ours differs."""
+        self.published[what] = {"found": found, "published": published}
+        if found != published:
+            self.add("size_differs", what, detail=f"{found:,} found, {published:,} published")
+
+    def close(self) -> None:
+        """Write the list of findings out."""
+        if self._file and self._path:
+            self._file.close()
+            self._file = None
+            os.replace(f"{self._path}.incomplete", self._path)
+
+    def abandon(self) -> None:
+        """Stop listing without writing the list out, after an interruption; does nothing after [`close`]."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _with(self, severity: Severity) -> Counter[str]:
+        return Counter({kind: count for kind, count in self.counts.items() if KINDS[kind].severity == severity})
+
+    @property
+    def fatal(self) -> Counter[str]:
+        """Findings that forbid writing."""
+        return self._with("fatal")
+
+    @property
+    def errors(self) -> Counter[str]:
+        """Findings that `--strict` refuses."""
+        return self._with("error")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain values; no path of this machine is in it."""
+        return {
+            **self.statistics.to_dict(),
+            "problems": {kind: self.counts[kind] for kind in KINDS if self.counts[kind]},
+            "images_found_by": dict(sorted(self.resolved.items())),
+            "fields_left_out": dict(sorted(self.unused_fields.items())),
+            "published": self.published,
+            "files": self.files,
+        }
+
+    def text(self) -> str:
+        """The report for reading."""
+        stats = self.statistics.to_dict()
+        lines = [f"{'':24}" + "".join(f"{split:>12}" for split in SPLITS) + f"{'all':>12}"]
+        for label, key in (
+            ("mentions", "mentions"),
+            ("  with a picture", "mentions_with_image"),
+            ("  distinct answers", "distinct_answers"),
+        ):
+            values = stats[key]
+            total = len(set().union(*self.statistics.answers.values())) if "answers" in key else sum(values.values())
+            lines.append(f"{label:24}" + "".join(f"{values[split]:>12,}" for split in SPLITS) + f"{total:>12,}")
+        lines.append(f"{'entities':24}{stats['entities']:>12,}")
+        for label, key in (
+            ("  with a qid", "entities_with_qid"),
+            ("  with a description", "entities_with_description"),
+            ("  with a picture", "entities_with_image"),
+            ("pictures of entities", "entity_images"),
+        ):
+            lines.append(f"{label:24}{stats[key]:>12,}")
+        if self.resolved:
+            steps = {
+                "exact": "by their name",
+                "jpg": "by their name with .jpg",
+                "case": "in another case",
+                "extension": "with another extension",
+            }
+            found = ", ".join(f"{self.resolved[step]:,} {how}" for step, how in steps.items() if self.resolved[step])
+            lines.append(f"Pictures found: {found}.")
+        if self.unused_fields:
+            fields = ", ".join(f"{name} ({count:,})" for name, count in sorted(self.unused_fields.items()))
+            lines.append(f"Fields not carried over: {fields}.")
+        for what, counts in self.published.items():
+            verdict = (
+                "as published" if counts["found"] == counts["published"] else f"published: {counts['published']:,}"
+            )
+            lines.append(f"{what}: {counts['found']:,} ({verdict})")
+        for name, facts in self.files.items():
+            expected = facts["expected_md5"]
+            verdict = "" if expected is None else " (as published)" if expected == facts["md5"] else " (DIFFERS)"
+            lines.append(f"MD5 {facts['md5']}  {name}{verdict}")
+        for severity, title in (
+            ("fatal", "Must be repaired first:"),
+            ("error", "Wrong (refused with --strict):"),
+            ("note", "Worth knowing:"),
+        ):
+            found_here = [kind for kind in KINDS if kind in self._with(severity)]  # type: ignore[arg-type]
+            if found_here:
+                lines.append(title)
+            for kind in found_here:
+                lines.append(f"  {self.counts[kind]:>8,}  {kind}: {KINDS[kind].effect}")
+                # A terminal gets no half characters.
+                lines += [f"{'':12}{text.encode(errors='replace').decode()}" for text in self.examples[kind]]
+        return "\n".join(lines)
