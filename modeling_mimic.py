@@ -23,9 +23,10 @@ from transformers.utils import ModelOutput
 
 from .configuration_mimic import _HUB_KWARGS, _PIPELINE_TASK, MimicConfig
 
-# The expanded variances lose digits where the terms of a sum nearly cancel. Below this fraction of the terms' size the
-# pair is computed again without the expansion (see `_DualUnit.score`).
-_CANCELLATION = 1e-2
+# Expanded squares lose digits where the terms of a sum nearly cancel. Where a square is below this fraction of its terms
+# the pair is computed again without the expansion (see `_DualUnit`); above it, rounding errors grow tenfold at most.
+_CANCELLATION = 0.1
+_PAIRS_AT_ONCE = 2**15
 _SCORE_BLOCK_BYTES = 256 * 2**20
 
 
@@ -133,7 +134,8 @@ def _layer_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _centred(x: Tensor) -> Tensor:
-    return x - x.mean(dim=-1, keepdim=True)
+    x = x - x.mean(dim=-1, keepdim=True)
+    return x - x.mean(dim=-1, keepdim=True)  # the rounding error of a large mean
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -300,9 +302,9 @@ class _DualUnit(nn.Module):
         z, key_a, k = (_wide(key[name]) for name in ("z", "a", "k"))
         h0 = self._offset(q.dtype)
         h0_gate, h0_square = self._gate(h0), _centred(h0).square().sum()
-        query_stats = _wide(query["stats"]).unsqueeze(1).unbind(-1)
+        query_stats = self._stats_of_query(query).unsqueeze(1).unbind(-1)
         q_q, query_aa, query_ah, query_am, h0_m, query_gate, bias = query_stats
-        z_z, key_aa, k_k, key_ah, key_ak, h0_k, key_gate = _wide(key["stats"]).unbind(-1)
+        z_z, key_aa, k_k, key_ah, key_ak, h0_k, key_gate = self._stats_of_key(key).unbind(-1)
 
         x_terms = q_q + z_z
         x_square = x_terms + 2 * (q @ z.T)
@@ -324,20 +326,43 @@ class _DualUnit(nn.Module):
             cancelled = (x_square < _CANCELLATION * x_terms) | (y_square < _CANCELLATION * y_terms)
             rows, columns = cancelled.nonzero(as_tuple=True)
         if rows.numel():
-            exact = self.score_pairs({n: t[rows] for n, t in query.items()}, {n: t[columns] for n, t in key.items()})
-            score = score.index_put((rows, columns), exact)
+            again = [
+                self.score_pairs({n: t[i] for n, t in query.items()}, {n: t[j] for n, t in key.items()})
+                for i, j in zip(rows.split(_PAIRS_AT_ONCE), columns.split(_PAIRS_AT_ONCE), strict=True)
+            ]
+            score = score.index_put((rows, columns), torch.cat(again))
         return score
 
     def score_pairs(self, query: dict[str, Tensor], key: dict[str, Tensor]) -> Tensor:
-        """Scores of aligned pairs, sums taken before squares: no cancellation, d numbers a pair."""
+        """Scores of aligned pairs, of shape (pairs,): sums are taken before their squares, so none is expanded."""
         q, query_a, m = (_wide(query[name]) for name in ("q", "a", "m"))
         z, key_a, k = (_wide(key[name]) for name in ("z", "a", "k"))
-        h0 = self._offset(q.dtype)
-        r = ((q + z).square().mean(dim=-1) + self.add_layer_norm.eps).rsqrt()
-        gate_logit = r * (_wide(query["stats"])[:, 5] + _wide(key["stats"])[:, 6]) + self._gate(h0)
-        gate = torch.tanh(gate_logit + self.gate_fc.bias.to(r.dtype))
-        y = gate.unsqueeze(-1) * (r.unsqueeze(-1) * (query_a + key_a) + _centred(h0)) + k
-        return _dot(y, m) * (y.square().mean(dim=-1) + self.layer_norm.eps).rsqrt() + _wide(query["stats"])[:, 6]
+        query_stats, key_stats = self._stats_of_query(query), self._stats_of_key(key)
+        x, projected, gate = q + z, query_a + key_a, query_stats[:, 5] + key_stats[:, 6]
+        x_square = _dot(x, x)
+        with torch.no_grad():
+            # Where z~ is almost -q~, the rounding errors of A_z and A_q are large beside their sum.
+            rows = (x_square < _CANCELLATION * (query_stats[:, 0] + key_stats[:, 0])).nonzero(as_tuple=True)
+        if rows[0].numel():
+            again = self._project(x[rows])
+            projected = projected.index_put(rows, _centred(again))
+            gate = gate.index_put(rows, self._gate(again))
+        h0 = self._offset(x.dtype)
+        r = (x_square / self.fc.out_features + self.add_layer_norm.eps).rsqrt()
+        gate = torch.tanh(r * gate + self._gate(h0) + self.gate_fc.bias.to(x.dtype))
+        y = gate.unsqueeze(-1) * (r.unsqueeze(-1) * projected + _centred(h0)) + k
+        return _dot(y, m) * (y.square().mean(dim=-1) + self.layer_norm.eps).rsqrt() + query_stats[:, 6]
+
+    # A cast to half precision rounds numbers and vectors each in its own way, and sums of the two no longer cancel as
+    # they should. The squares and products are then made anew from the rounded vectors.
+
+    def _stats_of_query(self, query: dict[str, Tensor]) -> Tensor:
+        stats = query["stats"]
+        return stats if _wide(stats) is stats else self.query_stats(query, _wide(stats[:, 5]), _wide(stats[:, 6]))
+
+    def _stats_of_key(self, key: dict[str, Tensor]) -> Tensor:
+        stats = key["stats"]
+        return stats if _wide(stats) is stats else self.key_stats(key, _wide(stats[:, 6]))
 
 
 class _ImageUnit(nn.Module):
