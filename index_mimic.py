@@ -1,0 +1,1122 @@
+"""A knowledge base, encoded once: built, stored, changed and searched."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .configuration_mimic import MimicConfig
+from .modeling_mimic import MentionFeatures, MimicModel, _Matcher
+from .processing_mimic import MimicProcessor, first_image
+from .search_mimic import Searcher, SearchStats, score_pairs
+from .store_mimic import (
+    EntityIndexError,
+    _hash_id,
+    _make_shard,
+    _no_space,
+    _quantised,
+    _read_shard,
+    _Shard,
+    _shard_files,
+    _Store,
+    _write_atomically,
+    _write_shard,
+)
+
+_FORMAT = "mimic-entity-index"
+_VERSION = 1
+_MANIFEST = "index_config.json"
+_BUILD_STATE = "build_state.json"
+_LOCK = ".lock"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+_SHARD_ENTITIES = 8192
+_LOCK_SECONDS = 10.0
+_MENTION_BLOCK = 128
+_CANDIDATE_BYTES = 64 * 2**20
+
+
+@dataclass
+class SearchResult:
+    """The best entities of M mentions, best first.
+
+    Args:
+        entity_ids (`list[list[str]]`): ids, k of each mention; fewer where the knowledge base or the candidates are
+            fewer.
+        scores, text_scores, image_scores, cross_modal_scores (`numpy.ndarray` of shape `(M, k)`, float32): the total
+            and each unit's scores; NaN where there is no entity.
+        stats ([`SearchStats`]): how many pairs were scored exactly.
+    """
+
+    entity_ids: list[list[str]]
+    scores: np.ndarray
+    text_scores: np.ndarray
+    image_scores: np.ndarray
+    cross_modal_scores: np.ndarray
+    stats: SearchStats
+
+
+@dataclass
+class RankResult:
+    """The ranks of M mentions' answers among all entities.
+
+    Args:
+        ranks (`numpy.ndarray` of shape `(M,)`, float64): from 1; among equal scores the mean of the best and the
+            worst position; NaN where the answer is not in the knowledge base.
+        stats ([`SearchStats`]): how many pairs were scored exactly.
+    """
+
+    ranks: np.ndarray
+    stats: SearchStats
+
+
+# --- Which model ----------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(config: Any, matcher: _Matcher) -> str:
+    """What tells models apart: the configuration, and the weights of the matcher."""
+    digest = hashlib.sha256(json.dumps(_model_config(config), sort_keys=True).encode())
+    for name, tensor in sorted(matcher.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _model_config(config: MimicConfig) -> dict[str, Any]:
+    """The part of a configuration that the features depend on."""
+    backbone: Any = config.backbone_config
+    own = ("image_hidden_size", "tglu_hidden_size", "vdlu_hidden_size", "cmfu_hidden_size", "text_max_length")
+    names = (*own, "layer_norm_eps", "mask_text_padding")
+    result: dict[str, Any] = {name: getattr(config, name) for name in names}
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    text, vision = backbone.text_config, backbone.vision_config
+    result["backbone_config"] = {
+        "projection_dim": backbone.projection_dim,
+        "text_config": {name: getattr(text, name) for name in (*sizes, "vocab_size", "max_position_embeddings")},
+        "vision_config": {name: getattr(vision, name) for name in (*sizes, "image_size", "patch_size")},
+    }
+    return result
+
+
+def _probe(model: MimicModel) -> list[float]:
+    """A few of the backbone's weights: with the fingerprint of the matcher they tell models apart in any dtype."""
+    parameters = [p for p in model.encoder.parameters() if p.dim() > 1]
+    step = max(1, len(parameters) // 64)
+    return [float(parameter.detach().flatten()[0]) for parameter in parameters[::step]]
+
+
+def _name_of(model: MimicModel) -> str:
+    return str(model.config.name_or_path or type(model).__name__)
+
+
+def _same_probe(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) == len(other) and bool(np.allclose(one, other, rtol=1e-2, atol=1e-4))
+
+
+# --- Reading a knowledge base -------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """A knowledge base of records that can be read by number, or only one after the other."""
+
+    def __init__(self, entities: Any) -> None:
+        if isinstance(entities, Mapping):
+            raise ValueError("A knowledge base is a list or data set of records with `id`, not a single dict.")
+        features = getattr(entities, "features", None)
+        if features is not None and "images" in features and hasattr(entities, "cast_column"):
+            entities = _undecoded(entities, features)
+        self.total = len(entities) if hasattr(entities, "__len__") else None
+        self._by_number = entities if self.total is not None and hasattr(entities, "__getitem__") else None
+        self._iterator = None if self._by_number is not None else iter(entities)
+        self._next = 0
+
+    def skip(self, count: int) -> Iterator[str]:
+        """Passes over the next records and gives their ids."""
+        records = self.take(count)
+        if isinstance(records, _Span) and hasattr(records.records, "select_columns"):
+            # Without this a data set would read the pictures too.
+            records = _Span(records.records.select_columns(["id"]), records.start, records.stop)
+        return (str(records[row]["id"]) for row in range(len(records)))
+
+    def take(self, count: int) -> Any:
+        """The next records, at most `count`; something with a length that is read by number."""
+        first, self._next = self._next, self._next + count
+        if self._by_number is not None:
+            return _Span(self._by_number, first, min(self._next, cast(int, self.total)))
+        return [record for record, _ in zip(cast(Any, self._iterator), range(count), strict=False)]
+
+
+class _Span:
+    """Some records of a sequence, read when asked for: in a worker process, that is."""
+
+    def __init__(self, records: Any, start: int, stop: int) -> None:
+        self.records, self.start, self.stop = records, start, max(start, stop)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.records[self.start + row]
+
+
+def _undecoded(dataset: Any, features: Any) -> Any:
+    """The data set with its images as bytes: they are decoded by our own reader, with its limits."""
+    image = getattr(features["images"], "feature", features["images"])
+    if type(image).__name__ != "Image":
+        return dataset
+    plain = type(image)(decode=False)
+    wrapped = features["images"]
+    if hasattr(wrapped, "feature"):
+        wrapped = dataclasses.replace(wrapped, feature=plain)
+        return dataset.cast_column("images", wrapped)
+    return dataset.cast_column("images", plain)
+
+
+class _Collate:
+    """Turns records into what the table keeps and what the model reads; runs in worker processes."""
+
+    def __init__(self, processor: MimicProcessor, on_image_error: str) -> None:
+        self.processor, self.on_image_error = processor, on_image_error
+
+    def __call__(self, records: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        kept = [_table_record(record) for record in records]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            inputs = self.processor.process_entities(
+                [record["name"] for record in kept],
+                [record["description"] for record in kept],
+                [first_image(record.get("images")) for record in records],
+                on_image_error=self.on_image_error,
+            )
+        for warning in caught:
+            warnings.warn(str(warning.message), stacklevel=2)
+        return kept, dict(inputs)
+
+
+def _table_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(record, Mapping) or record.get("id") is None:
+        raise ValueError(
+            f"Every entity needs an `id`; this record has none: {str(record)[:200]}. The fields are id, name, "
+            "description and images."
+        )
+    kept: dict[str, Any] = {"id": str(record["id"]), "name": "", "description": ""}
+    for name, value in record.items():
+        if name in ("id", "images") or value is None:
+            continue
+        if name in ("name", "description") and not isinstance(value, str):
+            raise ValueError(f"Entity {kept['id']!r}: `{name}` must be a string, got {type(value).__name__}.")
+        if isinstance(value, str | int | float | bool):
+            kept[name] = value
+    return kept
+
+
+# --- The index ----------------------------------------------------------------------------------------------------
+
+
+class EntityIndex:
+    """A knowledge base encoded by a [`MimicModel`], to be searched for the entities that mentions mean.
+
+    An index lives in memory, or in a directory that is memory-mapped: opening it reads next to nothing. It keeps what
+    scoring needs of the model, so that the features of mentions are all that a search takes; [`check_model`] tells
+    whether a model is the one that made the index.
+
+    Example:
+
+    ```python
+    >>> index = EntityIndex.build(model, processor, knowledge_base, "my-index")
+    >>> mentions = model.encode_mentions(**processor.process_mentions(["Orange"], ["Orange opened a shop."], [photo]))
+    >>> index.search(mentions, top_k=3).entity_ids
+    [['brand:orange', 'emoji:1f34a', 'emoji:1f7e0']]
+    ```
+
+    Made by [`EntityIndex.build`] and [`EntityIndex.from_pretrained`].
+    """
+
+    def __init__(
+        self, matcher: _Matcher, manifest: dict[str, Any], store: _Store, directory: Path | None = None
+    ) -> None:
+        self._matcher = matcher.eval().requires_grad_(False)
+        self._manifest = manifest
+        self._store = store
+        self._directory = directory
+        self._read_only = False
+
+    # --- What it holds
+
+    def __len__(self) -> int:
+        """The number of entities."""
+        return len(self._store) - self._store.removed_count
+
+    def __contains__(self, entity_id: object) -> bool:
+        return isinstance(entity_id, str) and self._store.row(entity_id) is not None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The entities' own data, as [`entity`] gives it."""
+        return self._store.records()
+
+    def __repr__(self) -> str:
+        place = "in memory" if self._directory is None else str(self._directory)
+        return f"EntityIndex({len(self):,} entities, {self.dtype}, {self.bytes_per_entity:,.0f} bytes each, {place})"
+
+    @property
+    def dtype(self) -> str:
+        """What the features are stored in: "float32", "float16" or "int8"."""
+        return self._manifest["dtype"]
+
+    @property
+    def bytes_per_entity(self) -> float:
+        """Bytes of features for each stored entity, its own data not counted."""
+        return self._store.feature_bytes / max(1, len(self._store))
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the index is stored; `None` if it is in memory."""
+        return self._directory
+
+    def entity(self, entity_id: str) -> dict[str, Any]:
+        """The data of an entity: `id`, `name`, `description` and the other plain fields that it was built with.
+
+        Raises:
+            KeyError: if there is no such entity.
+        """
+        return self._store.record(self._required_rows([entity_id])[0])
+
+    def _required_rows(self, entity_ids: Iterable[str]) -> list[int]:
+        rows, missing = [], []
+        for entity_id in entity_ids:
+            row = self._store.row(str(entity_id))
+            if row is None:
+                missing.append(str(entity_id))
+            else:
+                rows.append(row)
+        if missing:
+            shown = ", ".join(repr(name) for name in missing[:5]) + (" ..." if len(missing) > 5 else "")
+            raise KeyError(f"{len(missing)} of the entities are not in this index of {len(self):,}: {shown}")
+        return rows
+
+    def check_model(self, model: MimicModel) -> None:
+        """Makes sure that a model is the one whose features this index holds.
+
+        Raises:
+            EntityIndexError: if it is another.
+        """
+        made_by = self._manifest["model"]
+        same = made_by["fingerprint"] == _fingerprint(model.config, model.matcher)
+        if not same or not _same_probe(made_by["probe"], _probe(model)):
+            raise EntityIndexError(
+                f"This index was made by the model {made_by['name']!r}, and the model {_name_of(model)!r} has other "
+                "weights or another configuration: its scores would mean nothing. Use the model that made the index, "
+                "or build the index again with EntityIndex.build(model, processor, entities, output_dir)."
+            )
+
+    # --- Search
+
+    def search(
+        self,
+        mentions: MentionFeatures,
+        top_k: int = 10,
+        *,
+        candidates: Sequence[Sequence[str] | None] | None = None,
+        exact: str = "certified",
+        show_progress: bool = False,
+    ) -> SearchResult:
+        """Finds the entities that fit each mention best, exactly.
+
+        Args:
+            mentions ([`MentionFeatures`]): M mentions, from [`MimicModel.encode_mentions`]. The work is done on their
+                device.
+            top_k: number of entities wanted; all, if the knowledge base has fewer.
+            candidates: for each mention the ids of the entities that it may mean, or `None` for all.
+            exact: "certified" scores only those pairs whose bound leaves them in question, "exhaustive" scores all.
+                The answers are the same.
+            show_progress: whether to show a progress bar.
+
+        Raises:
+            ValueError: if `top_k` or `exact` is not valid, or the numbers of mentions and candidates differ.
+            KeyError: if a candidate is not in the index.
+            EntityIndexError: if the index is empty.
+        """
+        self._check_search(mentions, exact)
+        if not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
+        count = len(mentions)
+        if candidates is None:
+            candidates = [None] * count
+        if len(candidates) != count:
+            raise ValueError(f"There are {count} mentions, but candidates for {len(candidates)}.")
+        device = mentions.tensors["text_embed"].device
+        rows = torch.full((count, min(top_k, len(self))), -1, dtype=torch.long, device=device)
+        searcher = self._searcher(device)
+        chosen = [row for row, item in enumerate(candidates) if item is not None]
+        free = [row for row, item in enumerate(candidates) if item is None]
+        with torch.inference_mode():
+            for picked, part, progress in self._mention_blocks(mentions, free, "Searching", show_progress):
+                top = searcher.top_k(part, rows.shape[1], exact == "exhaustive", progress.update)
+                rows[picked] = top.rows
+            for row in chosen:
+                found = self._among(mentions, row, cast(Sequence[str], candidates[row]), searcher)
+                rows[row, : len(found)] = found[: rows.shape[1]]
+            return self._result(mentions, rows, searcher)
+
+    def _among(self, mentions: MentionFeatures, row: int, ids: Sequence[str], searcher: Searcher) -> Tensor:
+        """Rows of given candidates, best first."""
+        device = mentions.tensors["text_embed"].device
+        if isinstance(ids, str):
+            raise ValueError(f"Candidates must be a list of entity ids for each mention, got the string {ids!r}.")
+        wanted = torch.tensor(sorted(set(self._required_rows(ids))), dtype=torch.long, device=device)
+        mention_rows = torch.full_like(wanted, row)
+        scores = score_pairs(self._matcher_on(device), mentions, mention_rows, self._store, wanted, _CANDIDATE_BYTES)
+        searcher.stats.pairs += len(wanted)
+        searcher.stats.exact_pairs += len(wanted)
+        return wanted[scores.logits.argsort(descending=True, stable=True)]
+
+    def _result(self, mentions: MentionFeatures, rows: Tensor, searcher: Searcher) -> SearchResult:
+        """The scores of each unit for the pairs that were found."""
+        mention_rows, places = (rows >= 0).nonzero(as_tuple=True)
+        scores = score_pairs(
+            self._matcher_on(rows.device),
+            mentions,
+            mention_rows,
+            self._store,
+            rows[mention_rows, places],
+            _CANDIDATE_BYTES,
+        )
+        arrays = []
+        for part in (scores.logits, scores.text_logits, scores.image_logits, scores.cross_modal_logits):
+            full = torch.full(rows.shape, torch.nan, device=rows.device)
+            full[mention_rows, places] = part
+            arrays.append(full.cpu().numpy())
+        ids = [[self._store.record(row)["id"] for row in found if row >= 0] for found in rows.tolist()]
+        total, text, image, cross_modal = arrays
+        return SearchResult(ids, total, text, image, cross_modal, searcher.stats)
+
+    def rank(
+        self,
+        mentions: MentionFeatures,
+        answers: Sequence[str | None],
+        *,
+        exact: str = "certified",
+        show_progress: bool = False,
+    ) -> RankResult:
+        """The rank of each mention's answer among all entities, without a matrix of scores.
+
+        Args:
+            mentions ([`MentionFeatures`]): M mentions.
+            answers: the id of each mention's entity. Where it is not in the index the rank is NaN.
+            exact, show_progress: as in [`search`].
+
+        Raises:
+            ValueError: if the numbers of mentions and answers differ, or `exact` is not valid.
+            EntityIndexError: if the index is empty.
+        """
+        self._check_search(mentions, exact)
+        if len(answers) != len(mentions):
+            raise ValueError(f"There are {len(mentions)} mentions, but answers for {len(answers)}.")
+        device = mentions.tensors["text_embed"].device
+        answer_rows = [None if answer is None else self._store.row(str(answer)) for answer in answers]
+        known = [row for row, answer in enumerate(answer_rows) if answer is not None]
+        gold = torch.tensor([-1 if row is None else row for row in answer_rows], device=device)
+        ranks = np.full(len(answers), np.nan)
+        searcher = self._searcher(device)
+        with torch.inference_mode():
+            for picked, part, progress in self._mention_blocks(mentions, known, "Ranking", show_progress):
+                above, equal = searcher.ranks(part, gold[picked], exact == "exhaustive", progress.update)
+                ranks[picked.cpu().numpy()] = (1 + above + equal / 2).cpu().numpy()
+        return RankResult(ranks, searcher.stats)
+
+    def _check_search(self, mentions: MentionFeatures, exact: str) -> None:
+        if not isinstance(mentions, MentionFeatures):
+            raise TypeError(
+                f"An index is searched with MentionFeatures, from model.encode_mentions; got {type(mentions).__name__}."
+            )
+        if exact not in ("certified", "exhaustive"):
+            raise ValueError(f'`exact` must be "certified" or "exhaustive", got {exact!r}.')
+        if not len(self):
+            raise EntityIndexError("This index has no entities, so there is nothing to search.")
+
+    def _mention_blocks(
+        self, mentions: MentionFeatures, rows: list[int], what: str, show_progress: bool
+    ) -> Iterator[tuple[Tensor, MentionFeatures, Any]]:
+        """Blocks of mentions, with a progress bar that counts pairs."""
+        device = mentions.tensors["text_embed"].device
+        total = len(rows) * len(self._store)
+        with tqdm(total=total, desc=what, unit="pair", unit_scale=True, disable=not show_progress) as progress:
+            for start in range(0, len(rows), _MENTION_BLOCK):
+                picked = torch.tensor(rows[start : start + _MENTION_BLOCK], dtype=torch.long, device=device)
+                yield picked, mentions[picked], progress
+
+    def _searcher(self, device: torch.device) -> Searcher:
+        return Searcher(self._matcher_on(device), self._store, sub_block=1024 if device.type == "cpu" else 16384)
+
+    def _matcher_on(self, device: torch.device) -> _Matcher:
+        return self._matcher.to(device)
+
+    # --- Build
+
+    @classmethod
+    def build(
+        cls,
+        model: MimicModel,
+        processor: MimicProcessor,
+        entities: Any,
+        output_dir: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "float16",
+        batch_size: int = 64,
+        num_workers: int = 0,
+        on_image_error: str = "warn",
+        overwrite: bool = False,
+        shard_entities: int = _SHARD_ENTITIES,
+        show_progress: bool = True,
+    ) -> EntityIndex:
+        """Encodes a knowledge base.
+
+        With an `output_dir` memory stays bounded whatever the number of entities, and a build that was interrupted
+        goes on where it stopped when the same call is made again.
+
+        Args:
+            model, processor: what encodes; the work is done on the model's device.
+            entities: a `datasets.Dataset`, a list or any iterable of dicts with `id`, `name`, `description` and
+                `images` (a list of pictures, of which the first is used; a single picture; or nothing). Other plain
+                fields are kept with the entity.
+            output_dir: where the index is stored; in memory if absent.
+            dtype: "float32", "float16" or "int8".
+            batch_size: entities encoded at a time.
+            num_workers: processes that read and resize pictures beside the one that encodes.
+            on_image_error: "warn" goes on without a picture that cannot be read, "raise" stops.
+            overwrite: whether an index that is in `output_dir` is replaced, once the new one is complete.
+            shard_entities: entities in a file, and those that an interruption may cost.
+            show_progress: whether to show a progress bar.
+
+        Raises:
+            EntityIndexError: if there are no entities, `output_dir` already holds an index, or an unfinished build of
+                other entities or of another model is there.
+            ValueError: if an entity has no id, or two have the same.
+        """
+        if dtype not in _DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+        builder = _Builder(model, processor, dtype, batch_size, num_workers, on_image_error, shard_entities)
+        manifest = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "generation": 1,
+            "dtype": dtype,
+            "model": {
+                "name": _name_of(model),
+                "fingerprint": _fingerprint(model.config, model.matcher),
+                "probe": _probe(model),
+                "config": model.config.to_dict(),
+            },
+            "removed": None,
+        }
+        if output_dir is None:
+            shards = list(builder.shards(_Rows(entities), [], show_progress))
+            if not shards:
+                raise EntityIndexError("The knowledge base is empty: there is nothing to build an index of.")
+            return cls(_copy_of(model.matcher, model.config), manifest, _Store(shards))
+        directory = Path(output_dir)
+        with _no_space(directory), _locked(directory):
+            cls._build_in(directory, builder, manifest, model, entities, overwrite, show_progress)
+        return cls.from_pretrained(directory)
+
+    @staticmethod
+    def _build_in(
+        directory: Path,
+        builder: _Builder,
+        manifest: dict[str, Any],
+        model: MimicModel,
+        entities: Any,
+        overwrite: bool,
+        show_progress: bool,
+    ) -> None:
+        if (directory / _MANIFEST).exists() and not overwrite:
+            raise EntityIndexError(
+                f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
+            )
+        rows = _Rows(entities)
+        state_path = directory / _BUILD_STATE
+        state = {"model": manifest["model"]["fingerprint"], "dtype": manifest["dtype"], "shards": []}
+        done: list[_Shard] = []
+        if state_path.exists():
+            state = _resumed(directory, state, rows)
+            done = [_read_shard(directory, entry) for entry in state["shards"]]
+        for shard in builder.shards(rows, done, show_progress):
+            digest = _ids_digest(record["id"] for record in shard.table)
+            state["shards"].append({**_write_shard(directory, shard), "ids_sha256": digest})
+            _write_json(state_path, state)
+        if not state["shards"]:
+            raise EntityIndexError("The knowledge base is empty: there is nothing to build an index of.")
+        manifest["shards"] = [{k: v for k, v in entry.items() if k != "ids_sha256"} for entry in state["shards"]]
+        manifest["matcher"] = _write_matcher(directory, model.matcher)
+        _write_card(directory, manifest)
+        _write_json(directory / _MANIFEST, manifest)
+        state_path.unlink(missing_ok=True)
+        _remove_strays(directory, manifest)
+
+    # --- Change
+
+    def add(self, model: MimicModel, processor: MimicProcessor, entities: Any, **options: Any) -> None:
+        """Adds entities; what is there is not encoded again. All are added, or none.
+
+        Args:
+            model, processor, entities: as in [`build`]; the ids must be new.
+            **options: `batch_size`, `num_workers`, `on_image_error` and `show_progress` of [`build`].
+
+        Raises:
+            ValueError: if an id is already there, or twice among the new ones.
+            EntityIndexError: if the model is not the index's, or another process is changing the index.
+        """
+        self._extend(model, processor, entities, replace=False, **options)
+
+    def update(self, model: MimicModel, processor: MimicProcessor, entities: Any, **options: Any) -> None:
+        """Replaces entities that are there by new versions of them. Arguments as of [`add`].
+
+        Raises:
+            KeyError: if an id is not there.
+            ValueError, EntityIndexError: as in [`add`].
+        """
+        self._extend(model, processor, entities, replace=True, **options)
+
+    def _extend(
+        self,
+        model: MimicModel,
+        processor: MimicProcessor,
+        entities: Any,
+        replace: bool,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        on_image_error: str = "warn",
+        show_progress: bool = True,
+    ) -> None:
+        self.check_model(model)
+        builder = _Builder(model, processor, self.dtype, batch_size, num_workers, on_image_error, _SHARD_ENTITIES)
+        with self._changing():
+            known = None if replace else self._store
+            new, removed = [], self._store.removed.clone()
+            for shard in builder.shards(_Rows(entities), [], show_progress, known=known):
+                if replace:
+                    removed[self._required_rows(record["id"] for record in shard.table)] = True
+                # Written at once, so that memory stays bounded; the index knows them only once all are.
+                new.append(self._written(shard))
+            removed = torch.cat([removed, torch.zeros(sum(len(s) for s, _ in new), dtype=torch.bool)])
+            self._commit(self._pairs() + new, removed)
+
+    def remove(self, entity_ids: Iterable[str]) -> None:
+        """Removes entities: no search finds them any more. [`compact`] frees their space.
+
+        Raises:
+            KeyError: if an id is not there; then none is removed.
+            EntityIndexError: if another process is changing the index.
+        """
+        if isinstance(entity_ids, str):
+            raise ValueError(f"`remove` takes a list of entity ids, got the string {entity_ids!r}.")
+        with self._changing():
+            removed = self._store.removed.clone()
+            removed[self._required_rows(entity_ids)] = True
+            self._commit(self._pairs(), removed)
+
+    def compact(self) -> None:
+        """Frees the space of removed entities, and joins small files.
+
+        Raises:
+            EntityIndexError: if no entity is left, or another process is changing the index.
+        """
+        with self._changing():
+            if not len(self):
+                raise EntityIndexError("All entities of this index were removed; build a new one instead.")
+            self._commit([self._written(shard) for shard in self._store.compacted(_SHARD_ENTITIES, _new_name)], None)
+
+    def _pairs(self) -> list[tuple[_Shard, dict[str, Any] | None]]:
+        entries = self._manifest.get("shards", [None] * len(self._store.shards))
+        return list(zip(self._store.shards, entries, strict=True))
+
+    def _written(self, shard: _Shard) -> tuple[_Shard, dict[str, Any] | None]:
+        if self._directory is None:
+            return shard, None
+        entry = _write_shard(self._directory, shard)
+        return _read_shard(self._directory, entry), entry
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the index for one change: nobody else may change it, nor may it have changed since it was opened."""
+        if self._directory is None:
+            yield
+            return
+        if self._read_only:
+            raise EntityIndexError(
+                f"This index lies in the Hub's cache ({self._directory}), which must not be changed. Save it to a "
+                "directory with save_pretrained and open it from there."
+            )
+        with _no_space(self._directory), _locked(self._directory):
+            if _read_manifest(self._directory)["generation"] != self._manifest["generation"]:
+                raise EntityIndexError(
+                    f"The index {self._directory} was changed by another process since it was opened. Open it again "
+                    "with EntityIndex.from_pretrained and repeat the change."
+                )
+            yield
+
+    def _commit(self, pairs: Sequence[tuple[_Shard, dict[str, Any] | None]], removed: Tensor | None) -> None:
+        """Makes a change real: the manifest is replaced in one step, whatever it no longer names is deleted after."""
+        store = _Store([shard for shard, _ in pairs], removed)
+        manifest = {**self._manifest, "generation": self._manifest["generation"] + 1, "removed": None}
+        if self._directory is not None:
+            manifest["shards"] = [entry for _, entry in pairs]
+            if store.removed_count:
+                manifest["removed"] = f"removed-{manifest['generation']:05d}"
+                _write_removed(self._directory, manifest["removed"], store.removed)
+            _write_card(self._directory, manifest)
+            _write_json(self._directory / _MANIFEST, manifest)
+            _remove_strays(self._directory, manifest)
+        self._manifest, self._store = manifest, store
+
+    # --- Save and load
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Stores the index in a directory; removed entities are left out.
+
+        Args:
+            save_directory: the directory; an index that is there is replaced, once this one is complete.
+            push_to_hub: whether to upload it too, see [`push_to_hub`]; `repo_id` defaults to the directory's name.
+            **kwargs: arguments of [`push_to_hub`].
+        """
+        directory = Path(save_directory)
+        if self._directory is None or directory.resolve() != self._directory.resolve():
+            with _no_space(directory), _locked(directory):
+                manifest = {**self._manifest, "removed": None, "generation": _next_generation(directory)}
+                shards = self._store.compacted(_SHARD_ENTITIES, _new_name)
+                manifest["shards"] = [_write_shard(directory, shard) for shard in shards]
+                manifest["matcher"] = _write_matcher(directory, self._matcher)
+                _write_card(directory, manifest)
+                _write_json(directory / _MANIFEST, manifest)
+                _remove_strays(directory, manifest)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", directory.name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload entity index",
+    ) -> str:
+        """Uploads the index to a data set repository of its own, in one commit, and gives its address.
+
+        Its entities then show in the Hub's data viewer, and `EntityIndex.from_pretrained(repo_id)` opens it. One model
+        can serve several indexes.
+
+        Args:
+            repo_id: "user/name"; created if there is none.
+            private: whether a repository that is created is private.
+            token, revision, commit_message: as in `huggingface_hub.HfApi.upload_folder`.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = self._directory
+            if directory is None or self._store.removed_count:
+                directory = Path(scratch)
+                self.save_pretrained(directory)
+            manifest = _read_manifest(directory)
+            info = api.upload_folder(
+                repo_id=repo_id,
+                repo_type="dataset",
+                folder_path=directory,
+                revision=revision,
+                commit_message=commit_message,
+                allow_patterns=[*_files_of(manifest), "README.md"],
+                delete_patterns=["shard-*", "removed-*", "matcher-*"],
+            )
+        return str(info.commit_url)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> EntityIndex:
+        """Opens an index: its features are memory-mapped and read when a search needs them.
+
+        Args:
+            name_or_path: a directory, or the id of a Hub repository that [`push_to_hub`] made.
+            revision, cache_dir, token, local_files_only, force_download: as in `huggingface_hub.snapshot_download`.
+
+        Raises:
+            EntityIndexError: if there is no index, its build is unfinished, it is damaged, or of a newer format.
+            huggingface_hub.errors.HfHubHTTPError: if the Hub does not give it.
+        """
+        directory = Path(name_or_path)
+        read_only = not directory.exists()
+        if read_only:
+            hub: dict[str, Any] = {
+                "repo_id": str(name_or_path),
+                "repo_type": "dataset",
+                "cache_dir": cache_dir,
+                "token": token,
+                "local_files_only": local_files_only,
+                "force_download": force_download,
+            }
+            # The commit of the list of files is the one that they are taken from, even if the branch moves meanwhile.
+            listed = Path(hf_hub_download(filename=_MANIFEST, revision=revision, **hub))
+            manifest = _read_manifest(listed.parent)
+            directory = Path(snapshot_download(revision=listed.parent.name, allow_patterns=_files_of(manifest), **hub))
+        manifest = _read_manifest(directory)
+        try:
+            shards = [_read_shard(directory, entry) for entry in manifest["shards"]]
+            removed = _read_removed(directory, manifest["removed"], sum(len(shard) for shard in shards))
+            matcher = _read_matcher(directory, manifest["matcher"], MimicConfig.from_dict(manifest["model"]["config"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EntityIndexError(
+                f"{directory / _MANIFEST} is not the list of an index: {error!r}. Build the index again."
+            ) from error
+        index = cls(matcher, manifest, _Store(shards, removed), directory)
+        index._read_only = read_only
+        return index
+
+    def verify(self) -> None:
+        """Reads every file of a stored index and compares it with the checksum that was taken when it was written.
+
+        Raises:
+            EntityIndexError: if a file differs.
+        """
+        if self._directory is None:
+            return
+        for entry in self._manifest["shards"]:
+            for file, expected in entry["files"].items():
+                with open(self._directory / file, "rb") as opened:
+                    if hashlib.file_digest(opened, "sha256").hexdigest() != expected["sha256"]:
+                        raise EntityIndexError(
+                            f"{self._directory / file} is not what was written: its checksum differs. Restore the "
+                            "file, or build the index again."
+                        )
+
+
+# --- Building -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Builder:
+    model: MimicModel
+    processor: MimicProcessor
+    dtype: str
+    batch_size: int
+    num_workers: int
+    on_image_error: str
+    shard_entities: int
+
+    def shards(
+        self, rows: _Rows, done: Sequence[_Shard], show_progress: bool, known: _Store | None = None
+    ) -> Iterator[_Shard]:
+        """Encodes the rest of the rows, a shard at a time; ids of `done` and `known` must not come again."""
+        seen = _SeenIds([*done, *(known.shards if known else [])], known)
+        finished = sum(len(shard) for shard in done)
+        was_training = self.model.training
+        self.model.eval()
+        progress = tqdm(
+            total=rows.total, initial=finished, desc="Encoding entities", unit=" entities", disable=not show_progress
+        )
+        try:
+            with progress:
+                while len(records := rows.take(self.shard_entities)):
+                    shard = self._shard(records, progress)
+                    seen.add(shard)
+                    yield shard
+        finally:
+            self.model.train(was_training)
+
+    def _shard(self, records: Any, progress: Any) -> _Shard:
+        order = self._order(records)
+        loader = DataLoader(
+            records,
+            batch_size=self.batch_size,
+            sampler=order,
+            num_workers=self.num_workers,
+            collate_fn=_Collate(self.processor, self.on_image_error),
+            worker_init_fn=_quiet_tokenizers,
+        )
+        kept: list[dict[str, Any]] = []
+        parts: list[dict[str, Tensor]] = []
+        device = self.model.device
+        for batch_records, inputs in loader:
+            with torch.inference_mode():
+                features = self.model.encode_entities(**{name: t.to(device) for name, t in inputs.items()})
+                parts.append(_quantised(features, self.model.matcher, _DTYPES[self.dtype]))
+            kept.extend(batch_records)
+            progress.update(len(batch_records))
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        stored = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+        return _make_shard(_new_name(), stored, [kept[row] for row in back.tolist()])
+
+    def _order(self, records: Any) -> list[int]:
+        """The order of encoding: by length, where the model can leave padding out."""
+        rows = list(range(len(records)))
+        if not self.model.config.mask_text_padding:
+            return rows
+        texts = records
+        if isinstance(records, _Span) and hasattr(records.records, "select_columns"):
+            texts = _Span(records.records.select_columns(["name", "description"]), records.start, records.stop)
+        lengths = [len(texts[row].get("name") or "") + len(texts[row].get("description") or "") for row in rows]
+        return sorted(rows, key=lengths.__getitem__)
+
+
+class _SeenIds:
+    """Refuses an id that was there before; keeps 8 bytes for each."""
+
+    def __init__(self, shards: Sequence[_Shard], store: _Store | None) -> None:
+        self._shards, self._store = list(shards), store
+
+    def add(self, shard: _Shard) -> None:
+        repeated = np.flatnonzero(shard.hashes[1:] == shard.hashes[:-1])
+        for place in repeated:
+            one, other = (shard.table[int(shard.hash_rows[place + step])]["id"] for step in (0, 1))
+            if one == other:
+                raise ValueError(_duplicate(one))
+        for before in self._shards:
+            for hashed in np.intersect1d(before.hashes, shard.hashes):
+                for row in shard.hash_rows[shard.hashes == hashed]:
+                    entity_id = shard.table[int(row)]["id"]
+                    there = before.rows_of(entity_id, int(hashed))
+                    # In an index that is added to, an id that was removed is free again.
+                    if there and (self._store is None or self._store.row(entity_id) is not None):
+                        raise ValueError(_duplicate(entity_id))
+        self._shards.append(shard)
+
+
+def _duplicate(entity_id: str) -> str:
+    return (
+        f"The id {entity_id!r} is there more than once. Ids tell entities apart: make them unique, or, to replace an "
+        "entity that an index has, use EntityIndex.update."
+    )
+
+
+def _quiet_tokenizers(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _new_name() -> str:
+    return f"shard-{secrets.token_hex(6)}"
+
+
+def _ids_digest(ids: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for entity_id in ids:
+        digest.update(f"{_hash_id(entity_id):016x}".encode())
+    return digest.hexdigest()
+
+
+def _resumed(directory: Path, fresh: dict[str, Any], rows: _Rows) -> dict[str, Any]:
+    """The state of an unfinished build, if it is of the same entities and model; the rows are passed over."""
+    path = directory / _BUILD_STATE
+    try:
+        state = json.loads(path.read_text())
+        same = state["model"] == fresh["model"] and state["dtype"] == fresh["dtype"]
+        for entry in state["shards"]:
+            same = same and _ids_digest(rows.skip(entry["count"])) == entry["ids_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EntityIndexError(f"{path} cannot be read: {error!r}. Delete {directory} and build again.") from error
+    if not same:
+        raise EntityIndexError(
+            f"{directory} holds an unfinished build of another model, of another precision, or of other entities. "
+            "Build into another directory, or delete that one first."
+        )
+    return state
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with WeakFileLock(directory / _LOCK, timeout=_LOCK_SECONDS):
+            yield
+    except TimeoutError as error:
+        raise EntityIndexError(
+            f"Another process is building or changing the index {directory}. Wait for it to end, and try again."
+        ) from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    _write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / _MANIFEST
+    if not path.is_file():
+        if (directory / _BUILD_STATE).exists():
+            raise EntityIndexError(
+                f"The build of the index {directory} was interrupted. Run the same EntityIndex.build again: it goes on "
+                "where it stopped."
+            )
+        raise EntityIndexError(f"There is no entity index in {directory}: it has no {_MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest.get("format") == _FORMAT
+        version = manifest.get("version")
+    except (ValueError, AttributeError) as error:
+        raise EntityIndexError(f"{path} is damaged: {error}. Build the index again.") from error
+    if not known or not isinstance(version, int):
+        raise EntityIndexError(f"{path} does not describe an entity index.")
+    if version > _VERSION:
+        raise EntityIndexError(
+            f"The index {directory} has the format {version}, newer than the {_VERSION} that this version reads. "
+            "Update the code that reads it."
+        )
+    return manifest
+
+
+def _files_of(manifest: Mapping[str, Any]) -> list[str]:
+    """The files that an index consists of."""
+    files = [_MANIFEST, _shard_files(manifest["matcher"])[0]]
+    for entry in manifest["shards"]:
+        files += _shard_files(entry["name"])
+    if manifest["removed"]:
+        files.append(_shard_files(manifest["removed"])[0])
+    return files
+
+
+def _remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Deletes parts that no list names: of older generations, and of changes that were interrupted."""
+    named = set(_files_of(manifest))
+    for pattern in ("shard-*", "removed-*", "matcher-*", ".*.tmp"):
+        for path in directory.glob(pattern):
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+
+
+def _next_generation(directory: Path) -> int:
+    try:
+        return _read_manifest(directory)["generation"] + 1
+    except (EntityIndexError, KeyError, TypeError):
+        return 1
+
+
+def _write_removed(directory: Path, name: str, removed: Tensor) -> None:
+    rows = removed.nonzero().squeeze(1)
+    _write_atomically(directory / _shard_files(name)[0], lambda path: save_file({"rows": rows}, path))
+
+
+def _read_removed(directory: Path, name: str | None, count: int) -> Tensor | None:
+    if name is None:
+        return None
+    path = directory / _shard_files(name)[0]
+    try:
+        rows = load_file(path)["rows"]
+        removed = torch.zeros(count, dtype=torch.bool)
+        removed[rows] = True
+    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        raise EntityIndexError(
+            f"The index file {path} is missing or damaged: {error}. Restore it, or build the index again."
+        ) from error
+    return removed
+
+
+def _copy_of(matcher: _Matcher, config: Any) -> _Matcher:
+    copy = _Matcher(config)
+    copy.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in matcher.state_dict().items()})
+    return copy
+
+
+def _write_matcher(directory: Path, matcher: _Matcher) -> str:
+    weights = {name: t.detach().float().cpu().contiguous() for name, t in matcher.state_dict().items()}
+    name = f"matcher-{secrets.token_hex(6)}"
+    _write_atomically(directory / _shard_files(name)[0], lambda path: save_file(weights, path))
+    return name
+
+
+def _read_matcher(directory: Path, name: str, config: MimicConfig) -> _Matcher:
+    matcher = _Matcher(config)
+    path = directory / _shard_files(name)[0]
+    try:
+        matcher.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise EntityIndexError(
+            f"The index file {path} is missing or damaged: {error}. Restore it, or build the index again."
+        ) from error
+    return matcher
+
+
+_CARD = """---
+tags:
+- entity-linking
+- multimodal-entity-linking
+- mimic
+- entity-index
+configs:
+- config_name: entities
+  data_files:
+  - split: kb
+    path: "shard-*.jsonl"
+---
+
+# Entity index: {count:,} entities
+
+A knowledge base encoded for multimodal entity linking by the MIMIC model `{model}`.
+
+| | |
+|---|---|
+| Entities | {count:,} |
+| Features stored as | {dtype} |
+| Size | {size:,.1f} MB ({each:,.0f} bytes an entity, table included) |
+| Model | `{model}` |
+
+```python
+from transformers import pipeline
+
+linker = pipeline("multimodal-entity-linking", model="{model}", index="THIS-REPOSITORY", trust_remote_code=True)
+linker({{"mention": "Orange", "text": "Orange opened a shop on the corner.", "image": "photo.png"}}, top_k=3)
+```
+
+The features belong to that model alone; another one is refused. The table of the entities (`load_dataset` reads it)
+holds their ids, names and descriptions. The licence is that of the knowledge base it was made from.
+"""
+
+
+def _write_card(directory: Path, manifest: Mapping[str, Any]) -> None:
+    size = sum(file["bytes"] for entry in manifest["shards"] for file in entry["files"].values())
+    count = sum(entry["count"] for entry in manifest["shards"])
+    text = _CARD.format(
+        count=count,
+        dtype=manifest["dtype"],
+        size=size / 1e6,
+        each=size / max(1, count),
+        model=manifest["model"]["name"],
+    )
+    _write_atomically(directory / "README.md", lambda path: _write_text(path, text))
+
+
+__all__ = ["EntityIndex", "EntityIndexError", "RankResult", "SearchResult"]

@@ -1,0 +1,342 @@
+"""How an index is stored: shards of features and tables of entities, memory-mapped, and the numbers in them."""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .modeling_mimic import EntityFeatures, _Matcher
+
+_SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
+# Kept in float32 whatever the rest is stored in: a few numbers an entity, made from the stored vectors.
+_EXACT = ("text_bias", "image_query_stats", "image_key_stats")
+
+
+# --- One shard ----------------------------------------------------------------------------------------------------
+
+
+class EntityIndexError(ValueError):
+    """An index that is damaged, unfinished, locked, of another model, or used in a way that it does not allow."""
+
+
+class _Table:
+    """The entities' own data, one JSON object a line, read when asked for."""
+
+    def __init__(self, lines: mmap.mmap | bytes, offsets: np.ndarray) -> None:
+        self._lines, self._offsets = lines, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        try:
+            return json.loads(self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])])
+        except (ValueError, IndexError) as error:
+            raise EntityIndexError(
+                f"The entity table is damaged at row {row}: {error}. Build the index again."
+            ) from error
+
+
+@dataclass
+class _Shard:
+    """Some thousand entities: their features, table, and ids by hash."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    table: _Table
+    hashes: np.ndarray  # sorted 64-bit hashes of the ids
+    hash_rows: np.ndarray  # their rows
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def rows_of(self, entity_id: str, hashed: int) -> list[int]:
+        first = int(np.searchsorted(self.hashes, np.uint64(hashed), side="left"))
+        last = int(np.searchsorted(self.hashes, np.uint64(hashed), side="right"))
+        rows = [int(row) for row in self.hash_rows[first:last]]
+        return [row for row in rows if self.table[row]["id"] == entity_id]
+
+
+def _hash_id(entity_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(entity_id.encode(), digest_size=8).digest(), "little")
+
+
+def _make_shard(name: str, features: dict[str, Tensor], records: Sequence[Mapping[str, Any]]) -> _Shard:
+    lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records]
+    offsets = np.zeros(len(lines) + 1, dtype=np.int64)
+    offsets[1:] = np.cumsum([len(line) for line in lines])
+    hashes = np.array([_hash_id(record["id"]) for record in records], dtype=np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    return _Shard(name, features, _Table(b"".join(lines), offsets), hashes[order], order.astype(np.int32))
+
+
+def _write_shard(directory: Path, shard: _Shard) -> dict[str, Any]:
+    """Writes a shard's two files and gives its entry of the manifest."""
+    table = shard.table._lines[:]
+    tensors = {f"feature.{name}": tensor.contiguous() for name, tensor in shard.tensors.items()}
+    tensors["table.offsets"] = torch.from_numpy(shard.table._offsets.copy())
+    tensors["table.hashes"] = torch.from_numpy(shard.hashes.view(np.int64).copy())
+    tensors["table.hash_rows"] = torch.from_numpy(shard.hash_rows.copy())
+    features_file, table_file = _shard_files(shard.name)
+    with _no_space(directory):
+        _write_atomically(directory / table_file, lambda path: path.write_bytes(table))
+        _write_atomically(directory / features_file, lambda path: save_file(tensors, path))
+    return {
+        "name": shard.name,
+        "count": len(shard),
+        "files": {
+            file: {"bytes": (directory / file).stat().st_size, "sha256": _sha256(directory / file)}
+            for file in (features_file, table_file)
+        },
+    }
+
+
+def _read_shard(directory: Path, entry: Mapping[str, Any]) -> _Shard:
+    features_file, table_file = _shard_files(entry["name"])
+    for file in (features_file, table_file):
+        path = directory / file
+        if not path.is_file():
+            raise EntityIndexError(
+                f"The index {directory} lacks its file {file}. Restore the file, or build the index again."
+            )
+        expected = entry["files"][file]["bytes"]
+        if path.stat().st_size != expected:
+            raise EntityIndexError(
+                f"The index file {path} has {path.stat().st_size} bytes instead of {expected}: it was cut short or "
+                "changed. Restore the file, or build the index again."
+            )
+    try:
+        with safe_open(directory / features_file, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise EntityIndexError(
+            f"The index file {directory / features_file} is damaged: {error}. Restore it, or build the index again."
+        ) from error
+    try:
+        with open(directory / table_file, "rb") as lines:
+            table = mmap.mmap(lines.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError as error:
+        raise EntityIndexError(f"The index file {directory / table_file} is empty. Build the index again.") from error
+    try:
+        shard = _Shard(
+            entry["name"],
+            {key.removeprefix("feature."): t for key, t in tensors.items() if key.startswith("feature.")},
+            _Table(table, tensors["table.offsets"].numpy()),
+            tensors["table.hashes"].numpy().view(np.uint64),
+            tensors["table.hash_rows"].numpy(),
+        )
+    except KeyError as error:
+        raise EntityIndexError(
+            f"The index file {directory / features_file} lacks {error}. Build the index again."
+        ) from error
+    counts = {len(shard), entry["count"], *(tensor.shape[0] for tensor in shard.tensors.values())}
+    if len(counts) > 1 or int(shard.table._offsets[-1]) > len(table):
+        raise EntityIndexError(
+            f"The parts of the index file {directory / features_file} disagree in their number of entities "
+            f"({sorted(counts)}). Build the index again."
+        )
+    return shard
+
+
+def _shard_files(name: str) -> tuple[str, str]:
+    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        raise EntityIndexError(f"The index names a part {name!r}, which is no valid name: the index is damaged.")
+    return f"{name}.safetensors", f"{name}.jsonl"
+
+
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file so that it is either whole or not there, whenever the process ends."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _no_space(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not full:
+            raise
+        raise EntityIndexError(
+            f"No space is left on the disk of {directory}. What is finished is kept: make room and run the same "
+            "command again."
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------------
+
+
+def _quantised(features: EntityFeatures, matcher: _Matcher, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Features as they are stored. What is made from vectors is made anew, from the vectors as they were rounded."""
+    stored: dict[str, Tensor] = {}
+    rounded: dict[str, Tensor] = {}
+    for name, tensor in features.tensors.items():
+        tensor = tensor.detach().to("cpu")
+        if name in _EXACT or tensor.dtype == torch.bool:
+            stored[name] = tensor if tensor.dtype == torch.bool else tensor.float()
+            continue
+        tensor = tensor.float()
+        if not bool(torch.isfinite(tensor).all()):
+            raise EntityIndexError(f"The model gives `{name}` values that are not finite; no index can be made of it.")
+        if dtype == torch.int8:
+            scale = tensor.abs().amax(dim=-1).clamp(min=1e-12) / 127
+            stored[name] = (tensor / scale.unsqueeze(-1)).round().to(torch.int8)
+            stored[name + "_scale"] = scale
+        else:
+            stored[name] = tensor.to(dtype)
+            if not bool(torch.isfinite(stored[name]).all()):
+                raise EntityIndexError(f'The values of `{name}` are too large for float16; use dtype="float32".')
+        rounded[name] = _restored(stored, name)
+    for side, unit, kept in (
+        ("image_query_", matcher.vdlu.dual_ent2men, (5, 6)),
+        ("image_key_", matcher.vdlu.dual_men2ent, (6,)),
+    ):
+        vectors = {name.removeprefix(side): tensor for name, tensor in rounded.items() if name.startswith(side)}
+        numbers = [stored[side + "stats"][:, column] for column in kept]
+        make = unit.query_stats if side == "image_query_" else unit.key_stats
+        stored[side + "stats"] = make(vectors, *numbers)
+    return stored
+
+
+def _restored(stored: Mapping[str, Tensor], name: str) -> Tensor:
+    tensor = stored[name]
+    if tensor.dtype == torch.int8:
+        return tensor.float() * stored[name + "_scale"].unsqueeze(-1)
+    return tensor if tensor.dtype == torch.bool else tensor.float()
+
+
+# --- All shards ---------------------------------------------------------------------------------------------------
+
+
+class _Store:
+    """The rows of an index: its shards one after the other, and which rows are removed.
+
+    It is the `EntityBlocks` of search_mimic.
+    """
+
+    def __init__(self, shards: Sequence[_Shard], removed: Tensor | None = None) -> None:
+        self.shards = list(shards)
+        self.starts = [0]
+        for shard in self.shards:
+            self.starts.append(self.starts[-1] + len(shard))
+        self.removed = torch.zeros(len(self), dtype=torch.bool) if removed is None else removed
+        self.removed_count = int(self.removed.sum())
+
+    def __len__(self) -> int:
+        """The number of rows, removed ones too."""
+        return self.starts[-1]
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        for shard, start in zip(self.shards, self.starts, strict=False):
+            for row in range(len(shard)):
+                if not self.removed[start + row]:
+                    yield shard.table[row]
+
+    @property
+    def feature_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for shard in self.shards for t in shard.tensors.values())
+
+    def compacted(self, shard_entities: int, new_name: Callable[[], str]) -> Iterator[_Shard]:
+        """The rows that are not removed, in shards of equal size. Features are copied as they are stored."""
+        rows = (~self.removed).nonzero().squeeze(1)
+        for chunk in rows.split(shard_entities):
+            pieces = list(self._pieces(chunk))
+            features = {
+                name: torch.cat([shard.tensors[name][inside] for shard, inside, _ in pieces])
+                for name in self.shards[0].tensors
+            }
+            yield _make_shard(new_name(), features, [self.record(row) for row in chunk.tolist()])
+
+    def record(self, row: int) -> dict[str, Any]:
+        number = bisect.bisect_right(self.starts, row) - 1
+        return self.shards[number].table[row - self.starts[number]]
+
+    def row(self, entity_id: str) -> int | None:
+        hashed = _hash_id(entity_id)
+        for shard, start in zip(self.shards, self.starts, strict=False):
+            for row in shard.rows_of(entity_id, hashed):
+                if not self.removed[start + row]:
+                    return start + row
+        return None
+
+    def _pieces(self, rows: Tensor | slice) -> Iterator[tuple[_Shard, slice | Tensor, Tensor | None]]:
+        """For each shard that has some of the rows: the shard, the rows within it, and their places in the result."""
+        if isinstance(rows, slice):
+            for shard, start in zip(self.shards, self.starts, strict=False):
+                first, last = max(rows.start, start), min(rows.stop, start + len(shard))
+                if first < last:
+                    yield shard, slice(first - start, last - start), None
+            return
+        rows = rows.cpu()
+        numbers = torch.bucketize(rows, torch.tensor(self.starts), right=True) - 1
+        for number in numbers.unique().tolist():
+            places = (numbers == number).nonzero().squeeze(1)
+            yield self.shards[number], rows[places] - self.starts[number], places
+
+    def _gather(self, rows: Tensor | slice, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        pieces = list(self._pieces(rows))
+        result: dict[str, Tensor] = {}
+        for name in names:
+            parts = []
+            for shard, inside, _ in pieces:
+                stored = {
+                    key: shard.tensors[key][inside].to(device)
+                    for key in (name, name + "_scale")
+                    if key in shard.tensors
+                }
+                parts.append(_restored(stored, name))
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if isinstance(rows, Tensor) and len(parts) > 1:
+                places = torch.cat([cast(Tensor, place) for _, _, place in pieces]).to(device)
+                joined = torch.empty_like(joined).index_copy_(0, places, joined)
+            result[name] = joined
+        return result
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for name in self.shards[0].tensors if not name.endswith("_scale")]
+
+    def light(self, start: int, stop: int, device: torch.device) -> dict[str, Tensor]:
+        return self._gather(slice(start, stop), [name for name in self._names if name != "text_query"], device)
+
+    def local(self, rows: Tensor, device: torch.device) -> Tensor:
+        if not len(rows):
+            return torch.empty(0, 1, device=device)
+        return self._gather(rows, ["text_local"], device)["text_local"]
+
+    def full(self, rows: Tensor | slice, device: torch.device) -> EntityFeatures:
+        return EntityFeatures(self._gather(rows, self._names, device))
+
+    def alive(self, start: int, stop: int) -> Tensor | None:
+        return ~self.removed[start:stop] if self.removed_count else None
