@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_mimic import _HUB_KWARGS, _PIPELINE_TASK, MimicConfig
 
-# Expanded squares lose digits where the terms of a sum nearly cancel. Where a square is below this fraction of its terms
-# the pair is computed again without the expansion (see `_DualUnit`); above it, rounding errors grow tenfold at most.
+# Expanded squares lose digits where the terms of a sum nearly cancel. Where a square is below this fraction of its
+# terms, the pair is computed again without the expansion (see `_DualUnit`); above it, errors grow tenfold at most.
 _CANCELLATION = 0.1
 _PAIRS_AT_ONCE = 2**15
 _SCORE_BLOCK_BYTES = 256 * 2**20

@@ -69,9 +69,7 @@ def dual(weights: Weights, unit: str, q: Tensor, k: Tensor, Z: Tensor) -> Tensor
     return (left * right).sum(dim=-1)
 
 
-def vdlu(
-    weights: Weights, v_m: Tensor, V_m: Tensor, v_e: Tensor, V_e: Tensor, unit: str = "matcher.vdlu"
-) -> Tensor:
+def vdlu(weights: Weights, v_m: Tensor, V_m: Tensor, v_e: Tensor, V_e: Tensor, unit: str = "matcher.vdlu") -> Tensor:
     """`s_image`, (M, N)."""
     entity_to_mention = dual(weights, f"{unit}.dual_ent2men", v_e, v_m, V_m).T
     mention_to_entity = dual(weights, f"{unit}.dual_men2ent", v_m, v_e, V_e)
