@@ -28,19 +28,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module")
-def hub(pytestconfig: pytest.Config) -> Iterator[Hub]:
+def hub(pytestconfig: pytest.Config) -> Hub:
     """The Hub that HF_ENDPOINT names, without users and repositories when a test file starts to use it."""
     server = pytestconfig.stash[HUB].start()
     server.reset()
-    yield server
-    for request in server.unsupported:
-        warnings.warn(f"The test Hub does not implement {request.method} {request.path}", stacklevel=1)
+    return server
 
 
 @pytest.fixture(autouse=True)
-def _fresh_hub_log(pytestconfig: pytest.Config) -> None:
-    """Requests and arranged faults of one test are not seen by the next."""
-    pytestconfig.stash[HUB].forget()
+def _hub_log_of_one_test(pytestconfig: pytest.Config) -> Iterator[None]:
+    """A test does not see the requests and faults of another, and hears of requests that the Hub did not understand."""
+    server = pytestconfig.stash[HUB]
+    server.forget()
+    yield
+    for request in server.unsupported:
+        warnings.warn(f"The test Hub does not implement {request.method} {request.path}", stacklevel=1)
 
 
 @pytest.fixture

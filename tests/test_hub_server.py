@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -16,7 +18,15 @@ from typing import Any
 import pytest
 import requests
 from hub_server import File, Hub, check_card, folder_oids, git_oid
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, HfFileSystem, ModelCard, constants
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    HfFileSystem,
+    ModelCard,
+    RepoCard,
+    constants,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,7 +37,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 ALICE, BOB = "hf_alice", "hf_bob"
-LARGE = random.Random(0).randbytes(11 * 1024**2)  # more than a commit may carry
+LARGE = random.Random(0).randbytes(11 * 2**19).hex().encode()  # 11 MiB of text: more than a commit may carry
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +163,8 @@ def test_commit_refuses_what_the_client_would_not_send(hub: Hub, api: HfApi):
     for path in ("../up", "/root", "a/../../b", ".git/config", ""):
         assert commit("file", path=path, content="", encoding="utf-8").status_code == 400
     assert "does not exist" in commit("lfsFile", path="a.bin", algo="sha256", oid="0" * 64).json()["error"]
+    bad = commit("file", path="README.md", content="---\nlicense: free\n---\n", encoding="utf-8")
+    assert "Invalid metadata in README.md" in bad.json()["error"]
     assert commit("copyFile", path="a", srcPath="b").status_code == 501
     assert hub.files("alice/model").keys() == {".gitattributes"}
 
@@ -403,9 +415,11 @@ def test_ranges(hub: Hub, api: HfApi, path: str, wanted: str | None, status: int
 # What goes wrong
 
 
-def test_upload_that_breaks_off_is_tried_again(hub: Hub, api: HfApi):
+def test_upload_that_breaks_off_continues(hub: Hub, api: HfApi):
     api.create_repo("alice/model")
     hub.fail_next("PUT", "/objects/")
+    with contextlib.suppress(RuntimeError):  # huggingface_hub 1 raises, and continues when called again
+        api.upload_file(path_or_fileobj=LARGE, path_in_repo="weights.bin", repo_id="alice/model")
     api.upload_file(path_or_fileobj=LARGE, path_in_repo="weights.bin", repo_id="alice/model")
     assert [request.status for request in hub.matching("PUT", "/objects/")] == [None, 200]
     assert hub.files("alice/model")["weights.bin"] == LARGE
@@ -454,6 +468,8 @@ def test_download_that_breaks_off_continues(
     api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id="alice/model")
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**10)
     hub.fail_next("GET", "/objects/|/resolve/")
+    with contextlib.suppress(Exception):  # huggingface_hub 1 raises, and continues when called again
+        api.hf_hub_download("alice/model", path)
     assert Path(api.hf_hub_download("alice/model", path)).read_bytes() == content
     assert [request.status for request in hub.matching("GET", "/objects/|/resolve/")] == [200, 206]
     assert hub.downloads("alice/model") == [path, path]
@@ -533,6 +549,9 @@ def test_card_without_errors():
     assert errors == ['"configs[0].data_files.split" is required']
 
 
+@pytest.mark.skipif(
+    "https://huggingface.co" in inspect.getsource(RepoCard.validate), reason="this client asks huggingface.co only"
+)
 def test_cards_through_the_client(hub: Hub, api: HfApi, empty_cache: Path):
     api.create_repo("alice/model")
     assert hub.endpoint == constants.ENDPOINT, "ModelCard has no other way to find the Hub"
