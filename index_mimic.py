@@ -31,6 +31,7 @@ from .processing_mimic import MimicProcessor, first_image
 from .search_mimic import Searcher, SearchStats, score_pairs
 from .store_mimic import (
     EntityIndexError,
+    UnknownEntityError,
     _hash_id,
     _make_shard,
     _no_space,
@@ -298,7 +299,7 @@ class EntityIndex:
         """The data of an entity: `id`, `name`, `description` and the other plain fields that it was built with.
 
         Raises:
-            KeyError: if there is no such entity.
+            UnknownEntityError: if there is no such entity.
         """
         return self._store.record(self._required_rows([entity_id])[0])
 
@@ -312,7 +313,7 @@ class EntityIndex:
                 rows.append(row)
         if missing:
             shown = ", ".join(repr(name) for name in missing[:5]) + (" ..." if len(missing) > 5 else "")
-            raise KeyError(f"{len(missing)} of the entities are not in this index of {len(self):,}: {shown}")
+            raise UnknownEntityError(f"{len(missing)} of the entities are not in this index of {len(self):,}: {shown}")
         return rows
 
     def check_model(self, model: MimicModel) -> None:
@@ -354,7 +355,7 @@ class EntityIndex:
 
         Raises:
             ValueError: if `top_k` or `exact` is not valid, or the numbers of mentions and candidates differ.
-            KeyError: if a candidate is not in the index.
+            UnknownEntityError: if a candidate is not in the index.
             EntityIndexError: if the index is empty.
         """
         self._check_search(mentions, exact)
@@ -446,7 +447,7 @@ class EntityIndex:
         return RankResult(ranks, searcher.stats)
 
     def _check_search(self, mentions: MentionFeatures, exact: str) -> None:
-        if not isinstance(mentions, MentionFeatures):
+        if getattr(mentions, "side", None) != "mention":
             raise TypeError(
                 f"An index is searched with MentionFeatures, from model.encode_mentions; got {type(mentions).__name__}."
             )
@@ -593,7 +594,7 @@ class EntityIndex:
         """Replaces entities that are there by new versions of them. Arguments as of [`add`].
 
         Raises:
-            KeyError: if an id is not there.
+            UnknownEntityError: if an id is not there.
             ValueError, EntityIndexError: as in [`add`].
         """
         self._extend(model, processor, entities, replace=True, **options)
@@ -626,7 +627,7 @@ class EntityIndex:
         """Removes entities: no search finds them any more. [`compact`] frees their space.
 
         Raises:
-            KeyError: if an id is not there; then none is removed.
+            UnknownEntityError: if an id is not there; then none is removed.
             EntityIndexError: if another process is changing the index.
         """
         if isinstance(entity_ids, str):
@@ -1119,4 +1120,4 @@ def _write_card(directory: Path, manifest: Mapping[str, Any]) -> None:
     _write_atomically(directory / "README.md", lambda path: _write_text(path, text))
 
 
-__all__ = ["EntityIndex", "EntityIndexError", "RankResult", "SearchResult"]
+__all__ = ["EntityIndex", "EntityIndexError", "RankResult", "SearchResult", "UnknownEntityError"]

@@ -69,6 +69,9 @@ class MimicOutput(ModelOutput):
 class _Features:
     """Named tensors of the same first dimension, one row an item."""
 
+    # What the features are of. Not told by the class: code that a checkpoint brings has classes of its own.
+    side = ""
+
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
         if len(set(counts.values())) > 1:
@@ -110,9 +113,13 @@ class _Features:
 class EntityFeatures(_Features):
     """Features of N entities, as [`MimicModel.encode_entities`] makes them; indexed by entity."""
 
+    side = "entity"
+
 
 class MentionFeatures(_Features):
     """Features of M mentions, as [`MimicModel.encode_mentions`] makes them; indexed by mention."""
+
+    side = "mention"
 
 
 # --- Arithmetic ---------------------------------------------------------------------------------------------------
@@ -698,7 +705,7 @@ class MimicModel(MimicPreTrainedModel):
         Raises:
             TypeError: if the arguments are swapped, or not features.
         """
-        if not isinstance(mentions, MentionFeatures) or not isinstance(entities, EntityFeatures):
+        if getattr(mentions, "side", None) != "mention" or getattr(entities, "side", None) != "entity":
             raise TypeError(
                 "MimicModel.score takes MentionFeatures (from encode_mentions) and EntityFeatures (from "
                 f"encode_entities), got {type(mentions).__name__} and {type(entities).__name__}."

@@ -35,6 +35,13 @@ class EntityIndexError(ValueError):
     """An index that is damaged, unfinished, locked, of another model, or used in a way that it does not allow."""
 
 
+class UnknownEntityError(KeyError):
+    """An id that is not in an index."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show it quoted
+
+
 class _Table:
     """The entities' own data, one JSON object a line, read when asked for."""
 

@@ -1,0 +1,263 @@
+"""The `multimodal-entity-linking` pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import Pipeline
+
+from .configuration_mimic import _PIPELINE_TASK, MimicConfig
+from .index_mimic import EntityIndex, EntityIndexError
+from .modeling_mimic import MimicModel
+from .processing_mimic import ImageInput, MimicProcessor
+
+_BAR_FROM_ENTITIES = 500
+
+
+class MultimodalEntityLinkingPipeline(Pipeline):
+    """Tells which entity of a knowledge base a mention means, from its sentence and its picture.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> linker = pipeline("multimodal-entity-linking", model=path, trust_remote_code=True, entities=knowledge_base)
+    >>> linker({"mention": "Orange", "text": "Orange opened a shop on the corner.", "image": "photo.png"}, top_k=1)
+    [{'entity_id': 'brand:orange', 'name': 'Orange', 'score': 7.1, 'text_score': 0.9, ...}]
+    ```
+
+    A mention is a dict with `mention` and `text` (or `sentence`), and may have `image` (a path, a URL, a PIL image or
+    the bytes of a file) and `candidates` (ids of the entities that it may mean). One dict gives a list of entities,
+    best first; a list of dicts gives a list of such lists; a data set or generator gives them one after the other.
+
+    Args:
+        index ([`EntityIndex`] or `str`, *optional*): the knowledge base, encoded; or its directory or Hub repository.
+            Defaults to the `default_index` of the model's configuration.
+        entities (*optional*): in place of `index`, a knowledge base that is encoded now: a `datasets.Dataset` or a list
+            of dicts with `id`, `name`, `description` and `images`.
+        index_kwargs (`dict`, *optional*): arguments of [`EntityIndex.from_pretrained`] (`revision`, `token`, ...) or,
+            with `entities`, of [`EntityIndex.build`] (`dtype`, `batch_size`, ...).
+        top_k (`int`, defaults to 5): number of entities for each mention. Also an argument of the call.
+        candidates (`list[str]`, *optional*): ids that every mention of the call may mean.
+
+    Raises:
+        EntityIndexError: if the index was made by another model.
+        ValueError: if both `index` and `entities` are given, or a mention is not as described.
+        MimicImageError: if a picture cannot be read.
+        UnknownEntityError: if a candidate is not in the index.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+    _pipeline_calls_generate = False
+
+    model: MimicModel
+    processor: MimicProcessor
+
+    def __init__(
+        self,
+        *args: Any,
+        index: EntityIndex | str | os.PathLike[str] | None = None,
+        entities: Any = None,
+        index_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError(
+                "The pipeline needs the model's processor: pass processor=MimicProcessor.from_pretrained(...), or "
+                "name the model by its directory or Hub id."
+            )
+        if index is not None and entities is not None:
+            raise ValueError("Pass either `index` or `entities`, not both.")
+        index_kwargs = dict(index_kwargs or {})
+        if entities is not None:
+            count = len(entities) if hasattr(entities, "__len__") else _BAR_FROM_ENTITIES
+            index_kwargs.setdefault("show_progress", count >= _BAR_FROM_ENTITIES)
+            index = EntityIndex.build(self.model, self.processor, entities, **index_kwargs)
+        elif index is None and self._config.default_index:
+            index = _default_index_place(self._config)
+            if self._config.default_index_revision and not Path(index).is_dir():
+                index_kwargs.setdefault("revision", self._config.default_index_revision)
+        if isinstance(index, str | os.PathLike):
+            index = EntityIndex.from_pretrained(index, **index_kwargs)
+        self._index: EntityIndex | None = None
+        if index is not None:
+            self.index = index
+
+    @property
+    def _config(self) -> MimicConfig:
+        return self.model.config  # type: ignore[return-value]
+
+    @property
+    def index(self) -> EntityIndex:
+        """The knowledge base that mentions are linked to. Another may be set; it must be of the same model."""
+        if self._index is None:
+            raise EntityIndexError(
+                "This pipeline has no knowledge base to link to. Pass `entities=` (a data set or list of dicts with "
+                "id, name, description and images) or `index=` (an EntityIndex, its directory or Hub id) to pipeline()."
+            )
+        return self._index
+
+    @index.setter
+    def index(self, index: EntityIndex) -> None:
+        if not hasattr(index, "check_model"):
+            raise TypeError(f"`index` must be an EntityIndex, its directory or Hub id, got {type(index).__name__}.")
+        index.check_model(self.model)
+        self._index = index
+
+    def _sanitize_parameters(
+        self,
+        top_k: int | None = None,
+        candidates: Sequence[str] | None = None,
+        exact: str | None = None,
+        **unknown: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if unknown:
+            raise TypeError(
+                f"The pipeline {_PIPELINE_TASK} has no parameter {', '.join(sorted(unknown))}; it takes top_k, "
+                "candidates and exact."
+            )
+        if isinstance(candidates, str):
+            raise ValueError(f"`candidates` must be a list of entity ids, got the string {candidates!r}.")
+        forward = {"top_k": top_k, "exact": exact}
+        preprocess = {"candidates": candidates}
+        return (
+            {name: value for name, value in preprocess.items() if value is not None},
+            {name: value for name, value in forward.items() if value is not None},
+            {},
+        )
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """Links one mention, a list of mentions, or a data set of them: see the class.
+
+        Args:
+            inputs: one mention or several.
+            **kwargs: `top_k`, `candidates`, `exact` ("certified" or "exhaustive"), and `batch_size` and `num_workers`
+                as of any pipeline.
+        """
+        if isinstance(inputs, Mapping):
+            return super().__call__(inputs, **kwargs)
+        if isinstance(inputs, list | tuple):
+            return super().__call__(list(inputs), **kwargs) if inputs else []
+        if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") and not isinstance(inputs, str | bytes):
+            inputs = _Mentions(inputs)
+        elif hasattr(inputs, "__iter__") and not isinstance(inputs, str | bytes | Generator):
+            inputs = (mention for mention in inputs)
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, input_: Mapping[str, Any], candidates: Sequence[str] | None = None) -> dict[str, Any]:
+        mention, text, image = _parts(input_)
+        own = input_.get("candidates")
+        if isinstance(own, str):
+            raise ValueError(f"`candidates` of a mention must be a list of entity ids, got the string {own!r}.")
+        inputs = dict(self.processor.process_mentions([mention], [text], [image]))
+        inputs["candidates"] = _Candidates(candidates if own is None else own)
+        return inputs
+
+    def _forward(self, input_tensors: dict[str, Any], top_k: int = 5, exact: str = "certified") -> dict[str, Any]:
+        given = input_tensors.pop("candidates")
+        candidates = [item.ids for item in (given if isinstance(given, list) else [given])]
+        index = self.index
+        mentions = self.model.encode_mentions(**input_tensors)
+        result = index.search(mentions, top_k=top_k, candidates=candidates, exact=exact)
+        found = []
+        for row, ids in enumerate(result.entity_ids):
+            found.append(
+                _Found(
+                    [
+                        {
+                            "entity_id": entity_id,
+                            "name": index.entity(entity_id).get("name", ""),
+                            "score": float(result.scores[row, place]),
+                            "text_score": float(result.text_scores[row, place]),
+                            "image_score": float(result.image_scores[row, place]),
+                            "cross_modal_score": float(result.cross_modal_scores[row, place]),
+                        }
+                        for place, entity_id in enumerate(ids)
+                    ]
+                )
+            )
+        return {"found": found}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        found = model_outputs["found"]
+        return (found[0] if isinstance(found, list) else found).entities
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], save_index: bool = False, **kwargs: Any) -> None:
+        """Saves model and processor, so that the pipeline is loaded from there again.
+
+        Args:
+            save_directory: the directory.
+            save_index: whether the index is saved in its folder `index`, and made the default.
+            **kwargs: as of any pipeline.
+        """
+        if save_index:
+            self.index.save_pretrained(Path(save_directory) / "index")
+            self._config.default_index = "index"
+            self._config.default_index_revision = None
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+class _Candidates:
+    """A mention's candidates; batching must not take their list apart."""
+
+    def __init__(self, ids: Sequence[str] | None) -> None:
+        self.ids = ids
+
+
+class _Found:
+    """The entities found for one mention; unbatching must not take their list apart."""
+
+    def __init__(self, entities: list[dict[str, Any]]) -> None:
+        self.entities = entities
+
+
+class _Mentions(Dataset[Any]):
+    """A data set of any library, as torch's."""
+
+    def __init__(self, records: Any) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.records[row]
+
+
+def _parts(mention: Any) -> tuple[str, str, ImageInput]:
+    if not isinstance(mention, Mapping):
+        raise ValueError(
+            'A mention must be a dict such as {"mention": "Orange", "text": "Orange opened a shop.", "image": '
+            f'"photo.png"}}; got {type(mention).__name__}.'
+        )
+    text = mention.get("text", mention.get("sentence"))
+    for name, value in (("mention", mention.get("mention")), ("text", text)):
+        if not isinstance(value, str):
+            problem = "is missing" if value is None else f"must be a string, got {type(value).__name__}"
+            raise ValueError(f"`{name}` of a mention {problem}; the mention's keys are {sorted(mention)}.")
+    if not mention["mention"].strip():
+        raise ValueError("`mention` is empty: say which words of the text are to be linked.")
+    return mention["mention"], text, mention.get("image")
+
+
+def _default_index_place(config: MimicConfig) -> str:
+    """The default index beside a checkpoint's files, if it is there; else as it is named."""
+    name = str(config.default_index)
+    beside = Path(str(config.name_or_path)) / name
+    # A configuration is input from outside: it may name a folder of its checkpoint, not one elsewhere.
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return str(beside) if inside and config.name_or_path and beside.is_dir() else name
+
+
+__all__ = ["MultimodalEntityLinkingPipeline"]
