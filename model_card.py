@@ -1,0 +1,435 @@
+"""The model card of a trained MIMIC model, written from what the training did."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+if TYPE_CHECKING:
+    from .training_mimic import MimicTrainer
+
+TASK = "multimodal-entity-linking"
+CURVES = "training_curves.png"
+# The paper's table 3: percent, but the mean rank.
+PUBLISHED: dict[str, dict[str, float]] = {
+    "wikimel": {"hits@1": 87.98, "hits@3": 95.07, "hits@5": 96.37, "mrr": 91.82, "mean_rank": 11.02},
+    "richpediamel": {"hits@1": 81.02, "hits@3": 91.77, "hits@5": 94.38, "mrr": 86.95, "mean_rank": 55.11},
+    "wikidiverse": {"hits@1": 63.51, "hits@3": 81.04, "hits@5": 86.43, "mrr": 73.44, "mean_rank": 227.08},
+}
+_SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
+_LABELS = {"hits@1": "Hits@1", "hits@3": "Hits@3", "hits@5": "Hits@5", "mrr": "MRR", "mean_rank": "Mean rank"}
+_LIBRARIES = ("mimic-el", "torch", "transformers", "datasets", "accelerate", "tokenizers", "huggingface_hub")
+# Arguments that say what was trained, shown where they differ from these.
+_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "bf16",
+    "fp16",
+    "eval_epochs",
+    "early_stopping_patience",
+    "missing_answers",
+    "index_dtype",
+)
+_CONFIG = ("text_max_length", "mask_text_padding", "ignore_duplicate_answers", "symmetric_loss")
+_CITATION = """\
+@inproceedings{luo2023mimic,
+  title = {Multi-Grained Multimodal Interaction Network for Entity Linking},
+  author = {Luo, Pengfei and Xu, Tong and Wu, Shiwei and Zhu, Chen and Xu, Linli and Chen, Enhong},
+  booktitle = {Proceedings of the 29th ACM SIGKDD Conference on Knowledge Discovery and Data Mining},
+  year = {2023},
+  doi = {10.1145/3580305.3599439}
+}"""
+
+
+@dataclass
+class TrainingRun:
+    """What a training did, as far as its card tells.
+
+    Args:
+        dataset: Hub id or directory of the data set; of a directory only the last part is told.
+        dataset_revision: the Hub's revision that was asked for.
+        base_model: Hub id or directory of the checkpoint that training started from; `None` for random weights.
+        license: of the model: an identifier of the Hub.
+        train_mentions, train_mentions_left_out, entities, unreadable_images: counts; `None` where not known.
+        metrics: for "validation" and "test", what [`RankedMentions.metrics`] gives.
+        example: a mention of the test split and what the model made of it: its `row`, `mention`, `sentence` and
+            `answer`, `has_image`, and `linked`, the pipeline's output.
+        has_index: whether the pipeline finds an index of the data set's entities by itself.
+        steps, epochs, seconds: of the training.
+        log_history: the trainer's log.
+        arguments, model: the training's and the model's settings.
+        hardware: the machine, in words.
+        versions: of the libraries.
+    """
+
+    dataset: str | None = None
+    dataset_revision: str | None = None
+    base_model: str | None = None
+    license: str = "apache-2.0"
+    train_mentions: int | None = None
+    train_mentions_left_out: int = 0
+    entities: int | None = None
+    unreadable_images: int = 0
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    example: dict[str, Any] | None = None
+    has_index: bool = False
+    steps: int = 0
+    epochs: float = 0.0
+    seconds: float | None = None
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    hardware: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def observe(self, trainer: MimicTrainer) -> None:
+        """Takes over what the trainer knows: arguments, log, machine, versions, and metrics that are not set yet."""
+        state = trainer.state
+        self.steps, self.epochs = state.global_step, float(state.epoch or 0)
+        self.log_history = [dict(entry) for entry in state.log_history]
+        runtimes = [entry["train_runtime"] for entry in self.log_history if "train_runtime" in entry]
+        self.seconds = runtimes[-1] if runtimes else None
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        arguments = trainer.args.to_dict()
+        self.arguments = {name: arguments[name] for name in _ARGUMENTS if name in arguments}
+        self.arguments["processes"] = trainer.args.world_size
+        config = model.config
+        clip = config.backbone_config
+        self.model = {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "text encoder": _tower(clip.text_config, f"{config.text_max_length} tokens"),
+            "image encoder": _tower(
+                clip.vision_config, f"{clip.vision_config.image_size} px, patches of {clip.vision_config.patch_size}"
+            ),
+        }
+        self.arguments |= {name: getattr(config, name) for name in _CONFIG}
+        self.arguments["correct_images"] = trainer.collator.processor.correct_images
+        self.hardware = hardware(trainer.args.device)
+        self.versions = versions()
+        if self.entities is None:
+            self.entities = len(trainer.knowledge_base)
+        if self.train_mentions is None and hasattr(trainer.train_dataset, "__len__"):
+            self.train_mentions = len(trainer.train_dataset)  # type: ignore[arg-type]
+        if not self.metrics:
+            evaluations = [entry for entry in self.log_history if f"eval_{_SHOWN[0]}" in entry]
+            if evaluations:
+                best = max(evaluations, key=lambda entry: entry["eval_mrr"])
+                self.metrics["validation"] = {
+                    name.removeprefix("eval_"): value for name, value in best.items() if name.startswith("eval_")
+                }
+
+    @property
+    def benchmark(self) -> str | None:
+        """The benchmark's name in [`PUBLISHED`] if the data set is one, judged by its name."""
+        name = (self.dataset_title or "").lower().replace("-", "").replace("_", "")
+        return next((benchmark for benchmark in PUBLISHED if benchmark in name), None)
+
+    @property
+    def dataset_id(self) -> str | None:
+        """The data set's id on the Hub; `None` where it is a directory."""
+        return _hub_id(self.dataset)
+
+    @property
+    def dataset_title(self) -> str | None:
+        """The last part of the data set's id or path."""
+        return None if self.dataset is None else Path(self.dataset).resolve().name
+
+    def card(self, model_name: str, with_curves: bool = False) -> ModelCard:
+        """The card.
+
+        Args:
+            model_name: the model's name or Hub id, for title and snippets.
+            with_curves: whether `training_curves.png` is beside it.
+        """
+        data = ModelCardData(
+            library_name="transformers",
+            license=self.license,
+            pipeline_tag=None,
+            base_model=_hub_id(self.base_model),
+            datasets=[self.dataset_id] if self.dataset_id else None,
+            tags=["mimic", TASK, "entity-linking", "multimodal", "custom_code"],
+            model_name=model_name.rpartition("/")[2],
+            eval_results=self._eval_results() or None,
+            metrics=None,
+        )
+        parts = [
+            f"# {model_name.rpartition('/')[2]}",
+            self._summary(),
+            self._usage(model_name),
+            self._results(with_curves),
+            self._training(),
+            self._limits(),
+            f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+        ]
+        text = "\n\n".join(part for part in parts if part)
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+    def _eval_results(self) -> list[EvalResult]:
+        results = []
+        for split, metrics in self.metrics.items():
+            for name in _SHOWN:
+                if name not in metrics:
+                    continue
+                results.append(
+                    EvalResult(
+                        task_type=TASK,
+                        task_name="Multimodal entity linking",
+                        dataset_type=self.dataset_id or self.dataset_title or "unknown",
+                        dataset_name=self.dataset_title or "unknown",
+                        dataset_config="mentions",
+                        dataset_split=split,
+                        dataset_revision=self.dataset_revision if self.dataset_id else None,
+                        metric_type=name,
+                        metric_name=_LABELS[name],
+                        metric_value=round(float(metrics[name]), 6),
+                    )
+                )
+        return results
+
+    def _summary(self) -> str:
+        start = "random weights" if self.base_model is None else _linked("", self.base_model)
+        trained = f", trained on {_linked('datasets/', self.dataset)}" if self.dataset else ""
+        return (
+            "This model links mentions to the entities they mean: given a mention, its sentence and its picture, it "
+            "scores every entity of a knowledge base by name, description and picture. It is MIMIC "
+            "([Luo et al., KDD 2023](https://arxiv.org/abs/2307.09721)) on a CLIP encoder, started from "
+            f"{start}{trained}."
+        )
+
+    def _usage(self, model_name: str) -> str:
+        dataset = self.dataset_id or self.dataset_title or "path/to/a/data-set"
+        lines = ["from datasets import load_dataset", "from transformers import pipeline", ""]
+        if self.has_index:
+            lines.append(f'linker = pipeline("{TASK}", model="{model_name}", trust_remote_code=True)')
+        else:
+            lines += [
+                f'entities = load_dataset("{dataset}", "entities", split="kb")',
+                f'linker = pipeline("{TASK}", model="{model_name}", trust_remote_code=True, entities=entities)',
+            ]
+        row = 0 if self.example is None else self.example["row"]
+        lines.append(f'mention = load_dataset("{dataset}", "mentions", split="test")[{row}]')
+        if self.example is None:
+            lines.append("linker(mention, top_k=3)")
+        else:
+            picture = "and a picture" if self.example["has_image"] else "without a picture"
+            lines.append(f"# {self.example['mention']!r} in {self.example['sentence']!r}, {picture}")
+            lines.append("linker(mention, top_k=3)")
+            rows = [str(_rounded(row)) for row in self.example["linked"]]
+            lines += [
+                f"# {'[' if n == 0 else ' '}{row}{']' if n == len(rows) - 1 else ','}" for n, row in enumerate(rows)
+            ]
+        text = "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+        if self.example is not None:
+            text += f"\n\nThe mention's answer is `{self.example['answer']}`."
+        return text + (
+            " A mention is a dict with `mention`, `text` (or `sentence`) and, if there is one, `image`: a path, a URL, "
+            "a PIL image or the bytes of a file. For a knowledge base of your own, pass `entities=` a data set or list "
+            "of dicts with `id`, `name`, `description` and `images`, or `index=` an `EntityIndex` of it."
+        )
+
+    def _results(self, with_curves: bool) -> str:
+        rows = []
+        for split, metrics in self.metrics.items():
+            rows.append((f"This model, {split}", metrics, 100.0))
+            kinds = sorted({name[: -len("_mrr")] for name in metrics if name.endswith("_mrr")})
+            for kind in kinds:
+                names = [name for name in (*_SHOWN, "mentions") if f"{kind}_{name}" in metrics]
+                own = {name: metrics[f"{kind}_{name}"] for name in names}
+                rows.append((f"This model, {split}, kind {kind}", own, 100.0))
+        if not rows:
+            return ""
+        if self.benchmark is not None:
+            rows.append(("Published MIMIC, test", PUBLISHED[self.benchmark], 1.0))
+        lines = [
+            "| | Mentions | " + " | ".join(_LABELS[name] for name in _SHOWN) + " |",
+            "|---|" + "---:|" * (len(_SHOWN) + 1),
+        ]
+        for label, metrics, factor in rows:
+            count = f"{int(metrics['mentions']):,}" if "mentions" in metrics else ""
+            values = [
+                f"{metrics[name] * (1.0 if name == 'mean_rank' else factor):.2f}" if name in metrics else ""
+                for name in _SHOWN
+            ]
+            lines.append(f"| {label} | {count} | " + " | ".join(values) + " |")
+        among = f" among {self.entities:,} entities" if self.entities else ""
+        text = (
+            f"## Results\n\nEach mention's answer is ranked{among}; equal scores share the mean of their places. "
+            "Hits and MRR in percent.\n\n" + "\n".join(lines)
+        )
+        missing = {split: int(metrics.get("missing_answers", 0)) for split, metrics in self.metrics.items()}
+        if any(missing.values()):
+            counts = " and ".join(f"{count:,} {split}" for split, count in missing.items() if count)
+            rule = {"miss": "They count as misses."}.get(
+                str(self.arguments.get("missing_answers")), "They are not part of the figures."
+            )
+            text += f"\n\nThe answers of {counts} mentions are not in the knowledge base. {rule}"
+        if with_curves:
+            text += f"\n\n![Training loss, and validation MRR and Hits@1, against epochs]({CURVES})"
+        return text
+
+    def _training(self) -> str:
+        facts = []
+        if self.dataset is not None:
+            revision = f", revision `{self.dataset_revision}`" if self.dataset_revision else ""
+            facts.append(("Data", f"{_linked('datasets/', self.dataset)}{revision}"))
+        if self.train_mentions is not None:
+            left = f" ({self.train_mentions_left_out:,} left out: their answer is no entity)"
+            facts.append(("Mentions", f"{self.train_mentions:,}" + (left if self.train_mentions_left_out else "")))
+        if self.entities is not None:
+            facts.append(("Entities", f"{self.entities:,}"))
+        if self.unreadable_images:
+            facts.append(("Pictures that could not be read", f"{self.unreadable_images:,}"))
+        if self.steps:
+            facts.append(("Steps", f"{self.steps:,} ({self.epochs:.4g} epochs)"))
+        if self.seconds is not None:
+            facts.append(("Time", _duration(self.seconds)))
+        if self.hardware:
+            facts.append(("Hardware", self.hardware))
+        facts += [(name.capitalize(), _plain(value)) for name, value in self.model.items()]
+        if not facts:
+            return ""
+        table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+        text = f"## Training\n\n| | |\n|---|---|\n{table}"
+        if self.arguments:
+            text += "\n\nArguments: " + ", ".join(f"`{name}={value}`" for name, value in self.arguments.items()) + "."
+        if self.versions:
+            text += "\n\nMade with " + ", ".join(f"{name} {version}" for name, version in self.versions.items()) + "."
+        return text
+
+    def _limits(self) -> str:
+        return (
+            "## Intended use, limits and bias\n\n"
+            "For linking mentions in text with pictures to the entities of a knowledge base that has names, "
+            "descriptions and, best, pictures. Every mention is given its best entities, whether or not any is right: "
+            "scores tell entities of one mention apart, they are no probabilities and do not say that the right entity "
+            "is missing. Figures hold for the data set above; other languages, kinds of entities and pictures, and "
+            "larger knowledge bases, must be measured anew. Texts are cut at the number of tokens above.\n\n"
+            "The model repeats what its encoder and its training data associate, stereotypes included, and links well "
+            "known entities better than others. Do not use it to identify people in pictures, and have a person check "
+            "links on which something depends."
+        )
+
+    def write(self, directory: str | os.PathLike[str], model_name: str | None = None) -> ModelCard:
+        """Writes README.md, and the picture of the training curves if matplotlib is installed, into a directory."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with_curves = draw_curves(self.log_history, directory / CURVES)
+        card = self.card(model_name or directory.resolve().name, with_curves)
+        card.save(directory / "README.md")
+        return card
+
+
+def draw_curves(log_history: Iterable[Mapping[str, Any]], path: Path) -> bool:
+    """Draws training loss and validation metrics against epochs; returns whether there was anything to draw with."""
+    history = list(log_history)
+    losses = [(entry["epoch"], entry["loss"]) for entry in history if "loss" in entry and "epoch" in entry]
+    evaluations = [entry for entry in history if "eval_mrr" in entry and "epoch" in entry]
+    if not losses or importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = 2 if evaluations else 1
+    figure = Figure(figsize=(4.6 * panels, 3.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes[0].plot(*zip(*losses, strict=True), color="#2a6f97", linewidth=1.5)
+    axes[0].set_title("Training loss", loc="left", fontsize=10)
+    if evaluations:
+        epochs = [entry["epoch"] for entry in evaluations]
+        for name, colour in (("mrr", "#2a6f97"), ("hits@1", "#c8553d")):
+            values = [entry[f"eval_{name}"] for entry in evaluations]
+            axes[1].plot(epochs, values, color=colour, linewidth=1.5, marker="o", markersize=3, label=_LABELS[name])
+        axes[1].set_ylim(0, 1)
+        axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+        axes[1].set_title("Validation", loc="left", fontsize=10)
+    for axis in axes:
+        axis.set_xlabel("Epoch", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    figure.savefig(path)
+    return True
+
+
+def hardware(device: torch.device) -> str:
+    """The device that trained, in words."""
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        return f"{count} x {torch.cuda.get_device_name(device)}" if count > 1 else torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that training rests on."""
+    found = {"Python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _tower(config: Any, reads: str) -> str:
+    return f"{config.num_hidden_layers} layers, width {config.hidden_size}, {reads}"
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name if it is of the form of a Hub id and no directory here."""
+    if name is None or "/" not in name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _linked(prefix: str, name: str | None) -> str:
+    hub_id = _hub_id(name)
+    if hub_id is not None:
+        return f"[{hub_id}](https://huggingface.co/{prefix}{hub_id})"
+    return f"`{Path(str(name)).resolve().name}`"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
+
+
+__all__ = ["PUBLISHED", "TrainingRun", "draw_curves"]
