@@ -446,19 +446,40 @@ class _Encoder(nn.Module):
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
         backbone: Any = config.backbone_config
+        self.mask_padding = config.mask_text_padding
         self.clip = CLIPModel._from_config(backbone)
         self.image_cls_fc = nn.Linear(backbone.projection_dim, config.image_hidden_size)
         self.image_tokens_fc = nn.Linear(backbone.vision_config.hidden_size, config.image_hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> MimicEncoderOutput:
-        text = self.clip.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        text_pooled, text_tokens = self._encode_texts(input_ids, attention_mask)
         image_embeds, image_tokens = self._encode_images(pixel_values)
         return MimicEncoderOutput(
-            text_embeds=F.normalize(self.clip.text_projection(text.pooler_output), dim=-1),
-            text_tokens=text.last_hidden_state,
+            text_embeds=F.normalize(self.clip.text_projection(text_pooled), dim=-1),
+            text_tokens=text_tokens,
             image_embeds=image_embeds,
             image_tokens=image_tokens,
         )
+
+    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        length = input_ids.shape[1]
+        leave_out = self.mask_padding and not torch.is_grad_enabled()
+        kept = self._longest(input_ids, attention_mask) if leave_out else length
+        text = self.clip.text_model(input_ids=input_ids[:, :kept], attention_mask=attention_mask[:, :kept])
+        tokens = text.last_hidden_state
+        if leave_out:
+            # No score depends on padding: zeros, so that features do not depend on the rest of the batch either.
+            tokens = tokens.masked_fill(~attention_mask[:, :kept, None].bool(), 0)
+            tokens = F.pad(tokens, (0, 0, 0, length - kept))
+        return text.pooler_output, tokens
+
+    def _longest(self, input_ids: Tensor, attention_mask: Tensor) -> int:
+        """How many columns hold all texts' tokens, and the end-of-text tokens where CLIP pools them."""
+        eos: Any = self.clip.config.text_config.eos_token_id
+        ends = input_ids if eos == 2 else (input_ids == eos).int()  # 2 is a mistake of old configurations
+        columns = attention_mask.bool().any(dim=0)
+        columns[ends.argmax(dim=1)] = True
+        return int(columns.nonzero().max()) + 1
 
     def _encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         rows = None
