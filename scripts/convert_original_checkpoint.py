@@ -14,6 +14,7 @@ as objects are replaced by inert stand-ins, and a file that asks for anything el
 
 from __future__ import annotations
 
+import _compat_pickle
 import argparse
 import io
 import json
@@ -65,14 +66,15 @@ _IGNORED = re.compile(
     r"|builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|slice|str|tuple)"
     r"|numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
 )
-# Storages, tensors and their like, which torch itself accepts or refuses.
+# What tensors are made of; torch itself has the last word.
 _LEFT_TO_TORCH = re.compile(
-    r"torch\..*|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(bytearray|complex|set)"
+    r"torch\.([A-Z]\w*|[a-z]+\d\w*|bool|device|_utils\._rebuild_\w+|_tensor\._rebuild_\w+|nn\.parameter\.[A-Z]\w*"
+    r"|storage\.[A-Z]\w*|serialization\._get_layout)"
+    r"|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(bytearray|complex|set)"
 )
 _DICTS = re.compile(r"collections\.defaultdict|.*\.AttributeDict")
 
 
-_PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of storages
 
 
@@ -133,8 +135,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)
     try:
+        is_zip = zipfile.is_zipfile(path)
         names = _globals_in_zip(path) if is_zip else _globals_in_legacy_file(path)
         ignored: list[Any] = []
         for name in sorted(names):
@@ -184,16 +186,20 @@ def _globals_in_legacy_file(path: Path) -> set[str]:
 
 def _globals(file: IO[bytes]) -> set[str]:
     """The globals of the next pickle in a file, which is taken apart but not run."""
-    names, strings = set(), ["", ""]
+    names: set[str] = set()
+    memo: dict[int, str | None] = {}
+    recent: list[str | None] = []  # what the last opcodes pushed, if strings
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
-            names.add(f"{_PYTHON_2_MODULES.get(module, module)}.{name}")
-        elif opcode.name == "STACK_GLOBAL":
-            # Not in pickles of torch.save. Torch refuses it; the last two strings are most likely what it names.
-            names.add(".".join(strings))
-        elif isinstance(argument, str):
-            strings = [strings[-1], argument]
+            names.add(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
+        elif opcode.name == "STACK_GLOBAL":  # of later protocols than torch.save has
+            names.add(".".join(str(part) for part in recent[-2:]))
+        if opcode.name == "MEMOIZE" or "PUT" in opcode.name:
+            memo[len(memo) if argument is None else int(argument)] = recent[-1] if recent else None
+        else:
+            pushed = memo.get(int(argument)) if "GET" in opcode.name else argument
+            recent = [*recent[-1:], pushed if isinstance(pushed, str) else None]
     return names
 
 
@@ -373,10 +379,17 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _convert_back(arguments: argparse.Namespace) -> None:
+    source = arguments.checkpoint
     try:
-        model = MimicModel.from_pretrained(arguments.checkpoint, dtype=torch.float32)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ConversionError(f"{arguments.checkpoint} is not a checkpoint of a MimicModel: {error}") from error
+        values, _ = MimicConfig.get_config_dict(source)
+        if values.get("model_type") != MimicConfig.model_type:
+            raise ValueError(f"its model type is {values.get('model_type')!r}")
+        model, report = MimicModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ConversionError(f"{source} is not a checkpoint of a MimicModel: {error}") from error
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise ConversionError(f"{source} lacks weights of a MimicModel: {', '.join(absent)}.")
     config = model.config
     if config.mask_text_padding:
         print(
