@@ -1,0 +1,112 @@
+"""Scoring every pair: the factored form against a straightforward transcription of the published equations.
+
+    python benchmarks/scoring.py --data_dir MELBENCH
+
+Both start from what the encoder gives for the same mentions and entities, and are timed in turn, several times, in one
+process. Peak memory is measured in a process of its own for each, and for the factored form with 1x, 4x and 16x as many
+entities.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_data import machine, parser, trained_model
+
+from mimic_el.modeling_mimic import MimicEncoderOutput, MimicModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import oracle
+
+MENTIONS, ENTITIES = 32, 512
+
+
+def repeated(encoded: MimicEncoderOutput, times: int) -> MimicEncoderOutput:
+    return MimicEncoderOutput(**{name: tensor.repeat_interleave(times, dim=0) for name, tensor in encoded.items()})
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def factored(model: MimicModel, mention: MimicEncoderOutput, entity: MimicEncoderOutput) -> torch.Tensor:
+    matcher = model.matcher
+    mentions = matcher.mention_features(mention, torch.ones(mention.text_tokens.shape[:2]))
+    entities = matcher.entity_features(entity, torch.ones(entity.text_tokens.shape[:2]))
+    return model.score(mentions, entities, block_bytes=16 * 2**20).logits
+
+
+def transcribed(model: MimicModel, mention: MimicEncoderOutput, entity: MimicEncoderOutput) -> torch.Tensor:
+    weights = dict(model.state_dict())
+    # 64 entities at a time: more of them made the transcription slower.
+    blocks = [
+        oracle.scores(weights, mention, {name: tensor[start : start + 64] for name, tensor in entity.items()})["logits"]
+        for start in range(0, len(entity.text_embeds), 64)
+    ]
+    return torch.cat(blocks, dim=1)
+
+
+def encoded(args: Any, entities: int) -> tuple[MimicModel, MimicEncoderOutput, MimicEncoderOutput]:
+    model, processor, world = trained_model(args)
+    with torch.inference_mode():
+        mention = model.encode(**world.mention_inputs(processor, world.test[:MENTIONS]))
+        parts = world.test[:ENTITIES]
+        entity = model.encode(**world.entity_inputs(processor, parts))
+    return model, mention, repeated(entity, entities // ENTITIES)
+
+
+def peak_growth(args: Any, form: str, entities: int) -> None:
+    """Prints by how much scoring raises the peak of this process, its result included, in MB."""
+    model, mention, entity = encoded(args, entities)
+    function = factored if form == "factored" else transcribed
+    with torch.inference_mode():
+        function(model, MimicEncoderOutput(**{n: t[:1] for n, t in mention.items()}), entity)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        function(model, mention, entity)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--peak", nargs=2, metavar=("FORM", "ENTITIES"), help="used by the benchmark itself")
+    args = arguments.parse_args()
+    if args.peak:
+        peak_growth(args, args.peak[0], int(args.peak[1]))
+        return
+    model, mention, entity = encoded(args, ENTITIES)
+    pairs = MENTIONS * ENTITIES
+    times: dict[str, list[float]] = {"transcription": [], "factored": []}
+    with torch.inference_mode():
+        scores = {"transcription": transcribed(model, mention, entity), "factored": factored(model, mention, entity)}
+        for _ in range(args.repeats):
+            times["transcription"].append(seconds(lambda: transcribed(model, mention, entity)))
+            times["factored"].append(seconds(lambda: factored(model, mention, entity)))
+    best = {name: min(values) for name, values in times.items()}
+    print(f"{machine()}\n{MENTIONS} mentions x {ENTITIES} entities, best of {args.repeats}\n")
+    print("| form | microseconds per pair | relative |\n|---|---|---|")
+    for name, value in best.items():
+        print(f"| {name} | {value / pairs * 1e6:.2f} | {best['transcription'] / value:.1f} |")
+    difference = (scores["factored"] - scores["transcription"]).abs()
+    print(
+        f"\nLargest difference of scores: {float(difference.max()):.1e} (scores up to "
+        f"{float(scores['factored'].abs().max()):.1f})\n"
+    )
+    print("| form | entities | peak memory of scoring, MB |\n|---|---|---|")
+    for form, count in (("transcription", 512), ("factored", 512), ("factored", 2048), ("factored", 8192)):
+        command = [sys.executable, *sys.argv, "--peak", form, str(count)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"| {form} | {count} | {float(result.stdout.strip().splitlines()[-1]):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
