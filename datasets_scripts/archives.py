@@ -37,7 +37,7 @@ MAX_COMPRESSION_RATIO = 200
 SMALL_MEMBER_BYTES = 1 << 20
 
 # Formats whose decoders are plain image decoders. Left out on purpose: EPS and PDF start other programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "MPO", "PPM")
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 # What a damaged or hostile archive member can raise while it is read.
 READ_ERRORS = (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error)
@@ -289,6 +289,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, start: int, size: int, owns: bool = False):
         self._to_close = file if owns else None
+        self._outer = file  # a file that nobody refers to is closed
         self._file: BinaryIO
         self._start: int
         self._size: int

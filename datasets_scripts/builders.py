@@ -256,7 +256,8 @@ def load_raw(
         cache_dir: another folder for that cache.
 
     Returns:
-        `mentions` with the splits `train`, `validation` and `test`, and the entities.
+        `mentions` with the splits `train`, `validation` and `test` (unless streaming, only those that have rows), and
+        the entities.
 
     Raises:
         ValueError: a file is missing or broken; the message names all of them.
@@ -281,7 +282,10 @@ def load_raw(
         return datasets.IterableDatasetDict(splits), _stream(builders["entities"], "kb")
     for builder in builders.values():
         builder.download_and_prepare()
-    return builders["mentions"].as_dataset(), builders["entities"].as_dataset(split="kb")
+    # `datasets` has no data set without rows.
+    written = [str(split) for split, facts in builders["mentions"].info.splits.items() if facts.num_examples]
+    mentions = {split: builders["mentions"].as_dataset(split=split) for split in written}
+    return datasets.DatasetDict(mentions), builders["entities"].as_dataset(split="kb")
 
 
 def _stream(builder: MelBuilder, split: str) -> datasets.IterableDataset:

@@ -177,7 +177,8 @@ def survey(source: Source, report: Report, options: Options) -> dict[str, dict[s
     """Go through all rows once: tell `report` what is wrong, count, compare with published figures.
 
     Returns:
-        By configuration and split, the bytes that each row will take.
+        By configuration and split, the bytes that each row will take. Splits of mentions without rows are left out,
+        because `datasets` loads no data set that has one.
     """
     sizes: dict[str, dict[str, array]] = {}
     for config, splits in CONFIGS.items():
@@ -193,6 +194,12 @@ def survey(source: Source, report: Report, options: Options) -> dict[str, dict[s
                 limit = options.image_size**2 // 2 if options.image_size else sys.maxsize
                 texts = row_bytes(encode(row, lambda picture: b""))
                 of_split.append(texts + sum(min(picture.size, limit) for picture in pictures))
+        if not any(sizes[config].values()):
+            report.add("no_rows", config, detail="see the findings on files and rows")
+    for split in SPLITS:
+        if not sizes["mentions"][split]:
+            report.add("empty_split", split)
+            del sizes["mentions"][split]
     if isinstance(source, MimicArchive):
         found = {"test mentions": report.statistics.mentions["test"], "entities": report.statistics.entities}
         for what, published in source.benchmark.published.items():
@@ -280,6 +287,8 @@ def _card_facts(source: Source, manifest: Manifest, options: Options) -> CardFac
     for config, names in CONFIGS.items():
         for split in names:
             shards = [facts for path, facts in manifest.shards.items() if path.startswith(f"{config}/{split}-")]
+            if not shards:
+                continue
             totals = [sum(shard[key] for shard in shards) for key in ("rows", "data_bytes", "bytes")]
             splits.setdefault(config, {})[split] = SplitFacts(*totals)
     features = {config: features_of(config, source) for config in CONFIGS}

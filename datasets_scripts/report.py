@@ -38,6 +38,8 @@ KINDS: dict[str, Kind] = {
     "unsafe_member": Kind("error", "archive members with unsafe names, links, encryption or absurd sizes, not read"),
     "duplicate_key": Kind("error", "JSON keys given twice in one object, of which the last counts"),
     "no_images": Kind("note", "no pictures come with the data, or they were not asked for"),
+    "no_rows": Kind("fatal", "nothing that could be used is left of the entities or the mentions"),
+    "empty_split": Kind("note", "splits without mentions, not written because they could not be loaded"),
     "closed_knowledge_base": Kind("note", "the knowledge base is the mentions' own answers, without descriptions"),
     "md5_differs": Kind("note", "files that differ from the published ones"),
     "size_differs": Kind("note", "counts that differ from the published ones"),

@@ -29,7 +29,7 @@ class Shard:
 
 
 def plan_shards(folder: str, split: str, row_bytes: Iterable[int], max_shard_bytes: int) -> list[Shard]:
-    """Cut a split into files of at most `max_shard_bytes`, or one row; an empty split gets one file without rows.
+    """Cut a split into files of at most `max_shard_bytes`, or one row.
 
     Args:
         folder: the folder of the files, such as `mentions`.

@@ -317,7 +317,8 @@ class Source(ABC):
         return whole
 
     def _unquote(self, text: str, report: Report, file: str, row: int | str, name: str) -> str:
-        plain = unquote(self._clean(text, report, file, row, name))
+        text = self._clean(text, report, file, row, name)
+        plain = unquote(text)
         if "\ufffd" in plain and "\ufffd" not in text:
             report.add("broken_text", file, row, f"{name}: {text[:80]!r} is not URL-encoded UTF-8")
         return plain

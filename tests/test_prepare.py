@@ -1,0 +1,340 @@
+"""The command: what it writes, refuses, resumes and uploads."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+from hub_server import Hub
+from mel_archives import Files, noise, picture, sound_archive, to_json, write_folder
+from test_sources import planted_archive
+
+from mimic_el.datasets_scripts import prepare as module
+from mimic_el.datasets_scripts.builders import load_raw
+from mimic_el.datasets_scripts.prepare import Options, PrepareError, main, prepare
+
+COMMAND = [sys.executable, "-m", "mimic_el.datasets_scripts.prepare"]
+
+# What a reader does, with nothing of ours installed.
+READER = """
+import json, sys
+sys.modules["mimic_el"] = None
+from datasets import Image, List, load_dataset
+folder = sys.argv[1]
+mentions = load_dataset(folder, "mentions")
+entities = load_dataset(folder, "entities", split="kb")
+streamed = load_dataset(folder, "mentions", split="test", streaming=True)
+print(json.dumps({
+    "features": [str(mentions["train"].features), str(entities.features)],
+    "mentions": {split: rows.remove_columns("image")[:] for split, rows in mentions.items()},
+    "sizes": [row["image"] and row["image"].size for row in mentions["train"]],
+    "entities": entities.remove_columns("images")[:],
+    "images": [[image.size for image in row["images"]] for row in entities],
+    "streamed": [row["id"] for row in streamed],
+}))
+"""
+
+
+def many_pictures(count: int) -> Files:
+    """Own data with a picture of 12 kB for each of `count` entities."""
+    rows = [{"id": f"e{number}", "name": f"Entity {number}", "images": [f"{number}.png"]} for number in range(count)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    mentions = "".join(f"Entity,Entity {number},e{number}\n" for number in range(count))
+    files = {"entities.jsonl": lines.encode(), "mentions.csv": b"mention,sentence,answer\n" + mentions.encode()}
+    return files | {f"images/{number}.png": noise(number) for number in range(count)}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output of the archive with everything wrong."""
+    folder = tmp_path_factory.mktemp("planted")
+    prepare("richpediamel", planted_archive(folder), folder / "out", Options(num_workers=2))
+    return folder / "out"
+
+
+def test_output_is_read_where_nothing_of_ours_is_installed(planted: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(planted)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout)
+    assert [len(rows["id"]) for rows in read["mentions"].values()] == [11, 1, 1]
+    assert read["mentions"]["test"] == {
+        "id": ["test-0"],
+        "mention": ["Bén"],
+        "sentence": ["Bén"],
+        "answer": ["1"],
+        "source_id": [None],
+    }
+    assert read["streamed"] == ["test-0"]
+    assert [size for size in read["sizes"] if size] == [[8, 6]] * 4
+    assert read["entities"]["id"] == [str(number) for number in (*range(9), *range(11, 17))]
+    assert read["entities"]["name"][:2] == ["Anna Alpha", "Ben Beta"]
+    assert [len(images) for images in read["images"]] == [2, 1, *[0] * 6, 1, *[0] * 5, 1]
+    assert "'image': Image(" in read["features"][0]
+    assert "'images': List(Image(" in read["features"][1]
+
+
+def test_output_has_report_problems_and_card(planted: Path) -> None:
+    report = json.loads((planted / "report.json").read_text())
+    problems = [json.loads(line) for line in (planted / "problems.jsonl").read_text().splitlines()]
+    assert sum(report["problems"].values()) == len(problems)
+    assert report["problems"]["missing_image"] == 2
+    card = (planted / "README.md").read_text()
+    assert "| missing_image | 2 | pictures that are named and not there |" in card
+    # Nothing in what is uploaded tells of this machine.
+    for path in planted.rglob("*"):
+        if path.is_file() and path.suffix in (".md", ".json", ".jsonl") and ".prepare" not in path.parts:
+            assert str(planted.parent) not in path.read_text()
+
+
+def test_command_reports_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write_folder(sound_archive(), tmp_path / "data"), tmp_path / "out"
+    assert main(["wikimel", "--data_dir", str(data), "--output_dir", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "WikiMEL: the archive of the MIMIC authors" in printed
+    assert "entities: 4 (published: 109,976)" in printed
+    assert f"Written to {out}" in printed
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.parquet")) == [
+        "entities/kb-00000-of-00001.parquet",
+        "mentions/test-00000-of-00001.parquet",
+        "mentions/train-00000-of-00001.parquet",
+        "mentions/validation-00000-of-00001.parquet",
+    ]
+
+
+def test_pictures_keep_their_bytes_or_are_shrunk(tmp_path: Path) -> None:
+    files = sound_archive() | {"mention_image/m0.jpg": picture(5, (300, 200))}
+    data = write_folder(files, tmp_path / "data")
+    for name, options in (("a", Options()), ("b", Options(image_size=30))):
+        prepare("wikimel", data, tmp_path / name, options)
+    raw = datasets.Image(decode=False)
+    whole = datasets.load_dataset(str(tmp_path / "a"), "mentions", split="train").cast_column("image", raw)
+    assert [image and image["bytes"] for image in whole["image"]] == [picture(5, (300, 200)), picture(6), None]
+    small = datasets.load_dataset(str(tmp_path / "b"), "mentions", split="train")
+    assert [image and image.size for image in small["image"]] == [(30, 20), (8, 6), None]
+
+
+def test_report_only_writes_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = planted_archive(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["richpediamel", "--data_dir", str(data), "--report_only"]) == 0
+    assert "unsafe_image_path" in capsys.readouterr().out
+    assert set(tmp_path.rglob("*")) - set(before) == {tmp_path / "richpediamel-problems.jsonl"}
+    assert main(["richpediamel", "--data_dir", str(data), "--report_only", "--strict"]) == 1
+
+
+def test_strict_refuses_errors_and_allows_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = planted_archive(tmp_path), tmp_path / "out"
+    assert main(["richpediamel", "--data_dir", str(data), "--output_dir", str(out), "--strict"]) == 1
+    assert "Nothing was written, because of --strict: 1 duplicate_key" in capsys.readouterr().err
+    assert not list(out.rglob("*.parquet"))
+    assert (out / "problems.jsonl").exists()
+    sound = write_folder(sound_archive(), tmp_path / "sound")
+    assert main(["wikimel", "--data_dir", str(sound), "--output_dir", str(tmp_path / "b"), "--strict"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"WIKIMEL_dev.json": b"[1,\n2,]"}, "WIKIMEL_dev.json: line 2, column"),
+        ({"qid2id.json": None}, "qid2id.json: not in"),
+    ],
+)
+def test_fatal_findings_write_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, bytes | None], message: str
+) -> None:
+    files = {name: data for name, data in {**sound_archive(), **changes}.items() if data is not None}
+    data, out = write_folder(files, tmp_path / "data"), tmp_path / "out"
+    assert main(["wikimel", "--data_dir", str(data), "--output_dir", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert message in printed.out
+    assert "Nothing was written" in printed.err
+    assert not list(out.rglob("*.parquet"))
+
+
+def test_second_run_writes_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = write_folder(sound_archive(), tmp_path / "data"), tmp_path / "out"
+    prepare("wikimel", data, out)
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+
+    def fail(*args: object) -> None:
+        raise AssertionError("a picture was checked again")
+
+    monkeypatch.setattr(module, "inspect_image", fail)
+    prepare("wikimel", data, out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == stamps
+
+
+def test_output_of_another_input_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write_folder(sound_archive(), tmp_path / "data"), tmp_path / "out"
+    prepare("wikimel", data, out)
+    arguments = ["wikimel", "--data_dir", str(data), "--output_dir", str(out)]
+    assert main([*arguments, "--image_size", "8"]) == 1
+    assert "another input or other options" in capsys.readouterr().err
+    (data / "WIKIMEL_dev.json").write_bytes(to_json([]))
+    assert main(arguments) == 1
+    write_folder({"mine.txt": b""}, tmp_path / "mine")
+    assert main([*arguments[:-1], str(tmp_path / "mine")]) == 1
+    assert "was not written by this command" in capsys.readouterr().err
+
+
+def run_until(data: Path, out: Path, is_reached: Callable[[], bool], stop: signal.Signals) -> tuple[int, str]:
+    """Start the command, with a file for each picture, and send `stop` when `is_reached()`."""
+    arguments = ["custom", "--data_dir", str(data), "--output_dir", str(out), "--max_shard_size", "1KB"]
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not is_reached() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(stop)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    count = 80
+    data, out = write_folder(many_pictures(count), tmp_path / "data"), tmp_path / "out"
+    stamps: dict[Path, int] = {}
+
+    def written_anew() -> int:
+        """How many files changed since the last interruption."""
+        now = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+        return len(stamps.items() - now.items())
+
+    for stop, code, reached in ((signal.SIGKILL, -signal.SIGKILL, 4), (signal.SIGINT, 130, 20)):
+        returned, output = run_until(data, out, lambda at=reached: len(list(out.rglob("kb-*.parquet"))) >= at, stop)
+        assert returned == code, output
+        assert ("run the same command again" in output) == (stop == signal.SIGINT)
+        recorded = json.loads((out / ".prepare" / "manifest.json").read_text())["shards"]
+        assert reached - 1 <= len(recorded) < count, "the run was not interrupted in the middle"
+        assert not (out / "README.md").exists()
+        assert written_anew() <= 1  # the one that was complete and not yet recorded
+        stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+
+    prepare("custom", data, out, Options(max_shard_bytes=1000))
+    assert written_anew() <= 1
+    prepare("custom", data, tmp_path / "whole", Options(max_shard_bytes=1000))
+    names = sorted(path.relative_to(out) for path in out.rglob("*.parquet"))
+    assert sum(name.name.startswith("kb-") for name in names) == count
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(out.rglob("*.incomplete"))
+
+
+def test_interrupted_check_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = write_folder(many_pictures(60), tmp_path / "data"), tmp_path / "out"
+    (data / "images" / "3.png").write_bytes(noise(3)[:-6000])
+    checked: list[bytes] = []
+    inspect = module.inspect_image
+
+    def interrupt(image: bytes, limit: int) -> tuple[str, str] | None:
+        checked.append(image)
+        if len(checked) == 40:
+            raise KeyboardInterrupt
+        return inspect(image, limit)
+
+    monkeypatch.setattr(module, "inspect_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("custom", data, out, Options(num_workers=1))
+    assert not (out / "problems.jsonl").exists()
+    again = prepare("custom", data, out, Options(num_workers=1))
+    assert again.counts == {"unreadable_image": 1}
+    # Two groups of sixteen were complete and are not read again.
+    assert [checked.count(noise(number)) for number in range(32) if number != 3] == [1] * 31
+    assert 60 < len(checked) <= 40 + 60 - 32
+
+
+def test_data_that_change_while_they_are_read_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_folder(many_pictures(3), tmp_path / "data")
+    validate = module.validate
+
+    def then_change(*args: object) -> object:
+        sizes = validate(*args)  # type: ignore[arg-type]
+        (data / "entities.jsonl").write_text('{"id": "e0", "name": "Entity"}\n')
+        return sizes
+
+    monkeypatch.setattr(module, "validate", then_change)
+    with pytest.raises(PrepareError, match="the data changed while it was read"):
+        prepare("custom", data, tmp_path / "out")
+
+
+def test_empty_splits_are_left_out(tmp_path: Path) -> None:
+    files = {
+        "entities.csv": b"id,name\n1,Ann\n",
+        "train.csv": b"mention,sentence,answer\nAnn,Ann,1\n",
+    }
+    data = write_folder(files, tmp_path / "data")
+    report = prepare("custom", data, tmp_path / "out")
+    assert report.counts == {"empty_split": 2}
+    mentions = datasets.load_dataset(str(tmp_path / "out"), "mentions")
+    assert {split: len(rows) for split, rows in mentions.items()} == {"train": 1}
+    raw, _ = load_raw("custom", data, cache_dir=str(tmp_path / "cache"))
+    assert raw["train"][0]["mention"] == mentions["train"][0]["mention"]
+    assert set(raw) == {"train"}
+
+
+def test_nothing_usable_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"entities.csv": b"id,name\n1,Ann\n", "train.csv": b"mention,sentence,answer\nAnn,Ann,2\n"}
+    data = write_folder(files, tmp_path / "data")
+    assert main(["custom", "--data_dir", str(data), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "Nothing was written: no_rows" in capsys.readouterr().err
+
+
+def test_push_to_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ann", token="hf_ann"))
+    data = write_folder(many_pictures(8), tmp_path / "data")
+    arguments = ["custom", "--data_dir", str(data), "--push_to_hub", "ann/own", "--private"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "a"), "--max_shard_size", "50KB"]) == 0
+    first = hub.files("ann/own", repo_type="dataset")
+    assert "README.md" in first
+    assert "problems.jsonl" in first
+    assert not [name for name in first if name.startswith(".prepare")]
+    # Another cut of the same data leaves no file of the first.
+    assert main([*arguments, "--output_dir", str(tmp_path / "b")]) == 0
+    names = [name for name in hub.files("ann/own", repo_type="dataset") if name.endswith(".parquet")]
+    assert sorted(names) == ["entities/kb-00000-of-00001.parquet"] + [
+        f"mentions/{split}-00000-of-00001.parquet" for split in ("test", "train")
+    ]
+    entities = datasets.load_dataset("ann/own", "entities", split="kb")
+    assert entities["id"] == [f"e{number}" for number in range(8)]
+
+
+def test_failed_upload_says_so(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_folder(sound_archive(), tmp_path / "data")
+    arguments = ["wikimel", "--data_dir", str(data), "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--push_to_hub", "nobody/nothing"]) == 1
+    assert "the upload failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["wikimel", "--data_dir", "."], "give --output_dir, --push_to_hub or --report_only"),
+        (["wikimel", "--output_dir", "x"], "--data_dir"),
+        (["wikinews", "--data_dir", "."], "invalid choice: 'wikinews'"),
+        (["wikimel", "--data_dir", ".", "--output_dir", "x", "--image_size", "0"], "0 is not a positive number"),
+        (["wikimel", "--data_dir", ".", "--output_dir", "x", "--max_shard_size", "big"], "not a size such as 500MB"),
+    ],
+)
+def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["wikimel", "--data_dir", str(tmp_path / "no"), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "does not exist; give a folder, a .zip or a .tar" in capsys.readouterr().err

@@ -1,0 +1,713 @@
+"""The formats: a sound archive gives its rows however it is packed, a bad one exactly the report that it deserves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mel_archives import (
+    PACKINGS,
+    entity,
+    mention,
+    noise,
+    picture,
+    png_claiming,
+    sound_archive,
+    to_json,
+    write_folder,
+    zip_bytes,
+    zip_folders,
+)
+
+from mimic_el.datasets_scripts import sources
+from mimic_el.datasets_scripts.archives import ArchiveError
+from mimic_el.datasets_scripts.prepare import Options, check_pictures, survey
+from mimic_el.datasets_scripts.report import SPLITS, Report
+from mimic_el.datasets_scripts.sources import Source, image_name, open_source, split_of, wikipedia_page
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def rows_of(source: Source) -> dict[str, list[dict[str, Any]]]:
+    """All rows as plain values, pictures by their bytes."""
+    entities = [
+        {
+            "id": row.id,
+            "qid": row.qid,
+            "name": row.name,
+            "description": row.description,
+            "images": [picture.read() for picture in row.pictures],
+        }
+        for row in source.entities(Report())
+    ]
+    mentions = {
+        split: [
+            {
+                "id": row.id,
+                "mention": row.mention,
+                "sentence": row.sentence,
+                "answer": row.answer,
+                "image": row.picture and row.picture.read(),
+                **row.extra,
+            }
+            for row in source.mentions(split, Report())
+        ]
+        for split in SPLITS
+    }
+    return {"kb": entities, **mentions}
+
+
+def findings(name: str, data_dir: Path, tmp_path: Path, **options: Any) -> tuple[Report, list[tuple[Any, ...]]]:
+    """The report on a data set, and its list of findings as `(kind, file, row)`."""
+    report = Report()
+    source = open_source(name, data_dir, report, **options)
+    report.list_in(tmp_path / "problems.jsonl")
+    check_pictures(source, Options(num_workers=1))
+    survey(source, report, Options())
+    report.close()
+    source.close()
+    lines = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
+    assert Counter(line["kind"] for line in lines) == report.counts
+    return report, [(line["kind"], line["file"], line["row"]) for line in lines]
+
+
+SOUND_ROWS = {
+    "kb": [
+        {"id": "0", "qid": "Q0", "name": "Anna Alpha", "description": "About Anna%20Alpha.",
+         "images": [picture(1), picture(2)]},
+        {"id": "1", "qid": "Q1", "name": "Ben Beta", "description": "About Ben Beta.", "images": [picture(3)]},
+        {"id": "2", "qid": "Q2", "name": "Café Gamma", "description": "About Caf%C3%A9 Gamma.", "images": []},
+        {"id": "3", "qid": "Q3", "name": "Dora", "description": "About Dora.", "images": [picture(4)]},
+    ],
+    "train": [
+        {"id": "train-0", "mention": "Anna", "sentence": "Anna at work", "answer": "0", "image": picture(5),
+         "source_id": None},
+        {"id": "train-1", "mention": "Ben Beta", "sentence": "Here is Ben Beta.", "answer": "1", "image": picture(6),
+         "source_id": None},
+        {"id": "train-2", "mention": "Gamma", "sentence": "A Gamma.", "answer": "2", "image": None, "source_id": None},
+    ],
+    "validation": [
+        {"id": "validation-0", "mention": "Dora", "sentence": "Dora", "answer": "3", "image": None, "source_id": None}
+    ],
+    "test": [
+        {"id": "test-0", "mention": "Anna", "sentence": "Anna again", "answer": "0", "image": picture(5),
+         "source_id": None}
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_sound_archive_in_every_packing(tmp_path: Path, packing: str) -> None:
+    report = Report()
+    source = open_source("wikimel", PACKINGS[packing](sound_archive(), tmp_path), report)
+    assert rows_of(source) == SOUND_ROWS
+    assert report.counts == {}
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "folder"),
+    [
+        ("wikimel", "WIKIMEL_", "mention_image"),
+        ("wikimel", "", "mention_image"),
+        ("richpediamel", "RichpediaMEL_", "mention_images"),
+        ("wikidiverse", "wiki_diverse_", "mention_image"),
+        ("wikidiverse", "WikiDiverse_", "mention_image"),
+    ],
+)
+def test_names_that_archives_use(tmp_path: Path, name: str, prefix: str, folder: str) -> None:
+    source = open_source(name, write_folder(sound_archive(prefix, folder), tmp_path), Report())
+    assert rows_of(source) == SOUND_ROWS
+
+
+def test_one_data_set_among_three(tmp_path: Path) -> None:
+    write_folder(sound_archive("RichpediaMEL_"), tmp_path / "A")
+    write_folder({**sound_archive(), "WIKIMEL_dev.json": to_json([])}, tmp_path / "B")
+    write_folder(sound_archive("wiki_diverse_"), tmp_path / "C")
+    source = open_source("wikimel", tmp_path, Report())
+    assert len(list(source.mentions("validation", Report()))) == 0
+    assert len(list(source.mentions("train", Report()))) == 3
+
+
+def planted_archive(folder: Path) -> Path:
+    """An archive with everything wrong that still lets it be used, in the layout of RichpediaMEL."""
+    kb: list[Any] = [
+        entity(0, "Anna%20Alpha", ["Q0.jpg", "Q0.jpg"]),
+        entity(1, "Ben Beta", ["gone.jpg", "Q0.jpg"]),  # missing_image
+        entity(2, "C", ["truncated.png"]),  # unreadable_image
+        entity(3, "D", ["bomb.png"]),  # oversized_image
+        entity(4, "E", ["folder.jpg"]),  # image_not_a_file
+        entity(5, "F", ["../secret.jpg"]),  # unsafe_image_path
+        entity(6, "G", ["/etc/secret.jpg"]),  # unsafe_image_path
+        entity(7, "H", ["out.jpg"]),  # unsafe_image_path: a link that leaves the folder
+        entity(8, "I", ["in.jpg"]),  # a link that stays in it
+        entity(0, "Again", []),  # duplicate_entity_id
+        "text",  # bad_entity
+        entity(9, "J", [], type="relation"),  # bad_entity
+        entity(10, "K", [], entity_name=None),  # bad_entity
+        entity(11, "L", [], qid="Q0"),  # duplicate_qid
+        entity(12, "M", [], attr=None, image_list="Q0.jpg", qid=7),  # bad_field three times
+        entity(13, "N \ud800", [], attr="About N", extra=1),  # broken_text, and a field that is not carried over
+        entity(14, "%E9t%E9", []),  # broken_text: URL-encoded Latin-1
+        entity(15, "O", ["note.jpg"]),  # unreadable_image
+        entity(16, "P", [5, "Q0.jpg"]),  # bad_field
+    ]
+    anna = ("Anna", "Anna at work", "Q0")
+    train: list[Any] = [
+        mention(*anna, "images/m0.png", id="7", entities="Anna"),  # found with .jpg
+        mention(*anna, ""),
+        mention("Nobody", "Nobody", "nil"),  # nil_answer
+        mention("X", "X", "Q98"),  # answer_without_entity: not in qid2id.json
+        mention("X", "X", "Q99"),  # answer_without_entity: not in kb_entity.json
+        {"mentions": "X", "answer": "Q0", "imgPath": ""},  # bad_row
+        [],  # bad_row
+        mention(*anna, "M1.JPG"),  # found in another case
+        mention(*anna, "m2.gif"),  # found with another extension
+        mention(*anna, "../../secret.jpg"),  # unsafe_image_path
+        mention(*anna, "gone.jpg"),  # missing_image
+        mention("Bob", "Anna at work", "Q0", id="7"),  # mention_not_in_sentence, duplicate_mention_id
+        mention("%0A", "Anna at work", "Q0"),  # empty_mention, mention_not_in_sentence
+        {**mention(*anna), "imgPath": None},  # bad_field
+        mention(*anna, "m0.v2.png"),  # found with .jpg
+        mention(*anna, "empty.jpg"),  # unreadable_image
+    ]
+    files = {
+        "kb_entity.json": json.dumps(kb).encode(),
+        "qid2id.json": b'{"Q0": 0, "Q1": 9, "Q1": 1, "Q99": 99, "nil": -1}\n',  # duplicate_key
+        "RichpediaMEL_train.json": json.dumps(train).encode(),
+        "RichpediaMEL_dev.json": to_json([mention("Bén", "Bén", "Q1")], "utf-8-sig"),
+        "RichpediaMEL_test.json": to_json([mention("Bén", "Bén", "Q1")], "utf-16"),
+        "kb_image/Q0.jpg": picture(1),
+        "kb_image/truncated.png": noise(0)[:-6000],
+        "kb_image/bomb.png": png_claiming(50_000, 50_000),
+        "kb_image/folder.jpg/inner.txt": b"",
+        "kb_image/note.jpg": b"The picture was removed.",
+        "mention_images/m0.jpg": picture(2),
+        "mention_images/m1.jpg": picture(3),
+        "mention_images/m2.webp": picture(4, format="WEBP"),
+        "mention_images/empty.jpg": b"",
+    }
+    data = write_folder(files, folder / "data")
+    write_folder({"secret.jpg": picture()}, folder)
+    (data / "kb_image" / "out.jpg").symlink_to(folder / "secret.jpg")
+    (data / "kb_image" / "in.jpg").symlink_to("Q0.jpg")
+    return data
+
+
+def test_every_planted_problem_is_reported_and_nothing_else(tmp_path: Path) -> None:
+    report, found = findings("richpediamel", planted_archive(tmp_path), tmp_path)
+    kb, train = "kb_entity.json", "RichpediaMEL_train.json"
+    jsons = (kb, "qid2id.json", train, "RichpediaMEL_dev.json", "RichpediaMEL_test.json")
+    expected = [
+        ("duplicate_key", "qid2id.json", None),
+        *(("md5_differs", name, None) for name in jsons),
+        ("size_differs", "test mentions", None),
+        ("size_differs", "entities", None),
+        ("missing_image", kb, 1),
+        ("unreadable_image", kb, 2),
+        ("oversized_image", kb, 3),
+        ("image_not_a_file", kb, 4),
+        ("unsafe_image_path", kb, 5),
+        ("unsafe_image_path", kb, 6),
+        ("unsafe_image_path", kb, 7),
+        ("duplicate_entity_id", kb, 9),
+        ("bad_entity", kb, 10),
+        ("bad_entity", kb, 11),
+        ("bad_entity", kb, 12),
+        ("duplicate_qid", kb, 13),
+        *[("bad_field", kb, 14)] * 3,
+        ("broken_text", kb, 15),
+        ("broken_text", kb, 16),
+        ("unreadable_image", kb, 17),
+        ("bad_field", kb, 18),
+        ("nil_answer", train, 2),
+        ("answer_without_entity", train, 3),
+        ("answer_without_entity", train, 4),
+        ("bad_row", train, 5),
+        ("bad_row", train, 6),
+        ("unsafe_image_path", train, 9),
+        ("missing_image", train, 10),
+        ("mention_not_in_sentence", train, 11),
+        ("duplicate_mention_id", train, 11),
+        ("empty_mention", train, 12),
+        ("mention_not_in_sentence", train, 12),
+        ("bad_field", train, 13),
+        ("unreadable_image", train, 15),
+    ]
+    assert Counter(found) == Counter(expected)
+    plain = report.to_dict()
+    assert plain["mentions"] == {"train": 11, "validation": 1, "test": 1}
+    assert plain["mentions_with_image"] == {"train": 4, "validation": 0, "test": 0}
+    assert plain["distinct_answers"] == {"train": 1, "validation": 1, "test": 1}
+    assert plain["entities"] == 15
+    assert plain["entities_with_image"] == 4
+    assert plain["entity_images"] == 5
+    assert plain["entities_with_qid"] == 14
+    assert plain["entities_with_description"] == 14
+    assert plain["images_found_by"] == {"exact": 5, "jpg": 2, "case": 1, "extension": 1}
+    assert plain["fields_left_out"] == {"entities: extra": 1, "mentions: entities": 1}
+    assert plain["published"] == {
+        "test mentions": {"found": 1, "published": 3_562},
+        "entities": {"found": 15, "published": 160_933},
+    }
+    assert str(tmp_path) not in json.dumps(plain)
+
+
+def test_rows_of_the_planted_archive(tmp_path: Path) -> None:
+    source = open_source("richpediamel", planted_archive(tmp_path), Report())
+    check_pictures(source, Options(num_workers=2))
+    rows = rows_of(source)
+    assert rows["kb"][0]["images"] == [picture(1)] * 2
+    assert rows["kb"][1]["images"] == [picture(1)]
+    assert [row["images"] for row in rows["kb"][2:8]] == [[]] * 6
+    assert rows["kb"][8]["images"] == [picture(1)]
+    assert [row["name"] for row in rows["kb"]][-4:] == ["N \ufffd", "\ufffdt\ufffd", "O", "P"]
+    assert rows["train"][0]["source_id"] == "7"
+    pictures = [row["image"] for row in rows["train"] if row["image"]]
+    assert pictures == [picture(2), picture(3), picture(4, format="WEBP"), picture(2)]
+    assert rows["test"][0] | {"id": ""} == rows["validation"][0] | {"id": ""}
+
+
+def zip_with_hostile_members() -> bytes:
+    return zip_bytes({"Q1_0.jpg": picture(3), "../Q0_0.jpg": picture(1), "Q0_1.jpg": bytes(5 << 20)})
+
+
+def test_hostile_members_of_a_picture_archive(tmp_path: Path) -> None:
+    files = {name: data for name, data in sound_archive().items() if not name.startswith("kb_image/")}
+    write_folder({**files, "kb_image.zip": zip_with_hostile_members()}, tmp_path / "data")
+    report, found = findings("wikimel", tmp_path / "data", tmp_path)
+    kb = "kb_entity.json"
+    assert Counter(found) == {
+        ("unsafe_member", "kb_image.zip", None): 2,
+        ("unsafe_image_path", kb, 0): 1,
+        ("oversized_image", kb, 0): 1,
+        ("missing_image", kb, 3): 1,
+        ("size_differs", "test mentions", None): 1,
+        ("size_differs", "entities", None): 1,
+    }
+    assert report.to_dict()["entity_images"] == 1
+
+
+def without(name: str) -> dict[str, bytes | None]:
+    return {name: None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "file", "detail"),
+    [
+        (without("kb_entity.json"), "missing_file", "kb_entity.json", "not in"),
+        (without("qid2id.json"), "missing_file", "qid2id.json", "there are WIKIMEL_dev.json, WIKIMEL_test.json"),
+        (without("WIKIMEL_dev.json"), "missing_file", "WikiMEL_dev.json", "there are"),
+        ({"WIKIMEL_test.json": b'[{"mentions": "a",\n "b"}]'}, "broken_json", "WIKIMEL_test.json", "line 2, column 5"),
+        ({"WIKIMEL_dev.json": '["中文"]'.encode("gbk")}, "wrong_encoding", "WIKIMEL_dev.json", "convert the file"),
+        ({"kb_entity.json": b"{}"}, "wrong_structure", "kb_entity.json", "is a JSON object; should be a list"),
+        ({"qid2id.json": b"[]"}, "wrong_structure", "qid2id.json", "is a JSON list; should be an object"),
+        ({"kb_image.zip": b"PK no"}, "broken_archive", "kb_image.zip", "not a readable zip"),
+    ],
+)
+def test_fatal_findings(tmp_path: Path, changes: dict[str, bytes | None], kind: str, file: str, detail: str) -> None:
+    files = {name: data for name, data in {**sound_archive(), **changes}.items() if data is not None}
+    report = Report()
+    open_source("wikimel", write_folder(files, tmp_path), report)
+    assert report.fatal == {kind: 1}
+    assert report.examples[kind][0].startswith(f"{file}: ")
+    assert detail in report.examples[kind][0]
+
+
+def test_all_fatal_findings_are_named_at_once(tmp_path: Path) -> None:
+    files = sound_archive()
+    del files["WIKIMEL_train.json"]
+    files = {name: data for name, data in files.items() if not name.startswith("mention_image")}
+    report, _ = findings("wikimel", write_folder(files | {"WIKIMEL_dev.json": b"["}, tmp_path / "data"), tmp_path)
+    assert report.fatal == {"missing_file": 2, "broken_json": 1}
+    assert report.statistics.entities == 4  # what can be checked is
+
+
+def test_folder_in_place_of_a_file_and_a_link_out_of_the_archive(tmp_path: Path) -> None:
+    files = sound_archive()
+    data = write_folder(files, tmp_path / "data")
+    (data / "qid2id.json").unlink()
+    (data / "qid2id.json").mkdir()
+    (data / "kb_image").rename(tmp_path / "elsewhere")
+    (data / "kb_image").symlink_to(tmp_path / "elsewhere")
+    report = Report()
+    open_source("wikimel", data, report)
+    assert report.fatal == {"not_a_file": 1, "unsafe": 1}
+
+
+def test_missing_pictures_folder_can_be_accepted(tmp_path: Path) -> None:
+    files = {name: data for name, data in sound_archive().items() if "/" not in name}
+    write_folder(files, tmp_path)
+    report = Report()
+    open_source("wikimel", tmp_path, report)
+    assert report.fatal == {"missing_file": 2}
+    assert "--without_images" in report.examples["missing_file"][0]
+    report = Report()
+    source = open_source("wikimel", tmp_path, report, use_images=False)
+    assert not report.fatal
+    assert report.counts == {"no_images": 1}
+    assert [row["image"] for row in rows_of(source)["train"]] == [None] * 3
+
+
+def test_wrong_place_says_what_is_there(tmp_path: Path) -> None:
+    write_folder({"notes.txt": b"", "other.json": b"[]"}, tmp_path)
+    with pytest.raises(ArchiveError, match=r"no WikiMEL in .*it holds notes\.txt, other\.json"):
+        open_source("wikimel", tmp_path, Report())
+    with pytest.raises(ArchiveError, match="looked for kb_entity"):
+        open_source("wikimel", tmp_path, Report(), source="published")
+    with pytest.raises(ValueError, match="'wikimell' is not a data set; choose one of wikimel, "):
+        open_source("wikimell", tmp_path, Report())
+
+
+def test_an_entity_with_more_pictures_than_a_cell_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_ROW_IMAGE_BYTES", len(picture(1)) + 10)
+    report, found = findings("wikimel", write_folder(sound_archive(), tmp_path / "data"), tmp_path)
+    assert ("oversized_image", "kb_entity.json", 0) in found
+    assert report.to_dict()["entity_images"] == 3
+
+
+def test_published_sums_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sound_archive("RichpediaMEL_", "mention_images")
+    sums = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
+    benchmark = replace(sources.BENCHMARKS["richpediamel"], md5=sums | {"qid2id.json": "0" * 32})
+    monkeypatch.setitem(sources.BENCHMARKS, "richpediamel", benchmark)
+    report = Report()
+    open_source("richpediamel", write_folder(files, tmp_path), report)
+    assert report.counts == {"md5_differs": 1}
+    assert report.files["kb_entity.json"]["md5"] == report.files["kb_entity.json"]["expected_md5"]
+    assert "qid2id.json (DIFFERS)" in report.text()
+    assert "kb_entity.json (as published)" in report.text()
+
+
+def test_archives_of_pictures_are_hashed(tmp_path: Path) -> None:
+    source = open_source("wikimel", PACKINGS["tar of zips"](sound_archive(), tmp_path), Report())
+    report, read = Report(), []
+    source.hash_archives(report, read.append)
+    archives = {name: data for name, data in zip_folders(sound_archive()).items() if name.endswith(".zip")}
+    expected = {name: hashlib.md5(data).hexdigest() for name, data in archives.items()}
+    assert {name: facts["md5"] for name, facts in report.files.items()} == expected
+    assert sum(read) == source.archive_bytes == sum(map(len, archives.values()))
+
+
+def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
+    def fingerprint(**options: Any) -> str:
+        source = open_source("wikimel", tmp_path, Report(), **options)
+        source.close()
+        return source.fingerprint()
+
+    write_folder(sound_archive(), tmp_path)
+    first = fingerprint()
+    (tmp_path / "unrelated.txt").write_text("")
+    assert fingerprint() == first
+    assert fingerprint(use_images=False) != first
+    (tmp_path / "kb_image" / "Q3_0.jpg").write_bytes(picture(9, (9, 9)))
+    assert fingerprint() != first
+
+
+# MELBench.
+
+MELBENCH = {
+    "10": {"id": "10", "sentence": "Ann and Bob", "mentions": ["Ann", "Bob"], "entities": ["Ann A", "Bob B"],
+           "answer": ["Q1", "Q2"]},
+    "11": {"id": "11", "sentence": "Bobby", "mentions": "Bobby", "entities": "Bob C", "answer": "Q2"},
+    "12": {"id": "12", "sentence": "Bad", "mentions": ["Bad"], "entities": [], "answer": ["Q3"]},
+    "13": {"id": "13", "sentence": "Nil", "mentions": ["Nil"], "entities": ["Nil"], "answer": ["nil"], "more": 1},
+    "14": "text",
+}  # fmt: skip
+
+
+def test_melbench(tmp_path: Path) -> None:
+    files = {"Wikidata-MEL.json": to_json(MELBENCH), "images/10.png": picture(1, format="PNG"), "images/11.jpg": b""}
+    report, found = findings("wikimel", write_folder(files, tmp_path / "data"), tmp_path)
+    file = "Wikidata-MEL.json"
+    assert Counter(found) == {
+        ("closed_knowledge_base", "wikimel", None): 1,
+        ("conflicting_name", file, "11"): 1,
+        ("unreadable_image", file, "11"): 1,
+        ("bad_row", file, "12"): 1,
+        ("nil_answer", file, "13"): 1,
+        ("bad_row", file, "14"): 1,
+    }
+    assert report.to_dict()["fields_left_out"] == {"mentions: more": 1}
+    rows = rows_of(open_source("wikimel", tmp_path / "data", Report()))
+    assert rows["kb"] == [
+        {"id": "Q1", "qid": "Q1", "name": "Ann A", "description": "", "images": []},
+        {"id": "Q2", "qid": "Q2", "name": "Bob B", "description": "", "images": []},
+    ]
+    mentions = {row["id"]: row for split in SPLITS for row in rows[split]}
+    assert set(mentions) == {"10-0", "10-1", "11-0"}
+    shared = {"sentence": "Ann and Bob", "image": picture(1, format="PNG"), "source_id": "10"}
+    assert mentions["10-1"] == {"id": "10-1", "mention": "Bob", "answer": "Q2", **shared}
+    assert [row["id"] for row in rows[split_of("10")]][:2] == ["10-0", "10-1"]
+
+
+def test_split_of_is_the_documented_one() -> None:
+    buckets = {str(i): int(hashlib.sha256(str(i).encode()).hexdigest()[:16], 16) % 100 for i in range(500)}
+    assert {id_: split_of(id_) for id_ in buckets} == {
+        id_: "train" if bucket < 70 else "validation" if bucket < 80 else "test" for id_, bucket in buckets.items()
+    }
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the MELBench files are not here")
+@pytest.mark.parametrize(
+    ("name", "file", "way", "mentions", "entities", "not_literal", "empty"),
+    [
+        ("wikimel", "Wikidata-MEL", "folder", 25_846, 17_391, 740, 0),
+        ("richpediamel", "Richpedia-MEL", "archive", 17_805, 17_805, 664, 1),
+        ("richpediamel", "Richpedia-MEL", "file", 17_805, 17_805, 664, 1),
+    ],
+)
+def test_melbench_comes_through_complete(
+    tmp_path: Path, name: str, file: str, way: str, mentions: int, entities: int, not_literal: int, empty: int
+) -> None:
+    place = SHARED if way == "folder" else SHARED / f"{file}.zip"
+    if way == "file":
+        with zipfile.ZipFile(place) as archive:
+            archive.extract(f"{file}.json", tmp_path)
+        place = tmp_path / f"{file}.json"
+    report, _ = findings(name, place, tmp_path)
+    counts = {"mention_not_in_sentence": not_literal, "closed_knowledge_base": 1, "no_images": 1}
+    assert report.counts == counts | ({"empty_mention": empty} if empty else {})
+    assert report.statistics.mentions.total() == mentions
+    assert report.statistics.entities == entities
+    assert not report.errors
+    shares = [report.statistics.mentions[split] / mentions for split in SPLITS]
+    assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.02)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the MELBench files are not here")
+def test_melbench_mentions_are_those_of_the_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(SHARED / "Wikidata-MEL.zip") as archive:
+        records = json.loads(archive.read("Wikidata-MEL.json"))
+    expected = Counter(
+        (key, text, record["sentence"], answer)
+        for key, record in records.items()
+        for text, answer in zip(record["mentions"], record["answer"], strict=True)
+    )
+    source = open_source("wikimel", SHARED, Report())
+    found = Counter(
+        (row.extra["source_id"], row.mention, row.sentence, row.answer)
+        for split in SPLITS
+        for row in source.mentions(split, Report())
+    )
+    assert found == expected
+
+
+# WikiDiverse.
+
+
+def wikidiverse(with_candidates: bool = False) -> dict[str, bytes]:
+    url = "https://upload.wikimedia.org/wikipedia/commons/0/06/Game-2007.jpg"
+    wiki = "https://en.wikipedia.org/wiki/"
+    lions = ["Lions", "Organization", 4, 9, f"{wiki}Detroit_Lions"]
+    packers = ["Packers", "Organization", 21, 28, f"n{wiki}Green_Bay_Packers"]
+    rows: list[Any] = [
+        ["The Lions versus the Packers (2007).", url, "sports", [lions, packers]],
+        ["Nobody", url.replace("jpg", "svg"), "crime", [["Nobody", "Person", 0, 6, "NIL"]]],
+        [
+            "No picture",
+            "",
+            "crime",
+            [["picture", "Thing", "x", 10, f"{wiki}Caf%C3%A9"], ["bad"], ["a", "b", 0, 1, "x"]],
+        ],
+        "text",
+    ]
+    if with_candidates:
+        rows = [
+            [sentence, image, *mention[:2], "left", "right", mention[4], ["candidate"], topic, *mention[2:4]]
+            for sentence, image, topic, mentions in rows[:1]
+            for mention in mentions
+        ]
+    suffix = "_w_10cands" if with_candidates else ""
+    name = hashlib.md5(b"Game-2007.jpg").hexdigest()
+    svg = hashlib.md5(b"Game-2007.svg").hexdigest()
+    return {
+        f"train{suffix}.json": to_json(rows),
+        f"valid{suffix}.json": to_json(rows[:1]),
+        f"test{suffix}.json": to_json([]),
+        f"wikinewsImgs/{name}.jpg": picture(1),
+        f"wikinewsImgs/{svg}.png": picture(2, format="PNG"),
+    }
+
+
+def test_wikidiverse_release(tmp_path: Path) -> None:
+    report, found = findings("wikidiverse", write_folder(wikidiverse(), tmp_path / "data"), tmp_path)
+    assert Counter(found) == {
+        ("closed_knowledge_base", "wikidiverse", None): 1,
+        ("repaired_entity_url", "train.json", 0): 1,
+        ("repaired_entity_url", "valid.json", 0): 1,
+        ("nil_answer", "train.json", 1): 1,
+        ("bad_field", "train.json", 2): 1,
+        ("bad_row", "train.json", 2): 1,
+        ("answer_without_entity", "train.json", 2): 1,
+        ("bad_row", "train.json", 3): 1,
+    }
+    assert report.resolved == {"exact": 3}
+    rows = rows_of(open_source("wikidiverse", tmp_path / "data", Report()))
+    names = {"Detroit_Lions": "Detroit Lions", "Green_Bay_Packers": "Green Bay Packers", "Café": "Café"}
+    assert {row["id"]: row["name"] for row in rows["kb"]} == names
+    assert all(row["qid"] is None and row["description"] == "" for row in rows["kb"])
+    assert rows["train"][1] == {
+        "id": "train-0-1",
+        "mention": "Packers",
+        "sentence": "The Lions versus the Packers (2007).",
+        "answer": "Green_Bay_Packers",
+        "image": picture(1),
+        "source_id": "0",
+        "topic": "sports",
+        "mention_type": "Organization",
+        "start": 21,
+        "end": 28,
+    }
+    assert [(row["start"], row["end"]) for row in rows["train"]] == [(4, 9), (21, 28), (None, 10)]
+
+
+def test_wikidiverse_release_with_candidates(tmp_path: Path) -> None:
+    plain = open_source("wikidiverse", write_folder(wikidiverse(), tmp_path / "a"), Report())
+    candidates = open_source("wikidiverse", write_folder(wikidiverse(True), tmp_path / "b"), Report())
+    keys = ("mention", "sentence", "answer", "image", "topic", "mention_type", "start", "end")
+
+    def values(source: Source) -> list[list[Any]]:
+        return [[row[key] for key in keys] for row in rows_of(source)["train"][:2]]
+
+    assert values(candidates) == values(plain)
+
+
+@pytest.mark.parametrize(
+    ("url", "id_", "title", "repaired"),
+    [
+        ("https://en.wikipedia.org/wiki/Detroit_Lions", "Detroit_Lions", "Detroit Lions", False),
+        ("https://en.m.wikipedia.org/wiki/Caf%C3%A9", "Café", "Café", False),
+        ("hhttps://en.wikipedia.org/wiki/AC/DC", "AC/DC", "AC/DC", True),
+        ("]https://en.wikipedia.org/wiki/X", "X", "X", True),
+        ("ttps://en.wikipedia.org/wiki/X", "X", "X", True),
+        ("https://de.wikipedia.org/wiki/X", "de:X", "X", False),
+        ("https://www.wikidata.org/wiki/Q5", "https://www.wikidata.org/wiki/Q5", "Q5", False),
+    ],
+)
+def test_wikipedia_page(url: str, id_: str, title: str, repaired: bool) -> None:
+    page = wikipedia_page(url)
+    assert page is not None
+    assert (page.id, page.title, page.repaired) == (id_, title, repaired)
+
+
+@pytest.mark.parametrize("url", ["", "Detroit_Lions", "https://en.wikipedia.org/wiki/", "https://en.wikipedia.org"])
+def test_no_wikipedia_page(url: str) -> None:
+    assert wikipedia_page(url) is None
+
+
+@pytest.mark.parametrize(
+    ("last", "suffix"),
+    [("a.jpg", ".jpg"), ("b.JPEG", ".JPEG"), ("c.svg", ".png"), ("d.SVG", ".png"), ("e.jpg?1", ".jpg"), ("f", "")],
+)
+def test_image_name_of_a_wikidiverse_url(last: str, suffix: str) -> None:
+    assert image_name(f"https://host/a/b/{last}") == hashlib.md5(last.encode()).hexdigest() + suffix
+
+
+def test_wikidiverse_rows_of_the_other_layout_are_named(tmp_path: Path) -> None:
+    files = wikidiverse() | {"train.json": to_json([mention("a", "a", "Q0")])}
+    report = Report()
+    open_source("wikidiverse", write_folder(files, tmp_path), report)
+    assert report.fatal == {"wrong_structure": 1}
+    assert "kb_entity.json is not there" in report.examples["wrong_structure"][0]
+
+
+# Own data.
+
+OWN_CSV = {
+    "entities.csv": b"id,name,description,images\ne1,Ann,A chemist,a/0.png|a/1.png\ne2,Bob,,images/b/0.png\n",
+    "mentions.csv": "id,mention,sentence,answer,image,split\n"
+    'm1,Ann,"Ann, at work",e1,a/0.png,train\nm2,Bob,"Bob\nsleeps",e2,,dev\nm3,Ann,Ann,e1,,test\n'.encode("utf-8-sig"),
+}
+OWN_JSONL = {
+    "entities.jsonl": b'{"id": "e1", "name": "Ann", "description": "A chemist", "images": ["a/0.png", "a/1.png"]}\n'
+    b'{"id": "e2", "name": "Bob", "images": ["b/0.png"]}\n',
+    "train.jsonl": b'{"id": "m1", "mention": "Ann", "sentence": "Ann, at work", "answer": "e1", "image": "a/0.png"}\n',
+    "validation.jsonl": b'\n{"id": "m2", "mention": "Bob", "sentence": "Bob\\nsleeps", "answer": "e2"}\n',
+    "test.jsonl": b'{"id": "m3", "mention": "Ann", "sentence": "Ann", "answer": "e1"}\n',
+}
+OWN_IMAGES = {f"images/{name}": noise(number, (4, 4)) for number, name in enumerate(("a/0.png", "a/1.png", "b/0.png"))}
+
+
+@pytest.mark.parametrize("files", [OWN_CSV, OWN_JSONL], ids=["csv", "jsonl"])
+def test_own_data(tmp_path: Path, files: dict[str, bytes]) -> None:
+    report = Report()
+    source = open_source("custom", write_folder(files | OWN_IMAGES, tmp_path), report)
+    rows = rows_of(source)
+    assert report.counts == {}
+    assert rows["kb"] == [
+        {"id": "e1", "qid": None, "name": "Ann", "description": "A chemist",
+         "images": [noise(0, (4, 4)), noise(1, (4, 4))]},
+        {"id": "e2", "qid": None, "name": "Bob", "description": "", "images": [noise(2, (4, 4))]},
+    ]  # fmt: skip
+    assert {split: [(row["source_id"], row["sentence"], row["answer"]) for row in rows[split]] for split in SPLITS} == {
+        "train": [("m1", "Ann, at work", "e1")],
+        "validation": [("m2", "Bob\nsleeps", "e2")],
+        "test": [("m3", "Ann", "e1")],
+    }
+    assert rows["train"][0]["image"] == noise(0, (4, 4))
+
+
+def test_own_data_with_everything_wrong(tmp_path: Path) -> None:
+    files = {
+        "entities.jsonl": b'{"id": 1, "name": "Ann", "qid": 5, "images": "gone.png", "age": 3}\n'
+        b'{"id": "1", "name": "Ann again"}\n{"id": 2}\n[]\n{"id": "3", "name": \n\xff\xfe\n'
+        b'{"id": "4", "name": "Bob", "images": [1]}\n',
+        "mentions.csv": b"mention,sentence,answer,split\nAnn,Ann,1,train\nAnn,Ann,1,somewhere\nAnn,Ann\n"
+        b"Ann,Ann,9,test\nAnn,Ann,nil,test\nAnn,Ann \xe9,1,test\nAnn,Bob,1,\n",
+    }
+    _, found = findings("custom", write_folder(files, tmp_path / "data"), tmp_path)
+    kb, table = "entities.jsonl", "mentions.csv"
+    assert Counter(found) == Counter(
+        [
+            ("bad_field", kb, 1),
+            ("missing_image", kb, 1),
+            ("duplicate_entity_id", kb, 2),
+            ("bad_entity", kb, 3),
+            ("bad_entity", kb, 4),
+            ("bad_entity", kb, 5),
+            ("bad_entity", kb, 6),
+            ("bad_field", kb, 7),
+            ("bad_row", table, 3),
+            ("bad_row", table, 4),
+            ("answer_without_entity", table, 5),
+            ("nil_answer", table, 6),
+            ("broken_text", table, 7),
+            ("mention_not_in_sentence", table, 8),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "detail"),
+    [
+        ({"entities.csv": None}, "missing_file", "entities.jsonl: nor entities.csv"),
+        ({"mentions.csv": None}, "missing_file", "mentions.jsonl: nor mentions.csv"),
+        ({"entities.jsonl": b""}, "wrong_structure", "keep one of them"),
+        ({"entities.csv": b"id,title\n1,Ann\n"}, "wrong_structure", "has no column name; its columns are id, title"),
+    ],
+)
+def test_own_data_that_cannot_be_used(tmp_path: Path, changes: dict[str, bytes | None], kind: str, detail: str) -> None:
+    files = {name: data for name, data in {**OWN_CSV, **changes}.items() if data is not None}
+    report = Report()
+    open_source("custom", write_folder(files, tmp_path), report)
+    assert report.fatal == {kind: 1}
+    assert detail in report.examples[kind][0]
+
+
+def test_own_data_without_splits_is_split_by_id(tmp_path: Path) -> None:
+    def lines() -> Iterator[str]:
+        yield "id,mention,sentence,answer"
+        yield from (f"m{number},Ann,Ann,e1" for number in range(300))
+
+    files = {"entities.csv": b"id,name\ne1,Ann\n", "mentions.csv": "\n".join(lines()).encode()}
+    rows = rows_of(open_source("custom", write_folder(files, tmp_path), Report()))
+    found = {row["source_id"]: split for split in SPLITS for row in rows[split]}
+    assert found == {f"m{number}": split_of(f"m{number}") for number in range(300)}
