@@ -60,6 +60,7 @@ class MimicConfig(PreTrainedConfig):
 
     model_type = "mimic"
     sub_configs = {"backbone_config": CLIPConfig}  # noqa: RUF012  transformers reads this attribute
+    _auto_class = "AutoConfig"
 
     def __init__(
         self,
