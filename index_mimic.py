@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,10 @@ from .store_mimic import (
     _write_atomically,
     _write_shard,
 )
+
+if TYPE_CHECKING:
+    # As in modeling_mimic: so that older versions of transformers bring it along.
+    from .pipeline_mimic import MultimodalEntityLinkingPipeline  # noqa: F401
 
 _FORMAT = "mimic-entity-index"
 _VERSION = 1

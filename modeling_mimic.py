@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_mimic import _HUB_KWARGS, _PIPELINE_TASK, MimicConfig
+
+if TYPE_CHECKING:
+    # Not needed here. They are named because older versions of transformers, loading the code of a checkpoint from a
+    # directory, bring what this file imports and not what that imports in its turn.
+    from .index_mimic import EntityIndex  # noqa: F401
+    from .processing_mimic import MimicProcessor  # noqa: F401
+    from .search_mimic import Searcher  # noqa: F401
+    from .store_mimic import EntityIndexError  # noqa: F401
 
 # Expanded squares lose digits where the terms of a sum nearly cancel. Where a square is below this fraction of its
 # terms, the pair is computed again without the expansion (see `_DualUnit`); above it, errors grow tenfold at most.
@@ -95,8 +103,13 @@ class _Features:
         return type(self)({name: function(tensor) for name, tensor in self.tensors.items()})
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The features moved or cast, with the arguments of `torch.Tensor.to`."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        """The features moved or cast, with the arguments of `torch.Tensor.to`; masks are moved only."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.to(*args, **kwargs)
+            return moved if tensor.is_floating_point() else tensor.to(moved.device)
+
+        return self._map(move)
 
     def detach(self) -> Self:
         return self._map(Tensor.detach)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 from transformers import Pipeline
@@ -14,6 +14,11 @@ from .configuration_mimic import _PIPELINE_TASK, MimicConfig
 from .index_mimic import EntityIndex, EntityIndexError
 from .modeling_mimic import MimicModel
 from .processing_mimic import ImageInput, MimicProcessor
+
+if TYPE_CHECKING:
+    # As in modeling_mimic: so that older versions of transformers bring them along.
+    from .search_mimic import Searcher  # noqa: F401
+    from .store_mimic import UnknownEntityError  # noqa: F401
 
 _BAR_FROM_ENTITIES = 500
 
@@ -70,6 +75,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         index_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        local_files_only = kwargs.pop("local_files_only", None)  # transformers' pipeline() hands it on
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError(
@@ -88,6 +94,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             if self._config.default_index_revision and not Path(index).is_dir():
                 index_kwargs.setdefault("revision", self._config.default_index_revision)
         if isinstance(index, str | os.PathLike):
+            if local_files_only is not None:
+                index_kwargs.setdefault("local_files_only", local_files_only)
             index = EntityIndex.from_pretrained(index, **index_kwargs)
         self._index: EntityIndex | None = None
         if index is not None:
