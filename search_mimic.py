@@ -279,9 +279,14 @@ class Searcher:
 
     def _exhaustive_block(self, mentions: MentionFeatures, start: int, stop: int, top: _TopK) -> None:
         for first, scores in self._all_scores(mentions, start, stop):
-            best = scores.topk(min(top.scores.shape[1] + _SEEDS, scores.shape[1]), dim=1)
-            hopeful = (best.values + _slack(best.values) >= top.threshold) & (best.values > -torch.inf)
-            self._score_into(mentions, best.indices, hopeful, first, top)
+            floor, k = top.threshold, top.scores.shape[1]
+            if scores.shape[1] >= k:
+                last = scores.topk(k, dim=1).values[:, -1:]
+                floor = torch.maximum(floor, last - _slack(last))
+            # All that may tie with the k-th best, however many: of equals the first rows are the answer.
+            width = int((scores + _slack(scores) >= floor).sum(dim=1).max())
+            best = scores.topk(width, dim=1)
+            self._score_into(mentions, best.indices, best.values + _slack(best.values) >= floor, first, top)
 
     def _hide_removed(self, scores: Tensor, start: int, stop: int) -> None:
         alive = self.blocks.alive(start, stop)
@@ -342,7 +347,8 @@ class Searcher:
         base, high, _ = self._cheap(mentions, bounds, start, stop, lower=False)
         # A good threshold first: the exact scores of the pairs that promise most.
         seeds = high.topk(min(top.scores.shape[1] + _SEEDS, stop - start), dim=1)
-        self._score_into(mentions, seeds.indices, seeds.values > top.threshold, start, top)
+        hopeful = seeds.values + _slack(seeds.values) >= top.threshold
+        self._score_into(mentions, seeds.indices, hopeful, start, top)
         high.scatter_(1, seeds.indices, -torch.inf)
         wanted = high + _slack(high) >= top.threshold
         wanted &= high > -torch.inf
