@@ -135,6 +135,13 @@ def row_bytes(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes) else 4
 
 
+def _leaves(path: str, type_: pa.DataType) -> list[str]:
+    """The names that Parquet gives the columns of a field."""
+    if pa.types.is_struct(type_):
+        return [leaf for field in type_ for leaf in _leaves(f"{path}.{field.name}", field.type)]
+    return _leaves(f"{path}.list.element", type_.value_type) if pa.types.is_list(type_) else [path]
+
+
 def write_shard(path: Path, rows: Iterable[dict[str, Any]], features: datasets.Features) -> tuple[int, int]:
     """Write rows, with pictures as `{"bytes", "path"}`, to a Parquet file that appears when it is complete.
 
@@ -145,8 +152,17 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], features: datasets.F
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".incomplete")
     count = 0
-    # Chunks cut by content let the Hub store only what changed between two versions of a file.
-    with pq.ParquetWriter(temporary, schema, use_content_defined_chunking=True, write_page_index=True) as writer:
+    columns = [leaf for field in schema for leaf in _leaves(field.name, field.type)]
+    with pq.ParquetWriter(
+        temporary,
+        schema,
+        # Pictures are compressed already, and seldom the same.
+        compression={column: "none" if column.endswith(".bytes") else "snappy" for column in columns},
+        use_dictionary=[column for column in columns if not column.endswith(".bytes")],
+        # Chunks cut by content let the Hub store only what changed between two versions of a file.
+        use_content_defined_chunking=True,
+        write_page_index=True,
+    ) as writer:
         for group in _row_groups(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(group, schema=schema))
             count += len(group)

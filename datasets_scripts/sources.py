@@ -547,6 +547,8 @@ class MelBench(_ClosedSource):
             lists.append(values)
         if len({len(values) for values in lists}) > 1:
             return "mentions, entities and answer have {}, {} and {} items".format(*map(len, lists))
+        if not all(answer.strip() for answer in lists[2]):
+            return "an answer is empty"
         return list(zip(*lists, strict=True))
 
     def entities(self, report: Report) -> Iterator[EntityRow]:

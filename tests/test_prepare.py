@@ -21,7 +21,14 @@ from mimic_el.datasets_scripts import prepare as module
 from mimic_el.datasets_scripts.builders import load_raw
 from mimic_el.datasets_scripts.prepare import Options, PrepareError, main, prepare
 
-COMMAND = [sys.executable, "-m", "mimic_el.datasets_scripts.prepare"]
+# The command without the package's model, which takes seconds to import and is not used.
+RUN = f"""
+import sys, types
+sys.modules["mimic_el"] = package = types.ModuleType("mimic_el")
+package.__path__ = [{str(Path(__file__).parents[1])!r}]
+from mimic_el.datasets_scripts.prepare import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 # What a reader does, with nothing of ours installed.
 READER = """
@@ -194,7 +201,9 @@ def test_output_of_another_input_is_not_overwritten(tmp_path: Path, capsys: pyte
 def run_until(data: Path, out: Path, is_reached: Callable[[], bool], stop: signal.Signals) -> tuple[int, str]:
     """Start the command, with a file for each picture, and send `stop` when `is_reached()`."""
     arguments = ["custom", "--data_dir", str(data), "--output_dir", str(out), "--max_shard_size", "1KB"]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.monotonic() + 60
     while not is_reached() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -290,6 +299,17 @@ def test_nothing_usable_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     data = write_folder(files, tmp_path / "data")
     assert main(["custom", "--data_dir", str(data), "--output_dir", str(tmp_path / "out")]) == 1
     assert "Nothing was written: no_rows" in capsys.readouterr().err
+
+
+def test_own_data_as_documented(tmp_path: Path) -> None:
+    documentation = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    tables = [block.partition("```")[0] for block in documentation.split("```csv\n")[1:]]
+    files = {"entities.csv": tables[0].encode(), "mentions.csv": tables[1].encode()}
+    files |= {f"images/{name}.jpg": picture() for name in ("ann", "ann-at-work", "prize")}
+    report = prepare("custom", write_folder(files, tmp_path / "data"), tmp_path / "out", Options(strict=True))
+    assert report.counts == {"empty_split": 2}
+    assert report.to_dict()["entity_images"] == 2
+    assert report.statistics.mentions_with_image["train"] == 1
 
 
 def test_push_to_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,13 @@ def test_text_names_everything() -> None:
     ]
 
 
+def test_every_kind_is_documented() -> None:
+    documentation = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    fatal, errors, notes = documentation.split("## What can be wrong")[1].split("\n\n|")[1:4]
+    for severity, section in (("fatal", fatal), ("error", errors), ("note", notes)):
+        assert [kind for kind, facts in KINDS.items() if (f"`{kind}`" in section) != (facts.severity == severity)] == []
+
+
 def test_statistics() -> None:
     statistics = Statistics()
     statistics.add_mention("train", "Ann B", "Ann B works", "Q1", True)

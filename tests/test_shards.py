@@ -60,6 +60,20 @@ def test_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(len(group) == 1 or sum(map(row_bytes, group)) <= 40_000 for group in groups)
 
 
+def test_pictures_are_not_compressed_again(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.parquet", rows(5), FEATURES)
+    group = pq.read_metadata(tmp_path / "x.parquet").row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    compression = {column.path_in_schema: column.compression for column in columns}
+    assert compression == {
+        "id": "SNAPPY",
+        "image.bytes": "UNCOMPRESSED",
+        "image.path": "SNAPPY",
+        "images.list.element.bytes": "UNCOMPRESSED",
+        "images.list.element.path": "SNAPPY",
+    }
+
+
 def test_an_interrupted_file_does_not_appear(tmp_path: Path) -> None:
     def broken() -> Iterator[dict[str, Any]]:
         yield from rows(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mel_archives import (
     PACKINGS,
     entity,
@@ -27,8 +31,9 @@ from mel_archives import (
 )
 
 from mimic_el.datasets_scripts import sources
-from mimic_el.datasets_scripts.archives import ArchiveError
-from mimic_el.datasets_scripts.prepare import Options, check_pictures, survey
+from mimic_el.datasets_scripts.archives import ArchiveError, Picture
+from mimic_el.datasets_scripts.builders import encode, features_of
+from mimic_el.datasets_scripts.prepare import CONFIGS, Options, check_pictures, survey
 from mimic_el.datasets_scripts.report import SPLITS, Report
 from mimic_el.datasets_scripts.sources import Source, image_name, open_source, split_of, wikipedia_page
 
@@ -411,6 +416,57 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert fingerprint() != first
 
 
+# Anything that JSON can hold, with what the formats expect among it.
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=5)
+    | st.sampled_from(["Q0", "nil", "entity", "../a", "\ud800", "m0.jpg", "https://en.wikipedia.org/wiki/A", "%ff"]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    max_leaves=8,
+)
+RECORDS = {
+    "wikimel": st.fixed_dictionaries({}, optional=dict.fromkeys([*mention("", "", ""), "id"], ANYTHING)),
+    "entities": st.fixed_dictionaries({}, optional=dict.fromkeys(entity(0, "", []), ANYTHING)),
+    "melbench": st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(["sentence", "mentions", "entities", "answer"], ANYTHING)
+    ),
+    "wikidiverse": st.lists(ANYTHING, max_size=12),
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_row_breaks_a_format(tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever is in the files, every row is either given, storable, or reported."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    name = data.draw(st.sampled_from(["wikimel", "melbench", "wikidiverse"]))
+    rows = data.draw(st.lists(ANYTHING | RECORDS[name], max_size=6))
+    files = sound_archive()
+    if name == "wikimel":
+        entities = data.draw(st.lists(ANYTHING | RECORDS["entities"], max_size=4))
+        files["kb_entity.json"] = json.dumps([entity(0, "A", []), *entities]).encode()
+        files["WIKIMEL_train.json"] = json.dumps(rows).encode()
+    elif name == "melbench":
+        files = {"Wikidata-MEL.json": json.dumps(dict(enumerate(rows))).encode()}
+    else:
+        tables = dict.fromkeys(("valid.json", "test.json"), b"[]")
+        files = {**tables, "train.json": json.dumps([[], *rows]).encode(), "images/m0.jpg": picture()}
+    report = Report()
+    source = open_source(name.replace("melbench", "wikimel"), write_folder(files, folder), report)
+    for config, splits in CONFIGS.items():
+        for split in splits:
+            encoded = [encode(row, Picture.read) for row in source.rows(config, split, report)]
+            batch = pa.RecordBatch.from_pylist(encoded, features_of(config, source).arrow_schema)
+            assert batch.num_rows == len(encoded)
+            if config == "mentions":
+                assert {row["answer"] for row in encoded} <= source.entity_ids
+    report.text().encode()
+    json.dumps(report.to_dict())
+
+
 # MELBench.
 
 MELBENCH = {
@@ -420,6 +476,7 @@ MELBENCH = {
     "12": {"id": "12", "sentence": "Bad", "mentions": ["Bad"], "entities": [], "answer": ["Q3"]},
     "13": {"id": "13", "sentence": "Nil", "mentions": ["Nil"], "entities": ["Nil"], "answer": ["nil"], "more": 1},
     "14": "text",
+    "15": {"id": "15", "sentence": "Ann", "mentions": ["Ann"], "entities": ["Ann"], "answer": [" "]},
 }  # fmt: skip
 
 
@@ -434,6 +491,8 @@ def test_melbench(tmp_path: Path) -> None:
         ("bad_row", file, "12"): 1,
         ("nil_answer", file, "13"): 1,
         ("bad_row", file, "14"): 1,
+        ("bad_row", file, "15"): 1,
+        **{("empty_split", split, None): 1 for split in SPLITS if split not in (split_of("10"), split_of("11"))},
     }
     assert report.to_dict()["fields_left_out"] == {"mentions: more": 1}
     rows = rows_of(open_source("wikimel", tmp_path / "data", Report()))
@@ -548,6 +607,7 @@ def test_wikidiverse_release(tmp_path: Path) -> None:
         ("bad_row", "train.json", 2): 1,
         ("answer_without_entity", "train.json", 2): 1,
         ("bad_row", "train.json", 3): 1,
+        ("empty_split", "test", None): 1,
     }
     assert report.resolved == {"exact": 3}
     rows = rows_of(open_source("wikidiverse", tmp_path / "data", Report()))
@@ -681,6 +741,7 @@ def test_own_data_with_everything_wrong(tmp_path: Path) -> None:
             ("nil_answer", table, 6),
             ("broken_text", table, 7),
             ("mention_not_in_sentence", table, 8),
+            *[("empty_split", "validation", None)] * (split_of("8") != "validation"),
         ]
     )
 
