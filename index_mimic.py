@@ -17,14 +17,29 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.utils import WeakFileLock
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import WeakFileLock, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .card_mimic import _index_card, _TableFacts
 from .configuration_mimic import MimicConfig
 from .modeling_mimic import MentionFeatures, MimicModel, _Matcher
 from .processing_mimic import MimicProcessor, first_image
@@ -130,7 +145,9 @@ def _probe(model: MimicModel) -> list[float]:
 
 
 def _name_of(model: MimicModel) -> str:
-    return str(model.config.name_or_path or type(model).__name__)
+    """The model's Hub id, or its directory's absolute path, which no Hub id looks like."""
+    name = str(model.config.name_or_path or type(model).__name__)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _same_probe(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -574,7 +591,7 @@ class EntityIndex:
             raise EntityIndexError("The knowledge base is empty: there is nothing to build an index of.")
         manifest["shards"] = [{k: v for k, v in entry.items() if k != "ids_sha256"} for entry in state["shards"]]
         manifest["matcher"] = _write_matcher(directory, model.matcher)
-        _write_card(directory, manifest)
+        _write_card(directory, manifest, _Store([_read_shard(directory, entry) for entry in manifest["shards"]]))
         _write_json(directory / _MANIFEST, manifest)
         state_path.unlink(missing_ok=True)
         _remove_strays(directory, manifest)
@@ -690,7 +707,7 @@ class EntityIndex:
             if store.removed_count:
                 manifest["removed"] = f"removed-{manifest['generation']:05d}"
                 _write_removed(self._directory, manifest["removed"], store.removed)
-            _write_card(self._directory, manifest)
+            _write_card(self._directory, manifest, store)
             _write_json(self._directory / _MANIFEST, manifest)
             _remove_strays(self._directory, manifest)
         self._manifest, self._store = manifest, store
@@ -712,7 +729,9 @@ class EntityIndex:
                 shards = self._store.compacted(_SHARD_ENTITIES, _new_name)
                 manifest["shards"] = [_write_shard(directory, shard) for shard in shards]
                 manifest["matcher"] = _write_matcher(directory, self._matcher)
-                _write_card(directory, manifest)
+                _write_card(
+                    directory, manifest, _Store([_read_shard(directory, entry) for entry in manifest["shards"]])
+                )
                 _write_json(directory / _MANIFEST, manifest)
                 _remove_strays(directory, manifest)
         if push_to_hub:
@@ -726,33 +745,54 @@ class EntityIndex:
         token: str | bool | None = None,
         revision: str | None = None,
         commit_message: str = "Upload entity index",
+        model_id: str | None = None,
+        license: str | None = None,
+        source: str | None = None,
     ) -> str:
         """Uploads the index to a data set repository of its own, in one commit, and gives its address.
 
         Its entities then show in the Hub's data viewer, and `EntityIndex.from_pretrained(repo_id)` opens it. One model
-        can serve several indexes.
+        can serve several indexes. After an interruption the same call sends only what is not up yet. The page of the
+        repository is written from what is in the index, and replaced at each upload.
 
         Args:
             repo_id: "user/name"; created if there is none.
             private: whether a repository that is created is private.
-            token, revision, commit_message: as in `huggingface_hub.HfApi.upload_folder`.
+            token: as in `huggingface_hub.HfApi`.
+            revision: the branch; it must exist. "main" by default.
+            commit_message: title of the commit.
+            model_id: Hub id of the model that made the index, for the page. Known already if the model was loaded
+                from there.
+            license: the licence of the entities' texts, as the Hub spells it ("cc-by-sa-4.0"), for the page.
+            source: Hub id of the data set that the entities are from, for the page.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as scratch:
-            directory = self._directory
-            if directory is None or self._store.removed_count:
+            directory, store = self._directory, self._store
+            if directory is None or store.removed_count:
                 directory = Path(scratch)
                 self.save_pretrained(directory)
+                store = EntityIndex.from_pretrained(directory)._store
             manifest = _read_manifest(directory)
-            info = api.upload_folder(
-                repo_id=repo_id,
-                repo_type="dataset",
-                folder_path=directory,
-                revision=revision,
+            made_by = manifest["model"]["name"]
+            model_id = model_id or _hub_id(made_by)
+            # A path on this machine is nothing to publish.
+            manifest["model"]["name"] = model_id or Path(made_by).name
+            card = _card_of(repo_id, manifest, store, model_id=model_id, license=license, source=source)
+            files = set(_files_of(manifest)) - {_MANIFEST}
+            there = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+            info = api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(name, directory / name) for name in sorted(files)),
+                    CommitOperationAdd(_MANIFEST, _json_text(manifest).encode()),
+                    CommitOperationAdd("README.md", card.encode()),
+                    *(CommitOperationDelete(name) for name in there if _is_part(name) and name not in files),
+                ],
                 commit_message=commit_message,
-                allow_patterns=[*_files_of(manifest), "README.md"],
-                delete_patterns=["shard-*", "removed-*", "matcher-*"],
+                repo_type="dataset",
+                revision=revision,
             )
         return str(info.commit_url)
 
@@ -761,6 +801,8 @@ class EntityIndex:
         cls,
         name_or_path: str | os.PathLike[str],
         *,
+        subfolder: str = "",
+        repo_type: str = "dataset",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -769,29 +811,29 @@ class EntityIndex:
     ) -> EntityIndex:
         """Opens an index: its features are memory-mapped and read when a search needs them.
 
+        From the Hub, the index's files and no others are downloaded, all of one commit.
+
         Args:
             name_or_path: a directory, or the id of a Hub repository that [`push_to_hub`] made.
+            subfolder: the folder of the index within it.
+            repo_type: "dataset", which is what [`push_to_hub`] makes, or "model" for an index that was uploaded in a
+                folder of its model's repository.
             revision, cache_dir, token, local_files_only, force_download: as in `huggingface_hub.snapshot_download`.
 
         Raises:
             EntityIndexError: if there is no index, its build is unfinished, it is damaged, or of a newer format.
-            huggingface_hub.errors.HfHubHTTPError: if the Hub does not give it.
+            huggingface_hub.errors.HfHubHTTPError: if the Hub does not give it: the token is wrong, the repository is
+                gated, or there is no such revision.
         """
         directory = Path(name_or_path)
         read_only = not directory.exists()
         if read_only:
-            hub: dict[str, Any] = {
-                "repo_id": str(name_or_path),
-                "repo_type": "dataset",
-                "cache_dir": cache_dir,
-                "token": token,
-                "local_files_only": local_files_only,
-                "force_download": force_download,
-            }
-            # The commit of the list of files is the one that they are taken from, even if the branch moves meanwhile.
-            listed = Path(hf_hub_download(filename=_MANIFEST, revision=revision, **hub))
-            manifest = _read_manifest(listed.parent)
-            directory = Path(snapshot_download(revision=listed.parent.name, allow_patterns=_files_of(manifest), **hub))
+            options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+            directory = _downloaded(
+                str(name_or_path), repo_type, subfolder, revision, force_download=force_download, **options
+            )
+        else:
+            directory = directory / subfolder
         manifest = _read_manifest(directory)
         try:
             shards = [_read_shard(directory, entry) for entry in manifest["shards"]]
@@ -974,9 +1016,12 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
+
+
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    _write_atomically(path, lambda temporary: _write_text(temporary, text))
+    _write_atomically(path, lambda temporary: _write_text(temporary, _json_text(value)))
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -1017,10 +1062,59 @@ def _files_of(manifest: Mapping[str, Any]) -> list[str]:
 def _remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Deletes parts that no list names: of older generations, and of changes that were interrupted."""
     named = set(_files_of(manifest))
-    for pattern in ("shard-*", "removed-*", "matcher-*", ".*.tmp"):
-        for path in directory.glob(pattern):
-            if path.name not in named:
-                path.unlink(missing_ok=True)
+    for path in directory.iterdir():
+        unfinished = path.name.startswith(".") and path.suffix == ".tmp"
+        if (_is_part(path.name) and path.name not in named) or unfinished:
+            path.unlink(missing_ok=True)
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith(("shard-", "removed-", "matcher-"))
+
+
+def _downloaded(repo_id: str, repo_type: str, subfolder: str, revision: str | None, **options: Any) -> Path:
+    """The folder of the Hub's cache with the files of an index, all of one commit."""
+    options |= {"repo_id": repo_id, "repo_type": repo_type}
+    folder = subfolder.strip("/")
+    place = f"the folder {folder} of {repo_id}" if folder else repo_id
+    try:
+        # The commit of the list of files is the one that they are taken from, even if the branch moves meanwhile.
+        listed = Path(hf_hub_download(filename=_MANIFEST, subfolder=folder or None, revision=revision, **options))
+    except HFValidationError as error:
+        raise EntityIndexError(
+            f"There is no directory {repo_id!r}, and it is not the id of a Hub repository (user/name) either."
+        ) from error
+    except (GatedRepoError, LocalEntryNotFoundError):
+        raise  # these say what to do
+    except RepositoryNotFoundError as error:
+        raise EntityIndexError(
+            f"There is no directory {repo_id!r}, and the Hub shows no {repo_type} repository of that name. "
+            f"{_hint(repo_id, repo_type, options.get('token'))}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise EntityIndexError(
+            f"{place} on the Hub is no entity index: it has no {_MANIFEST}. EntityIndex.push_to_hub uploads one."
+        ) from error
+    root = listed.parents[len(Path(folder).parts)]
+    prefix = f"{folder}/" if folder else ""
+    patterns = [f"{prefix}{name}" for name in _files_of(_read_manifest(listed.parent))]
+    snapshot_download(revision=root.name, allow_patterns=patterns, **options)
+    return listed.parent
+
+
+def _hint(repo_id: str, repo_type: str, token: str | bool | None) -> str:
+    """What may be meant by the id of a repository that is not there."""
+    other = "model" if repo_type == "dataset" else "dataset"
+    try:
+        HfApi(token=token).repo_info(repo_id, repo_type=other)
+    except (HfHubHTTPError, OSError):
+        return "If it is private, log in with `hf auth login` or pass `token`, for a pipeline in `index_kwargs`."
+    if repo_type == "model":
+        return 'There is a data set of that name: leave `repo_type="model"` out.'
+    return (
+        "There is a model of that name, but an index is a repository of its own: EntityIndex.build makes one of a "
+        "knowledge base, push_to_hub uploads it."
+    )
 
 
 def _next_generation(directory: Path) -> int:
@@ -1075,53 +1169,27 @@ def _read_matcher(directory: Path, name: str, config: MimicConfig) -> _Matcher:
     return matcher
 
 
-_CARD = """---
-tags:
-- entity-linking
-- multimodal-entity-linking
-- mimic
-- entity-index
-configs:
-- config_name: entities
-  data_files:
-  - split: kb
-    path: "shard-*.jsonl"
----
-
-# Entity index: {count:,} entities
-
-A knowledge base encoded for multimodal entity linking by the MIMIC model `{model}`.
-
-| | |
-|---|---|
-| Entities | {count:,} |
-| Features stored as | {dtype} |
-| Size | {size:,.1f} MB ({each:,.0f} bytes an entity, table included) |
-| Model | `{model}` |
-
-```python
-from transformers import pipeline
-
-linker = pipeline("multimodal-entity-linking", model="{model}", index="THIS-REPOSITORY", trust_remote_code=True)
-linker({{"mention": "Orange", "text": "Orange opened a shop on the corner.", "image": "photo.png"}}, top_k=3)
-```
-
-The features belong to that model alone; another one is refused. The table of the entities (`load_dataset` reads it)
-holds their ids, names and descriptions. The licence is that of the knowledge base it was made from.
-"""
+def _card_of(place: str, manifest: Mapping[str, Any], store: _Store, **about: str | None) -> str:
+    """The text of an index's README.md; `about` as of `_index_card`."""
+    facts = _TableFacts()
+    for entry, shard in zip(manifest["shards"], store.shards, strict=True):
+        # Older indexes did not note them.
+        facts += _TableFacts(**entry["facts"]) if "facts" in entry else _TableFacts.of(shard.table)
+    return _index_card(place, manifest, len(store) - store.removed_count, facts, store.records(), **about)
 
 
-def _write_card(directory: Path, manifest: Mapping[str, Any]) -> None:
-    size = sum(file["bytes"] for entry in manifest["shards"] for file in entry["files"].values())
-    count = sum(entry["count"] for entry in manifest["shards"])
-    text = _CARD.format(
-        count=count,
-        dtype=manifest["dtype"],
-        size=size / 1e6,
-        each=size / max(1, count),
-        model=manifest["model"]["name"],
-    )
+def _write_card(directory: Path, manifest: Mapping[str, Any], store: _Store) -> None:
+    text = _card_of(directory.resolve().name, manifest, store, model_id=_hub_id(manifest["model"]["name"]))
     _write_atomically(directory / "README.md", lambda path: _write_text(path, text))
+
+
+def _hub_id(name: str) -> str | None:
+    """The name, if it is a Hub id with a namespace."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if "/" in name else None
 
 
 __all__ = ["EntityIndex", "EntityIndexError", "RankResult", "SearchResult", "UnknownEntityError"]

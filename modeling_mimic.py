@@ -26,6 +26,7 @@ from .configuration_mimic import _HUB_KWARGS, _PIPELINE_TASK, MimicConfig
 if TYPE_CHECKING:
     # Not needed here. They are named because older versions of transformers, loading the code of a checkpoint from a
     # directory, bring what this file imports and not what that imports in its turn.
+    from .card_mimic import _index_card  # noqa: F401
     from .index_mimic import EntityIndex  # noqa: F401
     from .processing_mimic import MimicProcessor  # noqa: F401
     from .search_mimic import Searcher  # noqa: F401

@@ -17,6 +17,7 @@ from .processing_mimic import ImageInput, MimicProcessor
 
 if TYPE_CHECKING:
     # As in modeling_mimic: so that older versions of transformers bring them along.
+    from .card_mimic import _index_card  # noqa: F401
     from .search_mimic import Searcher  # noqa: F401
     from .store_mimic import UnknownEntityError  # noqa: F401
 
@@ -42,7 +43,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
 
     Args:
         index ([`EntityIndex`] or `str`, *optional*): the knowledge base, encoded; or its directory or Hub repository.
-            Defaults to the `default_index` of the model's configuration.
+            Defaults to the `default_index` of the model's configuration, which may name a folder of the checkpoint too.
         entities (*optional*): in place of `index`, a knowledge base that is encoded now: a `datasets.Dataset` or a list
             of dicts with `id`, `name`, `description` and `images`.
         index_kwargs (`dict`, *optional*): arguments of [`EntityIndex.from_pretrained`] (`revision`, `token`, ...) or,
@@ -89,14 +90,13 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             count = len(entities) if hasattr(entities, "__len__") else _BAR_FROM_ENTITIES
             index_kwargs.setdefault("show_progress", count >= _BAR_FROM_ENTITIES)
             index = EntityIndex.build(self.model, self.processor, entities, **index_kwargs)
-        elif index is None and self._config.default_index:
-            index = _default_index_place(self._config)
-            if self._config.default_index_revision and not Path(index).is_dir():
-                index_kwargs.setdefault("revision", self._config.default_index_revision)
-        if isinstance(index, str | os.PathLike):
+        elif index is not None or self._config.default_index:
             if local_files_only is not None:
                 index_kwargs.setdefault("local_files_only", local_files_only)
-            index = EntityIndex.from_pretrained(index, **index_kwargs)
+            if index is None:
+                index = _default_index(self._config, index_kwargs)
+            elif isinstance(index, str | os.PathLike):
+                index = EntityIndex.from_pretrained(index, **index_kwargs)
         self._index: EntityIndex | None = None
         if index is not None:
             self.index = index
@@ -259,13 +259,25 @@ def _parts(mention: Any) -> tuple[str, str, ImageInput]:
     return mention["mention"], text, mention.get("image")
 
 
-def _default_index_place(config: MimicConfig) -> str:
-    """The default index beside a checkpoint's files, if it is there; else as it is named."""
-    name = str(config.default_index)
-    beside = Path(str(config.name_or_path)) / name
-    # A configuration is input from outside: it may name a folder of its checkpoint, not one elsewhere.
-    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-    return str(beside) if inside and config.name_or_path and beside.is_dir() else name
+def _default_index(config: MimicConfig, index_kwargs: dict[str, Any]) -> EntityIndex:
+    """The index that a checkpoint names: in a folder of its own, or else a directory or repository elsewhere."""
+    name, checkpoint = str(config.default_index), str(config.name_or_path or "")
+    # A configuration is input from outside: it may name a folder of its checkpoint, not one beside that.
+    folder = None if Path(name).is_absolute() or ".." in Path(name).parts else name
+    place, options = name, index_kwargs
+    if folder and checkpoint and Path(checkpoint, folder).is_dir():
+        place = os.path.join(checkpoint, folder)
+    elif folder and "/" not in folder and checkpoint and not Path(checkpoint).exists():
+        place, options = checkpoint, {"repo_type": "model", "subfolder": folder, **index_kwargs}
+    elif config.default_index_revision and not Path(name).is_dir():
+        options = {"revision": config.default_index_revision, **index_kwargs}
+    try:
+        return EntityIndex.from_pretrained(place, **options)
+    except EntityIndexError as error:
+        raise EntityIndexError(
+            f"{error} The checkpoint {checkpoint!r} names {name!r} as its default index; to use another knowledge "
+            "base, pass `index=` or `entities=`."
+        ) from error
 
 
 __all__ = ["MultimodalEntityLinkingPipeline"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import errno
 import hashlib
 import json
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .card_mimic import _TableFacts
 from .modeling_mimic import EntityFeatures, _Matcher
 
 _SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
@@ -110,6 +112,7 @@ def _write_shard(directory: Path, shard: _Shard) -> dict[str, Any]:
     return {
         "name": shard.name,
         "count": len(shard),
+        "facts": dataclasses.asdict(_TableFacts.of(shard.table)),
         "files": {
             file: {"bytes": (directory / file).stat().st_size, "sha256": _sha256(directory / file)}
             for file in (features_file, table_file)

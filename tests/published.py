@@ -14,7 +14,8 @@ from mimic_el.processing_mimic import MimicProcessor
 
 TASK = "multimodal-entity-linking"
 CODE_FILES = {
-    f"{name}_mimic.py" for name in ("configuration", "index", "modeling", "pipeline", "processing", "search", "store")
+    f"{name}_mimic.py"
+    for name in ("card", "configuration", "index", "modeling", "pipeline", "processing", "search", "store")
 }
 
 

@@ -1,0 +1,209 @@
+"""The page of an entity index on the Hub, written from what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+
+_TASK = "multimodal-entity-linking"
+_SIZES = ((10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7, "10M"), (10**8, "100M"))
+_EXAMPLES = 3
+_CELL_CHARACTERS = 80
+_ROUNDED = {
+    "float32": "stored as they were computed",
+    "float16": "rounded to float16, so scores differ slightly from those of the model itself",
+    "int8": "rounded to 8 bits, so scores differ from those of the model itself and close entities may change places",
+}
+
+
+@dataclass
+class _TableFacts:
+    """What a card says of a table of entities. Facts of several tables can be added."""
+
+    described: int = 0
+    characters: int = 0
+    fields: dict[str, str] = field(default_factory=dict)  # types as `datasets` names them
+
+    @classmethod
+    def of(cls, records: Iterable[Mapping[str, Any]]) -> _TableFacts:
+        facts = cls()
+        for record in records:
+            facts.described += bool(record.get("description"))
+            facts.characters += len(record.get("description") or "")
+            for name, value in record.items():
+                facts._note(name, _type_of(value))
+        return facts
+
+    def _note(self, name: str, kind: str) -> None:
+        known = self.fields.setdefault(name, kind)
+        if known != kind:
+            self.fields[name] = "float64" if {known, kind} == {"int64", "float64"} else "string"
+
+    def __add__(self, other: _TableFacts) -> _TableFacts:
+        both = _TableFacts(self.described + other.described, self.characters + other.characters, dict(self.fields))
+        for name, kind in other.fields.items():
+            both._note(name, kind)
+        return both
+
+
+def _type_of(value: Any) -> str:
+    return {bool: "bool", int: "int64", float: "float64"}.get(type(value), "string")
+
+
+def _index_card(
+    place: str,
+    manifest: Mapping[str, Any],
+    count: int,
+    facts: _TableFacts,
+    examples: Iterable[Mapping[str, Any]],
+    *,
+    model_id: str | None = None,
+    license: str | None = None,
+    source: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        place: the index's Hub id, or the name of its directory.
+        manifest: the index's list of parts.
+        count: the number of entities.
+        facts: of all entities in its tables.
+        examples: the entities' own data, of which the first are shown.
+        model_id: the Hub id of the model that made it, if it is there.
+        license: the licence's name as the Hub spells it.
+        source: the Hub id of the data set that the entities are from.
+    """
+    size = sum(file["bytes"] for entry in manifest["shards"] for file in entry["files"].values())
+    config, made_by = manifest["model"]["config"], manifest["model"]["name"]
+    title = place.rpartition("/")[2]
+    model = f"[{model_id}](https://huggingface.co/{model_id})" if model_id else f"`{Path(made_by).name}`"
+    data = DatasetCardData(
+        license=license,
+        pretty_name=title,
+        size_categories=[_size_category(count)],
+        source_datasets=[source] if source else None,
+        base_model=model_id,
+        tags=["entity-linking", _TASK, "mimic", "entity-index"],
+        configs=[{"config_name": "entities", "data_files": [{"split": "kb", "path": "shard-*.jsonl"}]}],
+        # The files do not all have all fields.
+        dataset_info=[
+            {
+                "config_name": "entities",
+                "features": [{"name": name, "dtype": kind} for name, kind in facts.fields.items()],
+            }
+        ],
+    )
+    share = f"{facts.described:,} ({facts.described / count:.0%})" if count else "0"
+    if facts.described:
+        share += f", of {facts.characters / facts.described:,.0f} characters on average"
+    rows = [
+        ("Entities", f"{count:,}"),
+        ("With a description", share),
+        ("Fields", ", ".join(f"`{name}`" for name in facts.fields)),
+        ("Features stored as", manifest["dtype"]),
+        ("Size", f"{_bytes(size)} ({size / max(1, count):,.0f} bytes an entity, its data included)"),
+        ("Model", model),
+    ]
+    if source:
+        rows.append(("Made from", f"[{source}](https://huggingface.co/datasets/{source})"))
+    shown = ["id", "name", "description"]
+    example_rows = [[_cell(record.get(name, "")) for name in shown] for record in islice(examples, _EXAMPLES)]
+    text = f"""# {title}: {count:,} entities to link mentions to
+
+A knowledge base, encoded for multimodal entity linking: given a mention, its sentence and its picture, the MIMIC model
+{model} finds the entity that is meant among those of this index. One model serves any number of such indexes.
+
+## Use
+
+```python
+from transformers import pipeline
+
+linker = pipeline(
+    "{_TASK}",
+    model="{model_id or "THE-MODEL"}",
+    index="{place}",
+    trust_remote_code=True,
+)
+linker({{"mention": "Orange", "text": "Orange opened a shop on the corner.", "image": "photo.png"}}, top_k=3)
+```
+{"" if model_id else _NO_MODEL_ID}
+The features are memory-mapped and read when a search needs them, so opening the index takes little time and memory.
+The entities alone, without features, are a data set:
+
+```python
+from datasets import load_dataset
+
+entities = load_dataset("{place}", "entities", split="kb")
+```
+
+## What is in it
+
+{_table(("", ""), rows)}
+
+The first of them:
+
+{_table(shown, example_rows)}
+
+## Limits
+
+- The index belongs to the model above. Any other, the same one trained further too, is refused.
+- An entity is its name and description, cut at {config["text_max_length"]} tokens together, and its first picture,
+  as they were when the index was made. `EntityIndex.update`, `add` and `remove` change it.
+- Every mention is given its best entities, whether or not the right one is among them. What the knowledge base leaves
+  out cannot be found, and it covers some people, places and times better than others.
+- Features are {_ROUNDED.get(manifest["dtype"], manifest["dtype"])}.
+
+## Licence
+
+{_licence(license, source)}
+"""
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+_NO_MODEL_ID = """
+`THE-MODEL` is the directory or Hub id of the model named above.
+"""
+
+
+def _licence(license: str | None, source: str | None) -> str:
+    of = f"[{source}](https://huggingface.co/datasets/{source})" if source else "the knowledge base it was made from"
+    if license is None:
+        return f"That of {of}."
+    return f"`{license}`, after {of}."
+
+
+def _size_category(count: int) -> str:
+    for number, (limit, name) in enumerate(_SIZES):
+        if count < limit:
+            return f"{_SIZES[number - 1][1]}<n<{name}" if number else f"n<{name}"
+    return "100M<n<1B"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: Any) -> str:
+    """Text of a knowledge base, harmless in a table: one line, cut, and nothing of it read as Markdown or HTML."""
+    line = " ".join(str(text).split())
+    if len(line) > _CELL_CHARACTERS:
+        line = line[: _CELL_CHARACTERS - 1] + "…"
+    line = line.replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{character}" if character in "\\`*_{}[]()#|!~>" else character for character in line)
+
+
+__all__: list[str] = []
