@@ -56,7 +56,7 @@ def test_archive_in_archive_is_read_in_place(tmp_path: Path, compression: int) -
     (tmp_path / "outer.tar").write_bytes(tar_bytes({"before": b"1" * 999, "middle.zip": middle}))
     tree = open_nested(open_nested(open_tree(tmp_path / "outer.tar"), "middle.zip"), "innermost.zip")
     assert tree.read("x.bin", 10**6) == noise(0)
-    wrong = []
+    wrong: list[str] = []
 
     def read_many(name: str, expected: bytes) -> None:
         wrong.extend(name for _ in range(50) if tree.read(name, 10**6) != expected)

@@ -71,7 +71,7 @@ def test_card_of_an_archive(tmp_path: Path) -> None:
 def test_card_of_a_closed_knowledge_base_says_so(tmp_path: Path) -> None:
     record = {"1": {"id": "1", "sentence": "Ann", "mentions": ["Ann"], "entities": ["Ann"], "answer": ["Q1"]}}
     card, text = card_of("wikimel", write_folder({"Wikidata-MEL.json": to_json(record)}, tmp_path))
-    assert card.data.license == "mit"
+    assert card.data.to_dict()["license"] == "mit"
     assert "**The source has no knowledge base.**" in text
     assert "They are not the splits of any publication" in text
     assert "luo2023multi" not in text
@@ -86,8 +86,8 @@ def test_card_of_own_data_with_a_hostile_name(tmp_path: Path) -> None:
     }
     name = 'Mine: "quoted" | `code`\nlicense: mit'
     card, text = card_of("custom", write_folder(files, tmp_path), pretty_name=name, license="cc0-1.0")
-    assert card.data.pretty_name == name
-    assert card.data.license == "cc0-1.0"
+    assert card.data.to_dict()["pretty_name"] == name
+    assert card.data.to_dict()["license"] == "cc0-1.0"
     assert "Licence: cc0-1.0." in text
     assert "&lt;/td>\\|'" in text
     assert "```bibtex" not in text

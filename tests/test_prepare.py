@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -198,14 +197,14 @@ def test_output_of_another_input_is_not_overwritten(tmp_path: Path, capsys: pyte
     assert "was not written by this command" in capsys.readouterr().err
 
 
-def run_until(data: Path, out: Path, is_reached: Callable[[], bool], stop: signal.Signals) -> tuple[int, str]:
-    """Start the command, with a file for each picture, and send `stop` when `is_reached()`."""
+def run_until(data: Path, out: Path, files: int, stop: signal.Signals) -> tuple[int, str]:
+    """Start the command, with a file for each entity, and send `stop` when there are `files` of them."""
     arguments = ["custom", "--data_dir", str(data), "--output_dir", str(out), "--max_shard_size", "1KB"]
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 60
-    while not is_reached() and process.poll() is None and time.monotonic() < deadline:
+    while len(list(out.rglob("kb-*.parquet"))) < files and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(stop)
     output, _ = process.communicate(timeout=60)
@@ -223,7 +222,7 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         return len(stamps.items() - now.items())
 
     for stop, code, reached in ((signal.SIGKILL, -signal.SIGKILL, 4), (signal.SIGINT, 130, 20)):
-        returned, output = run_until(data, out, lambda at=reached: len(list(out.rglob("kb-*.parquet"))) >= at, stop)
+        returned, output = run_until(data, out, reached, stop)
         assert returned == code, output
         assert ("run the same command again" in output) == (stop == signal.SIGINT)
         recorded = json.loads((out / ".prepare" / "manifest.json").read_text())["shards"]
