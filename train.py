@@ -8,6 +8,7 @@ the encoded knowledge base in `index`. Run the same command again to go on after
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import yaml
 from tokenizers import pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPTokenizer, HfArgumentParser, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.datasets_scripts.builders import BUILDERS, load_raw
@@ -108,8 +109,7 @@ class ModelArguments:
         "Leave padding out of the text unit's attention. The published model does not."
     )
     ignore_duplicate_answers: bool | None = _switch(
-        "An answer that several mentions of a batch share is in the batch once and no negative of itself. In the "
-        "published batches it is there for each of them."
+        "An answer that several mentions of a batch share is no negative of itself. In the published loss it is."
     )
     symmetric_loss: bool | None = _switch("Also rank the mentions for each entity. The published loss does not.")
     correct_images: bool | None = _switch(
@@ -163,6 +163,13 @@ class DataArguments:
         metadata={
             "help": "Keep the training's pictures decoded and resized in memory: 150 kB each at 224 x 224. For small "
             "data sets and many epochs."
+        },
+    )
+    merge_duplicates: bool = field(
+        default=False,
+        metadata={
+            "help": "An answer that several mentions of a batch share is in the batch once, which saves encoding it "
+            "again. In the published batches it is there for each of them, and so is its own negative."
         },
     )
     max_train_mentions: int | None = field(default=None, metadata={"help": "Train on the first so many mentions only."})
@@ -263,7 +270,11 @@ def load_data(data: DataArguments, cache_dir: str | None = None) -> tuple[dict[s
                 _rows_of, features=entities.features, gen_kwargs={"stream": entities}, cache_dir=cache_dir
             )
     else:
-        options = {"revision": data.dataset_revision, "cache_dir": cache_dir}
+        options: dict[str, Any] = {"revision": data.dataset_revision, "cache_dir": cache_dir}
+        if Path(name).is_dir():
+            # The cache of `datasets` knows a directory by its name and card alone, and would give the old rows of one
+            # that was written anew. The description of the configuration is part of the key.
+            options["description"] = _fingerprint(Path(name))
         try:
             splits = datasets.load_dataset(name, "mentions", streaming=data.streaming, **options)
             entities = datasets.load_dataset(name, "entities", split="kb", **options)
@@ -276,6 +287,13 @@ def load_data(data: DataArguments, cache_dir: str | None = None) -> tuple[dict[s
     for split, part in mentions.items():
         require_columns(part.column_names, MENTION_COLUMNS, f"the mentions of the split {split}")
     return mentions, KnowledgeBase(entities)
+
+
+def _fingerprint(directory: Path) -> str:
+    """Differs where the paths, sizes or times of the files of a directory differ."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
 def _rows_of(stream: datasets.IterableDataset) -> Iterator[Mapping[str, Any]]:
@@ -503,10 +521,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     mentions, knowledge_base = load_data(data_args, model_args.cache_dir)
     for split, wanted in (("train", args.do_train), ("validation", args.do_train and args.eval_strategy != "no")):
         if wanted and split not in mentions:
-            raise ValueError(f"The data set has no split {split!r}; it has {', '.join(mentions)}.")
+            raise ValueError(
+                f"The data set has no split {split!r}; it has {', '.join(mentions)}. To train without evaluation: "
+                "--eval_strategy no --no_load_best_model_at_end."
+            )
     train: Any = None
     left_out = 0
-    if args.do_train:
+    if not args.do_train:
+        args.eval_strategy = IntervalStrategy.NO  # the Trainer's own checks are about training
+    else:
         train, left_out = training_mentions(mentions["train"], knowledge_base, data_args, args)
     evaluated = {split: mentions[split] for split in ("validation", "test") if split in mentions}
     if data_args.max_eval_mentions is not None:
@@ -527,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processor,
         knowledge_base,
         seed=args.seed,
-        merge_duplicates=model.config.ignore_duplicate_answers,
+        merge_duplicates=data_args.merge_duplicates,
         unreadable_log=output_dir / UNREADABLE_LOG,
     )
     if data_args.cache_pixels and train is not None:

@@ -426,7 +426,7 @@ def rank_mentions(
         batch_size, num_workers: of encoding.
 
     Raises:
-        ValueError: if there are no mentions, or the model's scores are NaN.
+        ValueError: if there are no mentions, or the model's features are not finite.
     """
     mentions = undecoded(mentions)
     if not hasattr(mentions, "__getitem__") and not isinstance(mentions, torch.utils.data.IterableDataset):
@@ -447,7 +447,13 @@ def rank_mentions(
     try:
         with torch.inference_mode(), tqdm(total=total, desc="Ranking mentions", disable=not show_progress) as bar:
             for inputs, named in loader:
-                features.append(model.encode_mentions(**{n: t.to(model.device) for n, t in inputs.items()}).to("cpu"))
+                encoded = model.encode_mentions(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+                if not all(tensor.isfinite().all() for tensor in encoded.tensors.values()):
+                    raise ValueError(
+                        "The model's features of mentions are not finite: training has diverged. Try a smaller "
+                        "learning rate."
+                    )
+                features.append(encoded.to("cpu"))
                 waiting += named["answer"]
                 results.ids += named["id"]
                 results.kinds += named["kind"]
@@ -483,14 +489,7 @@ def _rank(
         found = index.search(joined, top_k=min(top_k, len(index)))
         for entity_ids, scores in zip(found.entity_ids, found.scores, strict=True):
             results.candidates.append([(i, float(s)) for i, s in zip(entity_ids, scores, strict=False)])
-    ranks = index.rank(joined, answers).ranks
-    lost = [answer for answer, rank in zip(answers, ranks, strict=True) if np.isnan(rank) and answer in index]
-    if lost:
-        raise ValueError(
-            f"The answers of {len(lost)} mentions, such as {lost[0]!r}, have no rank though they are in the knowledge "
-            "base: the model's scores are NaN. Training may have diverged; try a smaller learning rate."
-        )
-    return ranks
+    return index.rank(joined, answers).ranks
 
 
 def in_batch_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -638,9 +637,7 @@ class MimicTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if data_collator is None:
-            data_collator = MentionEntityCollator(
-                processing_class, entities, seed=args.seed, merge_duplicates=model.config.ignore_duplicate_answers
-            )
+            data_collator = MentionEntityCollator(processing_class, entities, seed=args.seed)
         self.run = TrainingRun(base_model=model.name_or_path or None)
         self.collator = data_collator
         self.knowledge_base = data_collator.knowledge_base
@@ -759,7 +756,7 @@ class MimicTrainer(Trainer):
             self.run.observe(self)
             self.run.write(self.args.output_dir or ".", kwargs.get("model_name"))
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -772,11 +769,12 @@ class MimicTrainer(Trainer):
         in `index`, to a repository of its own, which the uploaded model names as its default.
 
         Args:
-            commit_message, blocking, token, revision, private: as in `Trainer.push_to_hub`.
+            commit_message, token, revision, private: as in `Trainer.push_to_hub`.
+            blocking: not used; the upload is waited for.
             **kwargs: `model_name` is the card's title; the repository's id by default.
 
         Returns:
-            The commit, or a future of it if not `blocking`; `None` in all processes but the main one.
+            The commit; `None` in all processes but the main one.
         """
         args = self.args
         token = token or args.hub_token
@@ -803,7 +801,6 @@ class MimicTrainer(Trainer):
                 repo_id=repo_id,
                 folder_path=output_dir,
                 commit_message=commit_message,
-                run_as_future=not blocking,
                 ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{INDEX_FOLDER}/*", "training_args.bin"],
                 revision=revision or args.hub_revision,
             )
