@@ -448,6 +448,8 @@ def _run(args: argparse.Namespace) -> None:
         args.pretty_name,
         args.license,
     )
+    if args.push_to_hub and not args.report_only:
+        HfApi().whoami()  # rather now than after the work
     if args.report_only:
         report_only(args.name, args.data_dir, args.problems or f"{args.name}-{PROBLEMS_FILE}", options)
         return
@@ -476,7 +478,10 @@ def main(argv: list[str] | None = None) -> int:
     except (PrepareError, ArchiveError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        print(f"error: the upload failed: {error}\nRun the same command again to go on with it.", file=sys.stderr)
+        print(
+            f"error: the Hub refuses: {error}\nLog in with `hf auth login`, or run the command again to go on.",
+            file=sys.stderr,
+        )
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error}\nRun the same command again once this is repaired.", file=sys.stderr)
     return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -71,6 +72,15 @@ IMAGE_KINDS = tuple(
 )
 
 SPLITS = ("train", "validation", "test")
+
+
+# A file may give every row fields of its own.
+MAX_FIELD_NAMES = 50
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal or is no character."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 @dataclass
@@ -169,6 +179,14 @@ class Report:
         if expected_md5 not in (None, md5):
             self.add("md5_differs", name, detail=f"MD5 {md5}, published {expected_md5}")
 
+    def leave_out(self, table: str, names: Iterable[str]) -> None:
+        """Count fields of a row of `table` that have no column."""
+        for name in names:
+            key = f"{table}: {printable(name[:40])}"
+            if key not in self.unused_fields and len(self.unused_fields) >= MAX_FIELD_NAMES:
+                key = f"{table}: others"
+            self.unused_fields[key] += 1
+
     def compare(self, what: str, found: int, published: int) -> None:
         """Record a published count, and a finding where ours differs."""
         self.published[what] = {"found": found, "published": published}
@@ -263,6 +281,5 @@ class Report:
                 lines.append(title)
             for kind in found_here:
                 lines.append(f"  {self.counts[kind]:>8,}  {kind}: {KINDS[kind].effect}")
-                # A terminal gets no half characters.
-                lines += [f"{'':12}{text.encode(errors='replace').decode()}" for text in self.examples[kind]]
-        return "\n".join(lines)
+                lines += [f"{'':12}{text}" for text in self.examples[kind]]
+        return "\n".join(map(printable, lines))

@@ -418,8 +418,7 @@ class MimicArchive(Source):
             for image in images:
                 if not isinstance(image, str):
                     report.add("bad_field", file, row, f"image_list holds {_json_type(image)}")
-            for name in item.keys() - self._ENTITY_FIELDS:
-                report.unused_fields[f"entities: {name}"] += 1
+            report.leave_out("entities", item.keys() - self._ENTITY_FIELDS)
             yield EntityRow(
                 file,
                 row,
@@ -476,8 +475,7 @@ class MimicArchive(Source):
                 if source_id in seen:
                     report.add("duplicate_mention_id", file, row, f"id {source_id}")
                 seen.add(source_id)
-            for name in item.keys() - self._MENTION_FIELDS:
-                report.unused_fields[f"mentions: {name}"] += 1
+            report.leave_out("mentions", item.keys() - self._MENTION_FIELDS)
             yield MentionRow(file, row, f"{split}-{row}", mention, sentence, answer, picture, {"source_id": source_id})
 
     def _entity_of(self, answer: str, report: Report, file: str, row: int) -> str | None:
@@ -577,8 +575,7 @@ class MelBench(_ClosedSource):
             sentence = self._clean(record["sentence"], report, self._file, key, "sentence")
             record_id = self._clean(key, report, self._file, key, "id")
             picture = self._picture_of(record_id, report, key)
-            for name in record.keys() - {"id", "sentence", "mentions", "entities", "answer"}:
-                report.unused_fields[f"mentions: {name}"] += 1
+            report.leave_out("mentions", record.keys() - {"id", "sentence", "mentions", "entities", "answer"})
             for number, (mention, _, qid) in enumerate(parts):
                 if _is_nil(qid):
                     report.add("nil_answer", self._file, key, f"mention {mention[:80]!r}")
@@ -868,8 +865,7 @@ class CustomData(Source):
             if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
                 report.add("bad_field", file, row, "images is not a list of file names")
                 images = []
-            for field_ in item.keys() - self._ENTITY_FIELDS:
-                report.unused_fields[f"entities: {field_}"] += 1
+            report.leave_out("entities", item.keys() - self._ENTITY_FIELDS)
             yield EntityRow(
                 file,
                 row,
@@ -914,8 +910,7 @@ class CustomData(Source):
                 seen.add(source_id)
             image = self._optional(item, "image", report, file, row)
             pictures = self._named_pictures([image] if image else [], report, file, row)
-            for field_ in item.keys() - self._MENTION_FIELDS:
-                report.unused_fields[f"mentions: {field_}"] += 1
+            report.leave_out("mentions", item.keys() - self._MENTION_FIELDS)
             picture = pictures[0] if pictures else None
             extra = {"source_id": source_id}
             yield MentionRow(file, row, f"{split}-{row}", mention, sentence, answer, picture, extra)

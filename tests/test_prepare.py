@@ -334,7 +334,8 @@ def test_failed_upload_says_so(hub: Hub, tmp_path: Path, capsys: pytest.CaptureF
     data = write_folder(sound_archive(), tmp_path / "data")
     arguments = ["wikimel", "--data_dir", str(data), "--output_dir", str(tmp_path / "out")]
     assert main([*arguments, "--push_to_hub", "nobody/nothing"]) == 1
-    assert "the upload failed" in capsys.readouterr().err
+    assert "hf auth login" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # known before the work, not after it
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mimic_el.datasets_scripts.report import KINDS, Report, Statistics
+from mimic_el.datasets_scripts.report import KINDS, MAX_FIELD_NAMES, Report, Statistics
 
 
 def test_findings_are_counted_and_listed(tmp_path: Path) -> None:
@@ -51,10 +51,12 @@ def test_text_names_everything() -> None:
     report = Report()
     for kind in KINDS:
         report.add(kind, f"{kind}.json", 7, "half a \ud83d character")
+    report.add("bad_row", "\x1b[2J.json", 7, "clears the screen")
     report.add_file("kb.json", 3, "abc", "def")
     report.compare("entities", 3, 4)
     report.resolved["jpg"] = 12
-    report.unused_fields["mentions: topic"] = 9
+    for _ in range(9):
+        report.leave_out("mentions", ["topic"])
     report.statistics.add_mention("train", "Ann", "Ann works", "Q1", True)
     report.statistics.add_mention("test", "Ann", "Ann", "Q1", False)
     text = report.text()
@@ -66,9 +68,18 @@ def test_text_names_everything() -> None:
     assert "MD5 abc  kb.json (DIFFERS)" in text
     assert "12 by their name with .jpg" in text
     assert "mentions: topic (9)" in text
+    assert text.replace("\n", "").isprintable()
     assert [line.split() for line in text.splitlines() if "distinct" in line] == [
         ["distinct", "answers", "1", "0", "1", "1"]
     ]
+
+
+def test_field_names_are_bounded() -> None:
+    report = Report()
+    report.leave_out("mentions", (f"field {number}" for number in range(1_000)))
+    assert report.unused_fields.total() == 1_000
+    assert len(report.unused_fields) == MAX_FIELD_NAMES + 1
+    assert report.unused_fields["mentions: others"] == 1_000 - MAX_FIELD_NAMES
 
 
 def test_every_kind_is_documented() -> None:
