@@ -58,11 +58,19 @@ class _Table:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         try:
-            return json.loads(self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])])
-        except (ValueError, IndexError) as error:
+            if not 0 <= row < len(self):
+                raise ValueError(f"there are only {len(self)} rows")
+            start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
+            if not 0 <= start <= stop <= len(self._lines):
+                raise ValueError(f"its place, from {start} to {stop}, is not in the table")
+            record = json.loads(self._lines[start:stop])
+            if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+                raise ValueError("it is no entity with an id")
+        except (ValueError, RecursionError) as error:
             raise EntityIndexError(
                 f"The entity table is damaged at row {row}: {error}. Build the index again."
             ) from error
+        return record
 
 
 @dataclass
@@ -146,20 +154,25 @@ def _read_shard(directory: Path, entry: Mapping[str, Any]) -> _Shard:
             table = mmap.mmap(lines.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError as error:
         raise EntityIndexError(f"The index file {directory / table_file} is empty. Build the index again.") from error
-    try:
-        shard = _Shard(
-            entry["name"],
-            {key.removeprefix("feature."): t for key, t in tensors.items() if key.startswith("feature.")},
-            _Table(table, tensors["table.offsets"].numpy()),
-            tensors["table.hashes"].numpy().view(np.uint64),
-            tensors["table.hash_rows"].numpy(),
-        )
-    except KeyError as error:
-        raise EntityIndexError(
-            f"The index file {directory / features_file} lacks {error}. Build the index again."
-        ) from error
-    counts = {len(shard), entry["count"], *(tensor.shape[0] for tensor in shard.tensors.values())}
-    if len(counts) > 1 or int(shard.table._offsets[-1]) > len(table):
+    numbers = {}
+    for name, dtype in (("offsets", torch.int64), ("hashes", torch.int64), ("hash_rows", torch.int32)):
+        tensor = tensors.get(f"table.{name}")
+        if tensor is None or tensor.dtype != dtype or tensor.dim() != 1 or not len(tensor):
+            raise EntityIndexError(
+                f"The index file {directory / features_file} lacks a valid `table.{name}`. Build the index again."
+            )
+        numbers[name] = tensor.numpy()
+    features = {key.removeprefix("feature."): t for key, t in tensors.items() if key.startswith("feature.")}
+    shard = _Shard(
+        entry["name"],
+        features,
+        _Table(table, numbers["offsets"]),
+        numbers["hashes"].view(np.uint64),
+        numbers["hash_rows"],
+    )
+    counts = {len(shard), entry["count"], len(shard.hashes), len(shard.hash_rows)}
+    counts |= {tensor.shape[0] if tensor.dim() else 0 for tensor in shard.tensors.values()}
+    if len(counts) > 1 or int(shard.table._offsets[-1]) != len(table):
         raise EntityIndexError(
             f"The parts of the index file {directory / features_file} disagree in their number of entities "
             f"({sorted(counts)}). Build the index again."
@@ -177,7 +190,10 @@ def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file so that it is either whole or not there, whenever the process ends."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that nobody else may read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -217,8 +233,7 @@ def _quantised(features: EntityFeatures, matcher: _Matcher, dtype: torch.dtype) 
             stored[name] = tensor if tensor.dtype == torch.bool else tensor.float()
             continue
         tensor = tensor.float()
-        if not bool(torch.isfinite(tensor).all()):
-            raise EntityIndexError(f"The model gives `{name}` values that are not finite; no index can be made of it.")
+        _check_finite(name, tensor)
         if dtype == torch.int8:
             scale = tensor.abs().amax(dim=-1).clamp(min=1e-12) / 127
             stored[name] = (tensor / scale.unsqueeze(-1)).round().to(torch.int8)
@@ -236,7 +251,14 @@ def _quantised(features: EntityFeatures, matcher: _Matcher, dtype: torch.dtype) 
         numbers = [stored[side + "stats"][:, column] for column in kept]
         make = unit.query_stats if side == "image_query_" else unit.key_stats
         stored[side + "stats"] = make(vectors, *numbers)
+    for name in _EXACT:
+        _check_finite(name, stored[name])
     return stored
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise EntityIndexError(f"The model gives `{name}` values that are not finite; no index can be made of it.")
 
 
 def _restored(stored: Mapping[str, Tensor], name: str) -> Tensor:
