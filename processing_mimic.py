@@ -26,6 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "MPO", "A
 _MAX_PIXELS = 90_000_000
 _MAX_DOWNLOAD_BYTES = 64 * 2**20
 _DOWNLOAD_SECONDS = 20.0
+_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "max_memory", "quantization_config")
 
 
 class MimicImageError(ValueError):
@@ -180,6 +181,14 @@ class MimicProcessor(ProcessorMixin):
             raise ValueError("MimicProcessor: the tokenizer has no padding token; set `tokenizer.pad_token`.")
         self.text_max_length = text_max_length
         self.correct_images = correct_images
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """A checkpoint's processor; arguments as of any processor."""
+        for name in _MODEL_ARGUMENTS:
+            # pipeline() passes them on. The tokenizer would take them for its own, and fail to save them.
+            kwargs.pop(name, None)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_backbone(cls, backbone: str | os.PathLike[str], config: MimicConfig | None = None, **kwargs: Any) -> Any:

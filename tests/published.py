@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,14 @@ def entities_and_mentions(directory: Path, count: int = 12) -> tuple[list[dict[s
 def _saved(image: Image.Image, path: Path) -> str:
     image.save(path)
     return str(path)
+
+
+def same_links(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> bool:
+    """Whether two answers of the pipeline name the same entities, with the same scores but for rounding."""
+    flat = [[link for links in answer for link in links] for answer in (ours, theirs)]
+    if [len(links) for links in ours] != [len(links) for links in theirs]:
+        return False
+    return all(
+        one["entity_id"] == other["entity_id"] and math.isclose(one["score"], other["score"], rel_tol=1e-5)
+        for one, other in zip(*flat, strict=True)
+    )

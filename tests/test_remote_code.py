@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from clean_python import CleanPython, clean_python
 from hub_server import Hub
 from huggingface_hub import HfApi
-from published import CODE_FILES, TASK, entities_and_mentions, save_linker
+from published import CODE_FILES, TASK, entities_and_mentions, same_links, save_linker, tiny_linker
 from transformers import pipeline
 
 from mimic_el import EntityIndex, MimicModel, MimicProcessor
@@ -21,15 +22,7 @@ from mimic_el import EntityIndex, MimicModel, MimicProcessor
 ALICE = "hf_alice"
 ROOT = Path(__file__).resolve().parents[1]
 # Pillow, and what transformers and torch require themselves.
-MAY_IMPORT = sys.stdlib_module_names | {
-    "transformers",
-    "torch",
-    "huggingface_hub",
-    "safetensors",
-    "numpy",
-    "PIL",
-    "tqdm",
-}
+REQUIRED = {"transformers", "torch", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm"}
 AUTO_MAP = {"AutoConfig": "configuration_mimic.MimicConfig", "AutoModel": "modeling_mimic.MimicModel"}
 CUSTOM_PIPELINES = {
     TASK: {"impl": "pipeline_mimic.MultimodalEntityLinkingPipeline", "pt": ["AutoModel"], "type": "multimodal"}
@@ -73,15 +66,6 @@ def api(hub: Hub, checkpoint: Path) -> HfApi:
     return api
 
 
-def same_links(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> bool:
-    if [[link["entity_id"] for link in links] for links in ours] != [
-        [link["entity_id"] for link in links] for links in theirs
-    ]:
-        return False
-    scores = [torch.tensor([link["score"] for links in both for link in links]) for both in (ours, theirs)]
-    return torch.allclose(*scores, rtol=1e-5, atol=1e-5)
-
-
 def test_the_environment_knows_nothing_of_us(clean: CleanPython):
     code = """
         from importlib.util import find_spec
@@ -101,7 +85,7 @@ def test_code_imports_nothing_else(name: str):
             imported.add(str(node.module).partition(".")[0])
         elif isinstance(node, ast.ImportFrom):
             assert f"{node.module}.py" in CODE_FILES, f"line {node.lineno} imports a file that stays behind"
-    assert imported <= MAY_IMPORT
+    assert imported <= REQUIRED | sys.stdlib_module_names
 
 
 def test_checkpoint_brings_its_code(checkpoint: Path):
@@ -255,3 +239,134 @@ def test_fine_tuning_and_saving_again(clean: CleanPython, api: HfApi, hub: Hub, 
         source = (ROOT / name).read_bytes()
         assert (first / name).read_bytes() == (again / name).read_bytes() == pushed[name] == source
     assert same_links(clean.run(PIPELINE, place="alice/tuned", options={}, **data), of_first)
+
+
+def first_weight(seed: int) -> float:
+    """What tells the checkpoints of these tests apart."""
+    return tiny_linker(seed)[0].matcher.tglu.fc_query.weight[0, 0].item()
+
+
+OPTIONS = """
+    from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+
+    def first_weight(model):
+        return model.matcher.tglu.fc_query.weight[0, 0].item()
+
+    def load(place, **options):
+        AutoConfig.from_pretrained(place, trust_remote_code=True, **options)
+        AutoProcessor.from_pretrained(place, trust_remote_code=True, **options)
+        return AutoModel.from_pretrained(place, trust_remote_code=True, **options)
+"""
+
+
+def test_revision_and_token(clean: CleanPython, api: HfApi, data: dict[str, Any]):
+    api.update_repo_settings("alice/linker", private=True)
+    commit = api.repo_info("alice/linker", revision="other").sha
+    code = """
+        result = [first_weight(load("alice/linker", revision=revision, token=secret)) for revision in revisions]
+        options = {"revision": "other", "token": secret, "trust_remote_code": True}
+        result.append(first_weight(pipeline(model="alice/linker", entities=entities, **options).model))
+    """
+    code = textwrap.dedent(OPTIONS) + textwrap.dedent(code)
+    revisions = [None, "other", commit]
+    try:
+        found = clean.run(code, revisions=revisions, secret=ALICE, **data)
+        ours, others = first_weight(0), first_weight(1)
+        assert found == pytest.approx([ours, others, others, others])
+        assert "token" in clean.error(textwrap.dedent(OPTIONS) + 'load("alice/linker")')
+    finally:
+        api.update_repo_settings("alice/linker", private=False)
+
+
+def test_cache_dir_and_local_files_only(clean: CleanPython, hub: Hub, api: HfApi, data: dict[str, Any], links: list):
+    code = """
+        import os
+
+        load("alice/linker", cache_dir="here")
+        places = ["here/models--alice--linker", os.path.join(os.environ["HF_HOME"], "hub")]
+        result = [os.path.isdir(place) for place in places]
+    """
+    assert clean.run(textwrap.dedent(OPTIONS) + textwrap.dedent(code)) == [True, False]
+    clean.run(PIPELINE, place="alice/linker", options={}, **data)
+    hub.forget()
+    options = {"local_files_only": True}
+    assert same_links(clean.run(PIPELINE, place="alice/linker", options=options, keep_cache=True, **data), links)
+    assert hub.requests == []
+    assert "offline mode" in clean.error(PIPELINE, place="alice/linker", options=options, **data)
+
+
+def test_dtype_and_device_map(clean: CleanPython, api: HfApi, data: dict[str, Any], links: list):
+    code = """
+        import torch
+
+        def dtypes(model):
+            parts = (model.encoder, model.matcher)
+            return [sorted({str(parameter.dtype) for parameter in part.parameters()}) for part in parts]
+
+        result = [dtypes(load("alice/linker", dtype=dtype)) for dtype in (torch.bfloat16, "bfloat16", "auto")]
+        options = {"trust_remote_code": True, "entities": entities}
+        half = pipeline(model="alice/linker", dtype=torch.bfloat16, **options)
+        half.save_pretrained("half")
+        with open("half/tokenizer_config.json") as file:
+            assert "dtype" not in file.read()
+        again = pipeline(model="half", **options)
+        result += [dtypes(half.model), dtypes(again.model), half(mentions), again(mentions)]
+
+        placed = [load("alice/linker", device_map=device_map) for device_map in ("cpu", "auto", {"": "cpu"})]
+        result += [[str(model.device) for model in placed]]
+        result += [pipeline(model="alice/linker", device_map="auto", **options)(mentions, top_k=3)]
+    """
+    *dtypes, of_half, of_again, devices, of_placed = clean.run(textwrap.dedent(OPTIONS) + textwrap.dedent(code), **data)
+    half, full = [["torch.bfloat16"], ["torch.float32"]], [["torch.float32"], ["torch.float32"]]
+    assert dtypes == [half, half, full, half, half]
+    assert same_links(of_half, of_again)
+    assert devices == ["cpu", "cpu", "cpu"]
+    assert same_links(of_placed, links)
+
+
+def test_subfolder(clean: CleanPython, api: HfApi, checkpoint: Path, data: dict[str, Any]):
+    """The code is taken from the repository's root, as of any model."""
+    api.create_branch("alice/linker", branch="folders")
+    other = save_linker(checkpoint.parent / "other", seed=1)
+    api.upload_folder(
+        repo_id="alice/linker", folder_path=other, path_in_repo="other", ignore_patterns="*.py", revision="folders"
+    )
+    code = """
+        options = {"revision": "folders", "subfolder": "other"}
+        result = [first_weight(load("alice/linker", **options))]
+        linker = pipeline(
+            model="alice/linker", revision="folders", model_kwargs={"subfolder": "other"}, trust_remote_code=True,
+            entities=entities,
+        )
+        result += [first_weight(linker.model)]
+    """
+    found = clean.run(textwrap.dedent(OPTIONS) + textwrap.dedent(code), **data)
+    assert found == pytest.approx([first_weight(1)] * 2)
+
+
+def test_pipeline_is_saved_and_pushed(clean: CleanPython, hub: Hub, api: HfApi, data: dict[str, Any], links: list):
+    """With its index beside it, which then needs not be named, from a directory or from the Hub."""
+    code = """
+        import os
+        from huggingface_hub import HfApi
+        from transformers import pipeline
+
+        linker = pipeline(model="alice/linker", trust_remote_code=True, entities=entities)
+        linker.push_to_hub("alice/pushed")
+        linker.save_pretrained("saved", save_index=True)
+        result = [pipeline(model="saved", trust_remote_code=True)(mentions, top_k=3)]
+        HfApi().create_repo("alice/whole")
+        HfApi().upload_folder(repo_id="alice/whole", folder_path="saved")
+    """
+    [from_directory] = clean.run(code, token=ALICE, **data)
+    assert same_links(from_directory, links)
+    pushed = hub.files("alice/pushed")
+    assert json.loads(pushed["config.json"])["custom_pipelines"] == CUSTOM_PIPELINES
+    assert {name for name in pushed if name.endswith(".py")} == CODE_FILES
+    assert same_links(clean.run(PIPELINE, place="alice/pushed", options={}, **data), links)
+    code = """
+        from transformers import pipeline
+        result = pipeline(model="alice/whole", trust_remote_code=True)(mentions, top_k=3)
+    """
+    assert same_links(clean.run(code, **data), links)
+    assert not [name for name in hub.downloads("alice/whole") if "README" in name]
