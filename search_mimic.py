@@ -16,6 +16,7 @@ answer is that of exhaustive scoring; only the work differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -156,7 +157,8 @@ def _hull_distance(points: Tensor, steps: int = 200) -> Tensor:
         square = (weights * products).sum(dim=1)
         smallest, vertex = products.min(dim=1)
         gap = 2 * (square - smallest)
-        bound = smallest.clamp(min=0).square() / square.clamp(min=torch.finfo(points.dtype).tiny)
+        positive = smallest.clamp(min=0)
+        bound = positive * (positive / square.clamp(min=torch.finfo(points.dtype).tiny))
         best = torch.maximum(best, torch.maximum(square - gap, bound))
         if step % 20 == 19 and bool((square - best <= 1e-3 * square + 1e-12).all()):
             break
@@ -251,13 +253,21 @@ class Searcher:
         bounds = None if exhaustive else _MentionBounds.of(self.matcher, mentions)
         for start, stop in self._super_blocks(len(mentions)):
             pairs = len(mentions) * (stop - start)
-            self.stats.pairs += pairs
-            if bounds is None:
-                self._exhaustive_block(mentions, start, stop, top)
-            else:
-                self._certified_block(mentions, bounds, start, stop, top)
+            with self._counted(pairs):
+                if bounds is None:
+                    self._exhaustive_block(mentions, start, stop, top)
+                else:
+                    self._certified_block(mentions, bounds, start, stop, top)
             advance(pairs)
         return top
+
+    @contextmanager
+    def _counted(self, pairs: int) -> Iterator[None]:
+        """Counts a block's pairs; one that is scored twice counts once."""
+        before = self.stats.exact_pairs
+        yield
+        self.stats.pairs += pairs
+        self.stats.exact_pairs = min(self.stats.exact_pairs, before + pairs)
 
     def _super_blocks(self, count: int) -> Iterator[tuple[int, int]]:
         # Two float32 tensors of the block's shape are kept, a few more are made for a while.
@@ -426,11 +436,11 @@ class Searcher:
         bounds = None if exhaustive else _MentionBounds.of(self.matcher, mentions)
         for start, stop in self._super_blocks(count):
             pairs = count * (stop - start)
-            self.stats.pairs += pairs
-            if bounds is None:
-                self._rank_exhaustive(mentions, answers, gold, start, stop, above, equal)
-            else:
-                self._rank_certified(mentions, bounds, answers, gold, start, stop, above, equal)
+            with self._counted(pairs):
+                if bounds is None:
+                    self._rank_exhaustive(mentions, answers, gold, start, stop, above, equal)
+                else:
+                    self._rank_certified(mentions, bounds, answers, gold, start, stop, above, equal)
             advance(pairs)
         return above, equal
 
