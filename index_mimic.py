@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 
 from .card_mimic import _index_card, _TableFacts
 from .configuration_mimic import MimicConfig
+from .first_stage_mimic import FirstStage
 from .modeling_mimic import MentionFeatures, MimicModel, _Matcher
 from .processing_mimic import MimicProcessor, first_image
 from .search_mimic import Searcher, SearchStats, score_pairs
@@ -283,6 +284,7 @@ class EntityIndex:
         self._store = store
         self._directory = directory
         self._read_only = False
+        self._first_stage: FirstStage | None = None
 
     # --- What it holds
 
@@ -361,9 +363,11 @@ class EntityIndex:
         *,
         candidates: Sequence[Sequence[str] | None] | None = None,
         exact: str = "certified",
+        first_stage: int | None = None,
+        probes: int = 32,
         show_progress: bool = False,
     ) -> SearchResult:
-        """Finds the entities that fit each mention best, exactly.
+        """Finds the entities that fit each mention best; exactly, unless a first stage is asked for.
 
         Args:
             mentions ([`MentionFeatures`]): M mentions, from [`MimicModel.encode_mentions`]. The work is done on their
@@ -372,16 +376,22 @@ class EntityIndex:
             candidates: for each mention the ids of the entities that it may mean, or `None` for all.
             exact: "certified" scores only those pairs whose bound leaves them in question, "exhaustive" scores all.
                 The answers are the same.
+            first_stage: number of entities that an approximate first stage leaves of each mention's, to be scored
+                exactly; needs `faiss`, and is for knowledge bases of 10^7 entities and more. See [`build_first_stage`].
+            probes: of the first stage, the number of an inverted file's lists that are looked at.
             show_progress: whether to show a progress bar.
 
         Raises:
-            ValueError: if `top_k` or `exact` is not valid, or the numbers of mentions and candidates differ.
+            ValueError: if `top_k`, `exact` or `first_stage` is not valid, or the numbers of mentions and candidates
+                differ.
             UnknownEntityError: if a candidate is not in the index.
             EntityIndexError: if the index is empty.
         """
         self._check_search(mentions, exact)
         if not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
+        if first_stage is not None and (not isinstance(first_stage, int) or first_stage < top_k):
+            raise ValueError(f"`first_stage` must be an integer of at least `top_k` ({top_k}), got {first_stage!r}.")
         count = len(mentions)
         if candidates is None:
             candidates = [None] * count
@@ -393,6 +403,9 @@ class EntityIndex:
         chosen = [row for row, item in enumerate(candidates) if item is not None]
         free = [row for row, item in enumerate(candidates) if item is None]
         with torch.inference_mode():
+            if first_stage is not None and free:
+                self._first_stage_search(mentions, free, first_stage, probes, searcher, rows)
+                free = []
             for picked, part, progress in self._mention_blocks(mentions, free, "Searching", show_progress):
                 top = searcher.top_k(part, rows.shape[1], exact == "exhaustive", progress.update)
                 rows[picked] = top.rows
@@ -403,15 +416,60 @@ class EntityIndex:
 
     def _among(self, mentions: MentionFeatures, row: int, ids: Sequence[str], searcher: Searcher) -> Tensor:
         """Rows of given candidates, best first."""
-        device = mentions.tensors["text_embed"].device
         if isinstance(ids, str):
             raise ValueError(f"Candidates must be a list of entity ids for each mention, got the string {ids!r}.")
-        wanted = torch.tensor(sorted(set(self._required_rows(ids))), dtype=torch.long, device=device)
+        return self._sorted_rows(mentions, row, sorted(set(self._required_rows(ids))), searcher)
+
+    def _sorted_rows(self, mentions: MentionFeatures, row: int, rows: list[int], searcher: Searcher) -> Tensor:
+        """Rows of entities, scored exactly against one mention, best first."""
+        device = mentions.tensors["text_embed"].device
+        wanted = torch.tensor(rows, dtype=torch.long, device=device)
         mention_rows = torch.full_like(wanted, row)
         scores = score_pairs(self._matcher_on(device), mentions, mention_rows, self._store, wanted, _CANDIDATE_BYTES)
         searcher.stats.pairs += len(wanted)
         searcher.stats.exact_pairs += len(wanted)
         return wanted[scores.logits.argsort(descending=True, stable=True)]
+
+    def build_first_stage(self, factory: str | None = None, *, show_progress: bool = True) -> None:
+        """Makes the approximate first stage of [`search`], and stores it beside the index.
+
+        It is not part of the index: after a change of the index it has to be made again, and it is not uploaded.
+
+        Args:
+            factory: faiss's description of the index, such as "IVF4096,SQ8" or "HNSW32". By default an inverted file
+                with 8-bit vectors, or, below 50,000 entities, a plain scan.
+
+        Raises:
+            ImportError: if faiss is not installed.
+            ValueError: if faiss does not know the description.
+        """
+        self._first_stage = FirstStage.build(self._store, factory, show_progress)
+        if self._directory is not None and not self._read_only:
+            with _no_space(self._directory):
+                self._first_stage.save(self._first_stage_path)
+
+    @property
+    def _first_stage_path(self) -> Path:
+        return cast(Path, self._directory) / f"first-stage-{self._manifest['generation']:05d}.faiss"
+
+    def _first_stage_search(
+        self, mentions: MentionFeatures, chosen: list[int], count: int, probes: int, searcher: Searcher, rows: Tensor
+    ) -> None:
+        if self._first_stage is None:
+            if self._directory is None or not self._first_stage_path.exists():
+                raise EntityIndexError(
+                    "This index has no first stage for its entities as they are now; call build_first_stage() first."
+                )
+            self._first_stage = FirstStage.load(self._first_stage_path)
+        picked = torch.tensor(chosen, device=rows.device)
+        found = self._first_stage.candidates(mentions[picked].tensors, count, probes)
+        searcher.stats.pairs += len(chosen) * len(self._store)
+        for row, candidates in zip(chosen, found.tolist(), strict=True):
+            alive = sorted(number for number in candidates if number >= 0 and not self._store.removed[number])
+            before = searcher.stats.pairs
+            best = self._sorted_rows(mentions, row, alive, searcher)[: rows.shape[1]]
+            searcher.stats.pairs = before
+            rows[row, : len(best)] = best
 
     def _result(self, mentions: MentionFeatures, rows: Tensor, searcher: Searcher) -> SearchResult:
         """The scores of each unit for the pairs that were found."""
@@ -710,7 +768,7 @@ class EntityIndex:
             _write_card(self._directory, manifest, store)
             _write_json(self._directory / _MANIFEST, manifest)
             _remove_strays(self._directory, manifest)
-        self._manifest, self._store = manifest, store
+        self._manifest, self._store, self._first_stage = manifest, store, None
 
     # --- Save and load
 
@@ -1069,7 +1127,7 @@ def _remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _is_part(name: str) -> bool:
-    return name.startswith(("shard-", "removed-", "matcher-"))
+    return name.startswith(("shard-", "removed-", "matcher-", "first-stage-"))
 
 
 def _downloaded(repo_id: str, repo_type: str, subfolder: str, revision: str | None, **options: Any) -> Path:
