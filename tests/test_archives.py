@@ -149,6 +149,24 @@ def test_zip_that_lies_about_a_size_does_not_deliver_more(tmp_path: Path) -> Non
     assert caught.value.kind == "unreadable"
 
 
+def test_encrypted_member_is_refused(tmp_path: Path) -> None:
+    data = bytearray(zip_bytes({"a.jpg": picture()}))
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + place] |= 1  # the flag that says so
+    (tmp_path / "a.zip").write_bytes(data)
+    tree = open_tree(tmp_path / "a.zip")
+    assert tree.files == {}
+    assert tree.refused == {"a.jpg": ("unreadable", "is encrypted")}
+
+
+def test_file_that_grew_is_not_read_beyond_the_limit(tmp_path: Path) -> None:
+    tree = open_tree(write_folder({"a": b"12"}, tmp_path))
+    (tmp_path / "a").write_bytes(b"1" * 1000)
+    with pytest.raises(ArchiveError, match="more than 10 bytes") as caught:
+        tree.read("a", 10)
+    assert caught.value.kind == "oversized"
+
+
 def test_tar_refuses_hostile_members(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, kind in (("../up", tarfile.REGTYPE), ("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
