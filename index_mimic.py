@@ -138,6 +138,13 @@ def _model_config(config: MimicConfig) -> dict[str, Any]:
     return result
 
 
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the names of the directories that it was loaded from."""
+    parts = {name: _without_paths(value) if isinstance(value, dict) else value for name, value in config.items()}
+    parts.pop("_name_or_path", None)
+    return parts
+
+
 def _probe(model: MimicModel) -> list[float]:
     """A few of the backbone's weights: with the fingerprint of the matcher they tell models apart in any dtype."""
     parameters = [p for p in model.encoder.parameters() if p.dim() > 1]
@@ -606,7 +613,7 @@ class EntityIndex:
                 "name": _name_of(model),
                 "fingerprint": _fingerprint(model.config, model.matcher),
                 "probe": _probe(model),
-                "config": model.config.to_dict(),
+                "config": _without_paths(model.config.to_dict()),
             },
             "removed": None,
         }

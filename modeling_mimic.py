@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     # Not needed here. They are named because older versions of transformers, loading the code of a checkpoint from a
     # directory, bring what this file imports and not what that imports in its turn.
     from .card_mimic import _index_card  # noqa: F401
+    from .first_stage_mimic import FirstStage  # noqa: F401
     from .index_mimic import EntityIndex  # noqa: F401
     from .processing_mimic import MimicProcessor  # noqa: F401
     from .search_mimic import Searcher  # noqa: F401

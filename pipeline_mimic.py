@@ -18,6 +18,7 @@ from .processing_mimic import ImageInput, MimicProcessor
 if TYPE_CHECKING:
     # As in modeling_mimic: so that older versions of transformers bring them along.
     from .card_mimic import _index_card  # noqa: F401
+    from .first_stage_mimic import FirstStage  # noqa: F401
     from .search_mimic import Searcher  # noqa: F401
     from .store_mimic import UnknownEntityError  # noqa: F401
 
