@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
+import operator
 import os
+import re
 import secrets
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,8 +31,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -43,19 +47,23 @@ from .card_mimic import _index_card, _TableFacts
 from .configuration_mimic import MimicConfig
 from .first_stage_mimic import FirstStage
 from .modeling_mimic import MentionFeatures, MimicModel, _Matcher
-from .processing_mimic import MimicProcessor, first_image
+from .processing_mimic import MimicImageError, MimicProcessor, first_image
 from .search_mimic import Searcher, SearchStats, score_pairs
 from .store_mimic import (
     EntityIndexError,
     UnknownEntityError,
-    _hash_id,
+    _check_shards,
+    _file_facts,
+    _layout,
     _make_shard,
+    _mention_layout,
     _no_space,
     _quantised,
     _read_shard,
     _Shard,
     _shard_files,
     _Store,
+    _table_line,
     _write_atomically,
     _write_shard,
 )
@@ -74,6 +82,10 @@ _SHARD_ENTITIES = 8192
 _LOCK_SECONDS = 10.0
 _MENTION_BLOCK = 128
 _CANDIDATE_BYTES = 64 * 2**20
+_OPENINGS = 10
+_RECORDS_AT_ONCE = 512
+_PART = re.compile(r"(shard|removed|matcher|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
+_TEMPORARY = re.compile(rf"\.({_PART.pattern}|{_MANIFEST}|{_BUILD_STATE}|README\.md)\.[0-9]+\.tmp")
 
 
 @dataclass
@@ -145,11 +157,19 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def _probe(model: MimicModel) -> list[float]:
-    """A few of the backbone's weights: with the fingerprint of the matcher they tell models apart in any dtype."""
-    parameters = [p for p in model.encoder.parameters() if p.dim() > 1]
-    step = max(1, len(parameters) // 64)
-    return [float(parameter.detach().flatten()[0]) for parameter in parameters[::step]]
+def _probe(model: MimicModel) -> dict[str, Any]:
+    """A sample of the encoder's weights; with the fingerprint of the matcher it tells models apart.
+
+    Hashing all of an encoder would take as long as a search. What training changes it changes everywhere.
+    """
+    samples, dtype = [], ""
+    for parameter in model.encoder.parameters():
+        flat = parameter.detach().flatten()
+        samples.append(flat[:: max(1, len(flat) // 16)][:16].float().cpu())
+        dtype = dtype or str(parameter.dtype).removeprefix("torch.")
+    values = torch.cat(samples).numpy()
+    few = values[:: max(1, len(values) // 64)]
+    return {"dtype": dtype, "sha256": hashlib.sha256(values.tobytes()).hexdigest(), "values": few.tolist()}
 
 
 def _name_of(model: MimicModel) -> str:
@@ -158,8 +178,14 @@ def _name_of(model: MimicModel) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _same_probe(one: Sequence[float], other: Sequence[float]) -> bool:
-    return len(one) == len(other) and bool(np.allclose(one, other, rtol=1e-2, atol=1e-4))
+def _same_probe(one: Any, other: Mapping[str, Any]) -> bool:
+    if not isinstance(one, Mapping) or one.keys() != other.keys():
+        return False
+    if one["dtype"] == other["dtype"]:
+        return one["sha256"] == other["sha256"]
+    # The same model in another precision: its weights are rounded.
+    here, there = one["values"], other["values"]
+    return len(here) == len(there) and bool(np.allclose(here, there, rtol=1e-2, atol=1e-4))
 
 
 # --- Reading a knowledge base -------------------------------------------------------------------------------------
@@ -179,20 +205,30 @@ class _Rows:
         self._iterator = None if self._by_number is not None else iter(entities)
         self._next = 0
 
-    def skip(self, count: int) -> Iterator[str]:
-        """Passes over the next records and gives their ids."""
-        records = self.take(count)
-        if isinstance(records, _Span) and hasattr(records.records, "select_columns"):
+    @property
+    def at_once(self) -> int | None:
+        """How many records may be taken at a time: those that are read by number stay where they are."""
+        return None if self._by_number is not None else _RECORDS_AT_ONCE
+
+    def skip(self, count: int) -> Iterator[Mapping[str, Any]]:
+        """Passes over the next records and gives them, perhaps without their pictures."""
+        if self._by_number is None:
+            yield from itertools.islice(cast(Any, self._iterator), count)
+            return
+        span = self.take(count)
+        if hasattr(span.records, "select_columns"):
             # Without this a data set would read the pictures too.
-            records = _Span(records.records.select_columns(["id"]), records.start, records.stop)
-        return (str(records[row]["id"]) for row in range(len(records)))
+            names = [name for name in span.records.column_names if name != "images"]
+            span = _Span(span.records.select_columns(names), span.start, span.stop)
+        for row in range(len(span)):
+            yield span[row]
 
     def take(self, count: int) -> Any:
         """The next records, at most `count`; something with a length that is read by number."""
+        if self._by_number is None:
+            return list(itertools.islice(cast(Any, self._iterator), count))
         first, self._next = self._next, self._next + count
-        if self._by_number is not None:
-            return _Span(self._by_number, first, min(self._next, cast(int, self.total)))
-        return [record for record, _ in zip(cast(Any, self._iterator), range(count), strict=False)]
+        return _Span(self._by_number, first, min(self._next, cast(int, self.total)))
 
 
 class _Span:
@@ -229,22 +265,29 @@ class _Collate:
     def __init__(self, processor: MimicProcessor, on_image_error: str) -> None:
         self.processor, self.on_image_error = processor, on_image_error
 
-    def __call__(self, records: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    def __call__(self, records: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Tensor], list[str]]:
+        """The table's records, the model's inputs, and what is to be warned of."""
         kept = [_table_record(record) for record in records]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            inputs = self.processor.process_entities(
-                [record["name"] for record in kept],
-                [record["description"] for record in kept],
-                [first_image(record.get("images")) for record in records],
-                on_image_error=self.on_image_error,
-            )
-        for warning in caught:
-            warnings.warn(str(warning.message), stacklevel=2)
-        return kept, dict(inputs)
+        names, descriptions = ([record[name] for record in kept] for name in ("name", "description"))
+        inputs = dict(self.processor.process_entities(names, descriptions))
+        troubles = []
+        for row, record in enumerate(records):
+            picture = first_image(record.get("images"))
+            if picture is None:
+                continue
+            try:
+                # One at a time: a picture may take a hundred times as much memory as its file.
+                inputs["pixel_values"][row] = self.processor.pixels([picture])[0]
+            except MimicImageError as error:
+                message = f"Entity {kept[row]['id']!r}: {error}"
+                if self.on_image_error == "raise":
+                    raise MimicImageError(message) from error
+                troubles.append(f"{message} It is encoded without a picture.")
+        return kept, inputs, troubles
 
 
 def _table_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table keeps of a record: id, name, description, and other plain fields."""
     if not isinstance(record, Mapping) or record.get("id") is None:
         raise ValueError(
             f"Every entity needs an `id`; this record has none: {str(record)[:200]}. The fields are id, name, "
@@ -256,8 +299,12 @@ def _table_record(record: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in ("name", "description") and not isinstance(value, str):
             raise ValueError(f"Entity {kept['id']!r}: `{name}` must be a string, got {type(value).__name__}.")
-        if isinstance(value, str | int | float | bool):
+        if isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
             kept[name] = value
+    try:
+        _table_line(kept)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Entity {kept['id']!r} has text that is not valid Unicode: {error}.") from error
     return kept
 
 
@@ -292,6 +339,14 @@ class EntityIndex:
         self._directory = directory
         self._read_only = False
         self._first_stage: FirstStage | None = None
+        with torch.no_grad():
+            self._mention_layout = _mention_layout(matcher)
+
+    def __reduce__(self) -> Any:
+        # A worker process opens a stored index itself; memory-mapped files cannot be sent to it.
+        if self._directory is None:
+            return type(self), (self._matcher, self._manifest, self._store)
+        return _reopened, (type(self), self._directory, self._read_only)
 
     # --- What it holds
 
@@ -394,9 +449,10 @@ class EntityIndex:
             UnknownEntityError: if a candidate is not in the index.
             EntityIndexError: if the index is empty.
         """
-        self._check_search(mentions, exact)
-        if not isinstance(top_k, int) or top_k < 1:
+        mentions = self._checked(mentions, exact)
+        if isinstance(top_k, bool) or not hasattr(top_k, "__index__") or top_k < 1:
             raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
+        top_k = operator.index(top_k)
         if first_stage is not None and (not isinstance(first_stage, int) or first_stage < top_k):
             raise ValueError(f"`first_stage` must be an integer of at least `top_k` ({top_k}), got {first_stage!r}.")
         count = len(mentions)
@@ -517,7 +573,7 @@ class EntityIndex:
             ValueError: if the numbers of mentions and answers differ, or `exact` is not valid.
             EntityIndexError: if the index is empty.
         """
-        self._check_search(mentions, exact)
+        mentions = self._checked(mentions, exact)
         if len(answers) != len(mentions):
             raise ValueError(f"There are {len(mentions)} mentions, but answers for {len(answers)}.")
         device = mentions.tensors["text_embed"].device
@@ -532,7 +588,7 @@ class EntityIndex:
                 ranks[picked.cpu().numpy()] = (1 + above + equal / 2).cpu().numpy()
         return RankResult(ranks, searcher.stats)
 
-    def _check_search(self, mentions: MentionFeatures, exact: str) -> None:
+    def _checked(self, mentions: MentionFeatures, exact: str) -> MentionFeatures:
         if getattr(mentions, "side", None) != "mention":
             raise TypeError(
                 f"An index is searched with MentionFeatures, from model.encode_mentions; got {type(mentions).__name__}."
@@ -541,6 +597,16 @@ class EntityIndex:
             raise ValueError(f'`exact` must be "certified" or "exhaustive", got {exact!r}.')
         if not len(self):
             raise EntityIndexError("This index has no entities, so there is nothing to search.")
+        if _layout(mentions.tensors) != self._mention_layout:
+            raise ValueError(
+                f"These are not features of this index's model: their names or shapes differ ({mentions!r})."
+            )
+        for name, tensor in mentions.tensors.items():
+            finite = torch.isfinite(tensor.flatten(1)).all(dim=1)
+            if not bool(finite.all()):
+                row = int((~finite).nonzero()[0])
+                raise ValueError(f"The features of mention {row} are not finite (`{name}`): they have no order.")
+        return mentions if mentions.tensors["text_embed"].dtype != torch.float64 else mentions.to(torch.float32)
 
     def _mention_blocks(
         self, mentions: MentionFeatures, rows: list[int], what: str, show_progress: bool
@@ -592,7 +658,8 @@ class EntityIndex:
             batch_size: entities encoded at a time.
             num_workers: processes that read and resize pictures beside the one that encodes.
             on_image_error: "warn" goes on without a picture that cannot be read, "raise" stops.
-            overwrite: whether an index that is in `output_dir` is replaced, once the new one is complete.
+            overwrite: whether an index that is in `output_dir` is replaced, once the new one is complete; and
+                whether an unfinished build of something else is given up.
             shard_entities: entities in a file, and those that an interruption may cost.
             show_progress: whether to show a progress bar.
 
@@ -604,7 +671,7 @@ class EntityIndex:
         if dtype not in _DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
         builder = _Builder(model, processor, dtype, batch_size, num_workers, on_image_error, shard_entities)
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": _FORMAT,
             "version": _VERSION,
             "generation": 1,
@@ -642,24 +709,24 @@ class EntityIndex:
                 f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
             )
         rows = _Rows(entities)
-        state_path = directory / _BUILD_STATE
-        state = {"model": manifest["model"]["fingerprint"], "dtype": manifest["dtype"], "shards": []}
+        state = {"build": secrets.token_hex(8), "dtype": manifest["dtype"], "model": manifest["model"], "shards": []}
         done: list[_Shard] = []
-        if state_path.exists():
-            state = _resumed(directory, state, rows)
-            done = [_read_shard(directory, entry) for entry in state["shards"]]
+        if unfinished := _unfinished(directory):
+            try:
+                done = _resumed(directory, unfinished, state, rows)
+                state = unfinished
+            except EntityIndexError:
+                if not overwrite:
+                    raise
+                rows = _Rows(entities)
         for shard in builder.shards(rows, done, show_progress):
-            digest = _ids_digest(record["id"] for record in shard.table)
-            state["shards"].append({**_write_shard(directory, shard), "ids_sha256": digest})
-            _write_json(state_path, state)
+            state["shards"].append(_write_shard(directory, shard))
+            _write_json(directory / _BUILD_STATE, state)
         if not state["shards"]:
             raise EntityIndexError("The knowledge base is empty: there is nothing to build an index of.")
-        manifest["shards"] = [{k: v for k, v in entry.items() if k != "ids_sha256"} for entry in state["shards"]]
-        manifest["matcher"] = _write_matcher(directory, model.matcher)
-        _write_card(directory, manifest, _Store([_read_shard(directory, entry) for entry in manifest["shards"]]))
-        _write_json(directory / _MANIFEST, manifest)
-        state_path.unlink(missing_ok=True)
-        _remove_strays(directory, manifest)
+        manifest |= {"build": state["build"], "shards": state["shards"], "generation": _next_generation(directory)}
+        store = _Store([_read_shard(directory, entry) for entry in manifest["shards"]])
+        _publish(directory, manifest, store, model.matcher)
 
     # --- Change
 
@@ -706,8 +773,9 @@ class EntityIndex:
                     removed[self._required_rows(record["id"] for record in shard.table)] = True
                 # Written at once, so that memory stays bounded; the index knows them only once all are.
                 new.append(self._written(shard))
-            removed = torch.cat([removed, torch.zeros(sum(len(s) for s, _ in new), dtype=torch.bool)])
-            self._commit(self._pairs() + new, removed)
+            if new:
+                removed = torch.cat([removed, torch.zeros(sum(len(s) for s, _ in new), dtype=torch.bool)])
+                self._commit(self._pairs() + new, removed)
 
     def remove(self, entity_ids: Iterable[str]) -> None:
         """Removes entities: no search finds them any more. [`compact`] frees their space.
@@ -756,12 +824,17 @@ class EntityIndex:
                 "directory with save_pretrained and open it from there."
             )
         with _no_space(self._directory), _locked(self._directory):
-            if _read_manifest(self._directory)["generation"] != self._manifest["generation"]:
+            if _identity(_read_manifest(self._directory)) != _identity(self._manifest):
                 raise EntityIndexError(
                     f"The index {self._directory} was changed by another process since it was opened. Open it again "
                     "with EntityIndex.from_pretrained and repeat the change."
                 )
-            yield
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError, EntityIndexError):
+                    _remove_strays(self._directory, _read_manifest(self._directory))
+                raise
 
     def _commit(self, pairs: Sequence[tuple[_Shard, dict[str, Any] | None]], removed: Tensor | None) -> None:
         """Makes a change real: the manifest is replaced in one step, whatever it no longer names is deleted after."""
@@ -769,12 +842,7 @@ class EntityIndex:
         manifest = {**self._manifest, "generation": self._manifest["generation"] + 1, "removed": None}
         if self._directory is not None:
             manifest["shards"] = [entry for _, entry in pairs]
-            if store.removed_count:
-                manifest["removed"] = f"removed-{manifest['generation']:05d}"
-                _write_removed(self._directory, manifest["removed"], store.removed)
-            _write_card(self._directory, manifest, store)
-            _write_json(self._directory / _MANIFEST, manifest)
-            _remove_strays(self._directory, manifest)
+            _publish(self._directory, manifest, store)
         self._manifest, self._store, self._first_stage = manifest, store, None
 
     # --- Save and load
@@ -786,19 +854,20 @@ class EntityIndex:
             save_directory: the directory; an index that is there is replaced, once this one is complete.
             push_to_hub: whether to upload it too, see [`push_to_hub`]; `repo_id` defaults to the directory's name.
             **kwargs: arguments of [`push_to_hub`].
+
+        Raises:
+            EntityIndexError: if no entity is left, or another process is changing an index there.
         """
         directory = Path(save_directory)
+        if not len(self):
+            raise EntityIndexError("All entities of this index were removed: there is nothing to save.")
         if self._directory is None or directory.resolve() != self._directory.resolve():
             with _no_space(directory), _locked(directory):
-                manifest = {**self._manifest, "removed": None, "generation": _next_generation(directory)}
+                manifest = {**self._manifest, "generation": _next_generation(directory)}
                 shards = self._store.compacted(_SHARD_ENTITIES, _new_name)
                 manifest["shards"] = [_write_shard(directory, shard) for shard in shards]
-                manifest["matcher"] = _write_matcher(directory, self._matcher)
-                _write_card(
-                    directory, manifest, _Store([_read_shard(directory, entry) for entry in manifest["shards"]])
-                )
-                _write_json(directory / _MANIFEST, manifest)
-                _remove_strays(directory, manifest)
+                store = _Store([_read_shard(directory, entry) for entry in manifest["shards"]])
+                _publish(directory, manifest, store, self._matcher)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", directory.name), **kwargs)
 
@@ -833,6 +902,25 @@ class EntityIndex:
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+        with self._for_hub(repo_id, model_id=model_id, license=license, source=source) as files:
+            there = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+            info = api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(name, content) for name, content in files.items()),
+                    *(CommitOperationDelete(name) for name in there if _is_part(name) and name not in files),
+                ],
+                commit_message=commit_message,
+                repo_type="dataset",
+                revision=revision,
+            )
+        return str(info.commit_url)
+
+    @contextmanager
+    def _for_hub(
+        self, repo_id: str, *, model_id: str | None = None, license: str | None = None, source: str | None = None
+    ) -> Iterator[dict[str, Path | bytes]]:
+        """The content of each file of a repository of this index; arguments as of [`push_to_hub`]."""
         with tempfile.TemporaryDirectory() as scratch:
             directory, store = self._directory, self._store
             if directory is None or store.removed_count:
@@ -845,21 +933,11 @@ class EntityIndex:
             # A path on this machine is nothing to publish.
             manifest["model"]["name"] = model_id or Path(made_by).name
             card = _card_of(repo_id, manifest, store, model_id=model_id, license=license, source=source)
-            files = set(_files_of(manifest)) - {_MANIFEST}
-            there = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
-            info = api.create_commit(
-                repo_id,
-                [
-                    *(CommitOperationAdd(name, directory / name) for name in sorted(files)),
-                    CommitOperationAdd(_MANIFEST, _json_text(manifest).encode()),
-                    CommitOperationAdd("README.md", card.encode()),
-                    *(CommitOperationDelete(name) for name in there if _is_part(name) and name not in files),
-                ],
-                commit_message=commit_message,
-                repo_type="dataset",
-                revision=revision,
-            )
-        return str(info.commit_url)
+            yield {
+                **{name: directory / name for name in _files_of(manifest)},
+                _MANIFEST: _json_text(manifest).encode(),
+                "README.md": card.encode(),
+            }
 
     @classmethod
     def from_pretrained(
@@ -899,18 +977,27 @@ class EntityIndex:
             )
         else:
             directory = directory / subfolder
-        manifest = _read_manifest(directory)
-        try:
-            shards = [_read_shard(directory, entry) for entry in manifest["shards"]]
-            removed = _read_removed(directory, manifest["removed"], sum(len(shard) for shard in shards))
-            matcher = _read_matcher(directory, manifest["matcher"], MimicConfig.from_dict(manifest["model"]["config"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EntityIndexError(
-                f"{directory / _MANIFEST} is not the list of an index: {error!r}. Build the index again."
-            ) from error
-        index = cls(matcher, manifest, _Store(shards, removed), directory)
+        for _ in range(_OPENINGS):
+            manifest = _read_manifest(directory)
+            try:
+                index = cls._opened(directory, manifest)
+                break
+            except EntityIndexError:
+                # Another process may have replaced the files since their list was read.
+                if _identity(_read_manifest(directory)) == _identity(manifest):
+                    raise
+        else:
+            raise EntityIndexError(f"The index {directory} is being changed again and again; try later.")
         index._read_only = read_only
         return index
+
+    @classmethod
+    def _opened(cls, directory: Path, manifest: dict[str, Any]) -> EntityIndex:
+        shards = [_read_shard(directory, entry) for entry in manifest["shards"]]
+        removed = _read_removed(directory, manifest["removed"], sum(len(shard) for shard in shards))
+        matcher = _read_matcher(directory, manifest)
+        _check_shards(shards, matcher, _DTYPES[manifest["dtype"]], directory)
+        return cls(matcher, manifest, _Store(shards, removed), directory)
 
     def verify(self) -> None:
         """Reads every file of a stored index and compares it with the checksum that was taken when it was written.
@@ -920,14 +1007,17 @@ class EntityIndex:
         """
         if self._directory is None:
             return
+        files = dict(self._manifest.get("files", {}))
         for entry in self._manifest["shards"]:
-            for file, expected in entry["files"].items():
-                with open(self._directory / file, "rb") as opened:
-                    if hashlib.file_digest(opened, "sha256").hexdigest() != expected["sha256"]:
-                        raise EntityIndexError(
-                            f"{self._directory / file} is not what was written: its checksum differs. Restore the "
-                            "file, or build the index again."
-                        )
+            files |= entry["files"]
+        for file, expected in files.items():
+            path = self._directory / file
+            if not path.is_file():
+                raise EntityIndexError(f"{path} is missing. Restore the file, or build the index again.")
+            if _file_facts(path) != expected:
+                raise EntityIndexError(
+                    f"{path} is not what was written: its checksum differs. Restore the file, or build the index again."
+                )
 
 
 # --- Building -----------------------------------------------------------------------------------------------------
@@ -943,6 +1033,13 @@ class _Builder:
     on_image_error: str
     shard_entities: int
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_entities"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)!r}.")
+        if self.on_image_error not in ("raise", "warn"):
+            raise ValueError(f'`on_image_error` must be "raise" or "warn", got {self.on_image_error!r}.')
+
     def shards(
         self, rows: _Rows, done: Sequence[_Shard], show_progress: bool, known: _Store | None = None
     ) -> Iterator[_Shard]:
@@ -956,14 +1053,23 @@ class _Builder:
         )
         try:
             with progress:
-                while len(records := rows.take(self.shard_entities)):
-                    shard = self._shard(records, progress)
+                while shard := self._shard(rows, progress):
                     seen.add(shard)
                     yield shard
         finally:
             self.model.train(was_training)
 
-    def _shard(self, records: Any, progress: Any) -> _Shard:
+    def _shard(self, rows: _Rows, progress: Any) -> _Shard | None:
+        kept: list[dict[str, Any]] = []
+        parts: list[dict[str, Tensor]] = []
+        while (left := self.shard_entities - len(kept)) and len(records := rows.take(min(rows.at_once or left, left))):
+            self._encode(records, kept, parts, progress)
+        if not kept:
+            return None
+        return _make_shard(_new_name(), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, kept)
+
+    def _encode(self, records: Any, kept: list[dict[str, Any]], parts: list[dict[str, Tensor]], progress: Any) -> None:
+        """Appends what the table keeps of some records, and their features."""
         order = self._order(records)
         loader = DataLoader(
             records,
@@ -973,19 +1079,21 @@ class _Builder:
             collate_fn=_Collate(self.processor, self.on_image_error),
             worker_init_fn=_quiet_tokenizers,
         )
-        kept: list[dict[str, Any]] = []
-        parts: list[dict[str, Tensor]] = []
+        encoded: list[dict[str, Any]] = []
+        batches: list[dict[str, Tensor]] = []
         device = self.model.device
-        for batch_records, inputs in loader:
+        for batch_records, inputs, troubles in loader:
+            for trouble in troubles:
+                warnings.warn(trouble, stacklevel=2)
             with torch.inference_mode():
                 features = self.model.encode_entities(**{name: t.to(device) for name, t in inputs.items()})
-                parts.append(_quantised(features, self.model.matcher, _DTYPES[self.dtype]))
-            kept.extend(batch_records)
+                batches.append(_quantised(features, self.model.matcher, _DTYPES[self.dtype]))
+            encoded.extend(batch_records)
             progress.update(len(batch_records))
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
-        stored = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
-        return _make_shard(_new_name(), stored, [kept[row] for row in back.tolist()])
+        parts.append({name: torch.cat([batch[name] for batch in batches])[back] for name in batches[0]})
+        kept.extend(encoded[row] for row in back.tolist())
 
     def _order(self, records: Any) -> list[int]:
         """The order of encoding: by length, where the model can leave padding out."""
@@ -994,8 +1102,10 @@ class _Builder:
             return rows
         texts = records
         if isinstance(records, _Span) and hasattr(records.records, "select_columns"):
-            texts = _Span(records.records.select_columns(["name", "description"]), records.start, records.stop)
-        lengths = [len(texts[row].get("name") or "") + len(texts[row].get("description") or "") for row in rows]
+            names = [name for name in records.records.column_names if name in ("id", "name", "description")]
+            texts = _Span(records.records.select_columns(names), records.start, records.stop)
+        kept = [_table_record(texts[row]) for row in rows]
+        lengths = [len(record["name"]) + len(record["description"]) for record in kept]
         return sorted(rows, key=lengths.__getitem__)
 
 
@@ -1006,20 +1116,24 @@ class _SeenIds:
         self._shards, self._store = list(shards), store
 
     def add(self, shard: _Shard) -> None:
-        repeated = np.flatnonzero(shard.hashes[1:] == shard.hashes[:-1])
-        for place in repeated:
-            one, other = (shard.table[int(shard.hash_rows[place + step])]["id"] for step in (0, 1))
-            if one == other:
-                raise ValueError(_duplicate(one))
+        for hashed in np.unique(shard.hashes[1:][shard.hashes[1:] == shard.hashes[:-1]]):
+            ids = _ids_with(shard, hashed)
+            for entity_id in ids:
+                if ids.count(entity_id) > 1:
+                    raise ValueError(_duplicate(entity_id))
         for before in self._shards:
-            for hashed in np.intersect1d(before.hashes, shard.hashes):
-                for row in shard.hash_rows[shard.hashes == hashed]:
-                    entity_id = shard.table[int(row)]["id"]
+            places = np.searchsorted(before.hashes, shard.hashes).clip(max=len(before) - 1)
+            for hashed in np.unique(shard.hashes[before.hashes[places] == shard.hashes]):
+                for entity_id in _ids_with(shard, hashed):
                     there = before.rows_of(entity_id, int(hashed))
                     # In an index that is added to, an id that was removed is free again.
                     if there and (self._store is None or self._store.row(entity_id) is not None):
                         raise ValueError(_duplicate(entity_id))
         self._shards.append(shard)
+
+
+def _ids_with(shard: _Shard, hashed: Any) -> list[str]:
+    return [shard.table[int(row)]["id"] for row in shard.hash_rows[shard.hashes == hashed]]
 
 
 def _duplicate(entity_id: str) -> str:
@@ -1037,29 +1151,50 @@ def _new_name() -> str:
     return f"shard-{secrets.token_hex(6)}"
 
 
-def _ids_digest(ids: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for entity_id in ids:
-        digest.update(f"{_hash_id(entity_id):016x}".encode())
-    return digest.hexdigest()
-
-
-def _resumed(directory: Path, fresh: dict[str, Any], rows: _Rows) -> dict[str, Any]:
-    """The state of an unfinished build, if it is of the same entities and model; the rows are passed over."""
+def _unfinished(directory: Path) -> dict[str, Any] | None:
+    """The state of a build that was interrupted before its index was there."""
     path = directory / _BUILD_STATE
+    if not path.exists():
+        return None
     try:
-        state = json.loads(path.read_text())
-        same = state["model"] == fresh["model"] and state["dtype"] == fresh["dtype"]
-        for entry in state["shards"]:
-            same = same and _ids_digest(rows.skip(entry["count"])) == entry["ids_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EntityIndexError(f"{path} cannot be read: {error!r}. Delete {directory} and build again.") from error
+        state = json.loads(path.read_text(encoding="utf-8"))
+        files = [name for entry in state["shards"] for name in _shard_files(entry["name"])]
+        known = isinstance(state["build"], str) and isinstance(files, list)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EntityIndexError(
+            f"{path} cannot be read: {error!r}. Delete it, and the build starts from the beginning."
+        ) from error
+    with suppress(EntityIndexError):
+        # Interrupted between the last two steps.
+        known = known and _read_manifest(directory).get("build") != state["build"]
+    return state if known else None
+
+
+def _resumed(directory: Path, state: dict[str, Any], fresh: dict[str, Any], rows: _Rows) -> list[_Shard]:
+    """The finished shards of an unfinished build, if it is of the same entities and model; the rows are passed over."""
+    try:
+        was, now = state["model"], fresh["model"]
+        same = was["fingerprint"] == now["fingerprint"] and _same_probe(was["probe"], now["probe"])
+        same = same and state["dtype"] == fresh["dtype"]
+        entries = [(entry, entry["files"][_shard_files(entry["name"])[1]]["sha256"]) for entry in state["shards"]]
+        counts = [int(entry["count"]) for entry in state["shards"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EntityIndexError(
+            f"{directory / _BUILD_STATE} is damaged: {error!r}. Delete it, and the build starts from the beginning."
+        ) from error
+    for (_, expected), count in zip(entries, counts, strict=True):
+        if not same:
+            break
+        digest = hashlib.sha256()
+        for record in rows.skip(count):
+            digest.update(_table_line(_table_record(record)))
+        same = digest.hexdigest() == expected
     if not same:
         raise EntityIndexError(
             f"{directory} holds an unfinished build of another model, of another precision, or of other entities. "
-            "Build into another directory, or delete that one first."
+            "Build into another directory, or pass overwrite=True to give that build up."
         )
-    return state
+    return [_read_shard(directory, entry) for entry, _ in entries]
 
 
 # --- Files --------------------------------------------------------------------------------------------------------
@@ -1102,7 +1237,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest.get("format") == _FORMAT
         version = manifest.get("version")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise EntityIndexError(f"{path} is damaged: {error}. Build the index again.") from error
     if not known or not isinstance(version, int):
         raise EntityIndexError(f"{path} does not describe an entity index.")
@@ -1111,7 +1246,73 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"The index {directory} has the format {version}, newer than the {_VERSION} that this version reads. "
             "Update the code that reads it."
         )
+    if wrong := _wrong_part(manifest):
+        raise EntityIndexError(f"{path} is damaged: its `{wrong}` is missing or not valid. Build the index again.")
     return manifest
+
+
+def _wrong_part(manifest: Mapping[str, Any]) -> str | None:
+    """The first key of a list of files that is not as it must be."""
+    model, shards = manifest.get("model"), manifest.get("shards")
+    if not isinstance(manifest.get("generation"), int):
+        return "generation"
+    if manifest.get("dtype") not in _DTYPES:
+        return "dtype"
+    if (
+        not isinstance(model, dict)
+        or not all(isinstance(model.get(key), str) for key in ("name", "fingerprint"))
+        or not isinstance(model.get("config"), dict)
+    ):
+        return "model"
+    if not isinstance(shards, list) or not shards:
+        return "shards"
+    for entry in shards:
+        if not isinstance(entry, dict) or not isinstance(entry.get("count"), int):
+            return "shards"
+        if not _are_file_facts(entry.get("files"), _shard_files(entry.get("name"))):
+            return "shards"
+    _shard_files(manifest.get("matcher"))
+    if manifest.get("removed") is not None:
+        _shard_files(manifest["removed"])
+    if not _are_file_facts(manifest.get("files", {}), ()):
+        return "files"
+    return None
+
+
+def _are_file_facts(files: Any, names: Sequence[str]) -> bool:
+    """Whether `files` gives sizes and checksums, those of `names` at least, and names no file elsewhere."""
+    if not isinstance(files, dict) or not set(names) <= files.keys():
+        return False
+    return all(
+        _PART.fullmatch(name) and isinstance(facts, dict) and isinstance(facts.get("bytes"), int)
+        for name, facts in files.items()
+    )
+
+
+def _identity(manifest: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """What tells the states of an index apart; the names of shards are random."""
+    return manifest["generation"], [entry["name"] for entry in manifest["shards"]]
+
+
+def _reopened(kind: type[EntityIndex], directory: Path, read_only: bool) -> EntityIndex:
+    index = kind.from_pretrained(directory)
+    index._read_only = read_only
+    return index
+
+
+def _publish(directory: Path, manifest: dict[str, Any], store: _Store, matcher: _Matcher | None = None) -> None:
+    """Makes a list of files the index: what it lacks is written, it is replaced in one step, and what it no longer
+    names is deleted after that."""
+    if matcher is not None:
+        manifest["matcher"] = _write_matcher(directory, matcher)
+    manifest["removed"] = (
+        _write_removed(directory, manifest["generation"], store.removed) if store.removed_count else None
+    )
+    own = [_shard_files(name)[0] for name in (manifest["matcher"], manifest["removed"]) if name]
+    manifest["files"] = {file: _file_facts(directory / file) for file in own}
+    _write_card(directory, manifest, store)
+    _write_json(directory / _MANIFEST, manifest)
+    _remove_strays(directory, manifest)
 
 
 def _files_of(manifest: Mapping[str, Any]) -> list[str]:
@@ -1127,14 +1328,19 @@ def _files_of(manifest: Mapping[str, Any]) -> list[str]:
 def _remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Deletes parts that no list names: of older generations, and of changes that were interrupted."""
     named = set(_files_of(manifest))
+    with suppress(EntityIndexError):
+        if unfinished := _unfinished(directory):
+            # A build that is to replace this index goes on later.
+            named |= {file for entry in unfinished["shards"] for file in _shard_files(entry["name"])}
+        else:
+            (directory / _BUILD_STATE).unlink(missing_ok=True)
     for path in directory.iterdir():
-        unfinished = path.name.startswith(".") and path.suffix == ".tmp"
-        if (_is_part(path.name) and path.name not in named) or unfinished:
+        if (_is_part(path.name) and path.name not in named) or _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def _is_part(name: str) -> bool:
-    return name.startswith(("shard-", "removed-", "matcher-", "first-stage-"))
+    return _PART.fullmatch(name) is not None
 
 
 def _downloaded(repo_id: str, repo_type: str, subfolder: str, revision: str | None, **options: Any) -> Path:
@@ -1172,7 +1378,7 @@ def _hint(repo_id: str, repo_type: str, token: str | bool | None) -> str:
     other = "model" if repo_type == "dataset" else "dataset"
     try:
         HfApi(token=token).repo_info(repo_id, repo_type=other)
-    except (HfHubHTTPError, OSError):
+    except (HTTPError, OSError):
         return "If it is private, log in with `hf auth login` or pass `token`, for a pipeline in `index_kwargs`."
     if repo_type == "model":
         return 'There is a data set of that name: leave `repo_type="model"` out.'
@@ -1185,13 +1391,15 @@ def _hint(repo_id: str, repo_type: str, token: str | bool | None) -> str:
 def _next_generation(directory: Path) -> int:
     try:
         return _read_manifest(directory)["generation"] + 1
-    except (EntityIndexError, KeyError, TypeError):
+    except EntityIndexError:
         return 1
 
 
-def _write_removed(directory: Path, name: str, removed: Tensor) -> None:
+def _write_removed(directory: Path, generation: int, removed: Tensor) -> str:
+    name = f"removed-{generation:05d}"
     rows = removed.nonzero().squeeze(1)
     _write_atomically(directory / _shard_files(name)[0], lambda path: save_file({"rows": rows}, path))
+    return name
 
 
 def _read_removed(directory: Path, name: str | None, count: int) -> Tensor | None:
@@ -1200,12 +1408,14 @@ def _read_removed(directory: Path, name: str | None, count: int) -> Tensor | Non
     path = directory / _shard_files(name)[0]
     try:
         rows = load_file(path)["rows"]
-        removed = torch.zeros(count, dtype=torch.bool)
-        removed[rows] = True
-    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        if rows.dtype != torch.int64 or rows.dim() != 1 or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
+            raise ValueError("it does not hold rows of this index")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise EntityIndexError(
             f"The index file {path} is missing or damaged: {error}. Restore it, or build the index again."
         ) from error
+    removed = torch.zeros(count, dtype=torch.bool)
+    removed[rows] = True
     return removed
 
 
@@ -1222,12 +1432,15 @@ def _write_matcher(directory: Path, matcher: _Matcher) -> str:
     return name
 
 
-def _read_matcher(directory: Path, name: str, config: MimicConfig) -> _Matcher:
-    matcher = _Matcher(config)
-    path = directory / _shard_files(name)[0]
+def _read_matcher(directory: Path, manifest: Mapping[str, Any]) -> _Matcher:
+    path = directory / _shard_files(manifest["matcher"])[0]
     try:
-        matcher.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        # Without memory for its weights until they are read: a list of files may claim any size.
+        with torch.device("meta"):
+            matcher = _Matcher(MimicConfig.from_dict(manifest["model"]["config"]))
+        weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+        matcher.load_state_dict(weights, assign=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise EntityIndexError(
             f"The index file {path} is missing or damaged: {error}. Restore it, or build the index again."
         ) from error

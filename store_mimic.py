@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .card_mimic import _TableFacts
-from .modeling_mimic import EntityFeatures, _Matcher
+from .modeling_mimic import EntityFeatures, MimicEncoderOutput, _Matcher
 
 _SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
 # Kept in float32 whatever the rest is stored in: a few numbers an entity, made from the stored vectors.
@@ -97,8 +97,12 @@ def _hash_id(entity_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(entity_id.encode(), digest_size=8).digest(), "little")
 
 
+def _table_line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
 def _make_shard(name: str, features: dict[str, Tensor], records: Sequence[Mapping[str, Any]]) -> _Shard:
-    lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records]
+    lines = [_table_line(record) for record in records]
     offsets = np.zeros(len(lines) + 1, dtype=np.int64)
     offsets[1:] = np.cumsum([len(line) for line in lines])
     hashes = np.array([_hash_id(record["id"]) for record in records], dtype=np.uint64)
@@ -121,10 +125,7 @@ def _write_shard(directory: Path, shard: _Shard) -> dict[str, Any]:
         "name": shard.name,
         "count": len(shard),
         "facts": dataclasses.asdict(_TableFacts.of(shard.table)),
-        "files": {
-            file: {"bytes": (directory / file).stat().st_size, "sha256": _sha256(directory / file)}
-            for file in (features_file, table_file)
-        },
+        "files": {file: _file_facts(directory / file) for file in (features_file, table_file)},
     }
 
 
@@ -180,7 +181,7 @@ def _read_shard(directory: Path, entry: Mapping[str, Any]) -> _Shard:
     return shard
 
 
-def _shard_files(name: str) -> tuple[str, str]:
+def _shard_files(name: Any) -> tuple[str, str]:
     if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
         raise EntityIndexError(f"The index names a part {name!r}, which is no valid name: the index is damaged.")
     return f"{name}.safetensors", f"{name}.jsonl"
@@ -215,9 +216,9 @@ def _no_space(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _sha256(path: Path) -> str:
+def _file_facts(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------------
@@ -266,6 +267,51 @@ def _restored(stored: Mapping[str, Tensor], name: str) -> Tensor:
     if tensor.dtype == torch.int8:
         return tensor.float() * stored[name + "_scale"].unsqueeze(-1)
     return tensor if tensor.dtype == torch.bool else tensor.float()
+
+
+# Features of one model have the same names and shapes, but for the number of tokens, which is their first dimension.
+_TOKENS = ("text_query", "text_query_scale", "text_key", "text_value", "text_mask")
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: (tensor.dim(), *tensor.shape[2 if name in _TOKENS else 1 :]) for name, tensor in tensors.items()}
+
+
+def _blank(matcher: _Matcher) -> tuple[MimicEncoderOutput, Tensor]:
+    """What an encoder gives for one item, all zeros, and its mask: for the shapes."""
+    projected, hidden = matcher.tglu.fc_cls.in_features, matcher.tglu.fc_query.in_features
+    image = matcher.vdlu.dual_ent2men.cls_fc.in_features
+    shapes = {
+        "text_embeds": (projected,),
+        "text_tokens": (1, hidden),
+        "image_embeds": (image,),
+        "image_tokens": (1, image),
+    }
+    device = matcher.tglu.fc_cls.weight.device
+    zeros = {name: torch.zeros(1, *shape, device=device) for name, shape in shapes.items()}
+    return MimicEncoderOutput(**zeros), torch.ones(1, 1, device=device)
+
+
+def _mention_layout(matcher: _Matcher) -> dict[str, tuple[int, ...]]:
+    return _layout(matcher.mention_features(*_blank(matcher)).tensors)
+
+
+def _check_shards(shards: Sequence[_Shard], matcher: _Matcher, dtype: torch.dtype, where: Path) -> None:
+    """Makes sure that the features of all shards are what the matcher scores."""
+    expected = _quantised(matcher.entity_features(*_blank(matcher)), matcher, dtype)
+    length = 0
+    for shard in shards:
+        tensors = shard.tensors
+        same = _layout(tensors) == _layout(expected)
+        same = same and all(tensor.dtype == expected[name].dtype for name, tensor in tensors.items())
+        if same:
+            length = length or tensors["text_query"].shape[1]
+            same = all(tensors[name].shape[1] == length for name in _TOKENS if name in tensors)
+        if not same:
+            raise EntityIndexError(
+                f"The features in {where / _shard_files(shard.name)[0]} are not those that this index's model makes: "
+                "their names, shapes or precision differ. Build the index again."
+            )
 
 
 # --- All shards ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""Small knowledge bases, indexes and processors for `tiny_clip`'s model; features with no encoder behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny_clip import tiny_tokenizer
+
+from mimic_el.configuration_mimic import MimicConfig
+from mimic_el.index_mimic import EntityIndex
+from mimic_el.modeling_mimic import MentionFeatures, MimicEncoderOutput, MimicModel
+from mimic_el.processing_mimic import MimicProcessor
+
+WORDS = "Orange Georgia Turkey Apple Shell Jaguar Python Swift Mercury Java".split()
+
+
+def tiny_processor(model: MimicModel) -> MimicProcessor:
+    config = model.config
+    image_processor = MimicProcessor.image_processor_for(config.backbone_config)
+    return MimicProcessor(image_processor, tiny_tokenizer(), text_max_length=config.text_max_length)
+
+
+def picture(seed: int, size: int = 16) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def knowledge_base(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Entities e0, e1, ... with texts of different lengths, of which every third has no picture."""
+    return [
+        {
+            "id": f"e{number}",
+            "qid": f"Q{number}" if number % 2 else None,
+            "name": f"{WORDS[number % len(WORDS)]} {number}",
+            "description": "thing " * (number % 4),
+            "images": [] if number % 3 == 2 else [picture(number)],
+        }
+        for number in range(start, start + count)
+    ]
+
+
+def mentions_of(entities: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A mention of each entity, as the pipeline takes it."""
+    return [
+        {"mention": entity["name"], "text": f"{entity['name']} here.", "image": next(iter(entity["images"]), None)}
+        for entity in entities
+    ]
+
+
+def encode_mentions(model: MimicModel, processor: MimicProcessor, mentions: list[dict[str, Any]]) -> MentionFeatures:
+    heads, texts, images = ([mention[name] for mention in mentions] for name in ("mention", "text", "image"))
+    with torch.no_grad():
+        return model.encode_mentions(**processor.process_mentions(heads, texts, images))
+
+
+def random_encoded(
+    config: MimicConfig, count: int, seed: int = 0, clusters: int | None = None, noise: float = 0.3
+) -> tuple[MimicEncoderOutput, torch.Tensor]:
+    """What an encoder might give for `count` mentions or entities, and their token masks.
+
+    With `clusters`, item i is that many-th centre i % clusters plus noise, and the same centre whatever the seed: what
+    training makes of mentions and their entities.
+    """
+    backbone: Any = config.backbone_config
+    patches = (backbone.vision_config.image_size // backbone.vision_config.patch_size) ** 2 + 1
+    length, size = config.text_max_length, backbone.text_config.hidden_size
+    shapes = {
+        "text_embeds": (backbone.projection_dim,),
+        "text_tokens": (length, size),
+        "image_embeds": (config.image_hidden_size,),
+        "image_tokens": (patches, config.image_hidden_size),
+    }
+    own = torch.Generator().manual_seed(1000 + seed)
+    shared = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[name] = torch.randn(count, *shape, generator=own)
+        if clusters is not None:
+            centres = torch.randn(clusters, *shape, generator=shared)
+            tensors[name] = centres[torch.arange(count) % clusters] + noise * tensors[name]
+    tensors["text_embeds"] = torch.nn.functional.normalize(tensors["text_embeds"], dim=-1)
+    lengths = torch.randint(2, length + 1, (count, 1), generator=own)
+    return MimicEncoderOutput(**tensors), torch.arange(length) < lengths
+
+
+def index_of(
+    model: MimicModel,
+    encoded: MimicEncoderOutput,
+    mask: torch.Tensor,
+    dtype: str = "float32",
+    shards: int = 1,
+    ids: list[str] | None = None,
+) -> EntityIndex:
+    """An index in memory of given encoder outputs, named e0, e1, ... if not told."""
+    from mimic_el.index_mimic import _DTYPES, _copy_of
+    from mimic_el.store_mimic import _make_shard, _quantised, _Store
+
+    with torch.no_grad():
+        features = model.matcher.entity_features(encoded, mask)
+        stored = _quantised(features, model.matcher, _DTYPES[dtype])
+    count = len(features)
+    records = [{"id": name, "name": name, "description": ""} for name in ids or [f"e{i}" for i in range(count)]]
+    parts = []
+    for number, rows in enumerate(torch.arange(count).tensor_split(shards)):
+        tensors = {name: tensor[rows] for name, tensor in stored.items()}
+        parts.append(_make_shard(f"shard-{number:012x}", tensors, [records[row] for row in rows.tolist()]))
+    return EntityIndex(_copy_of(model.matcher, model.config), {"dtype": dtype, "generation": 1}, _Store(parts))
+
+
+def mention_features(model: MimicModel, encoded: MimicEncoderOutput, mask: torch.Tensor) -> MentionFeatures:
+    with torch.no_grad():
+        return model.matcher.mention_features(encoded, mask)
+
+
+def once(items: Iterable[Any]) -> Iterator[Any]:
+    """A generator: no length, no second reading."""
+    yield from items
