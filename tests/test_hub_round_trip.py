@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from clean_python import CleanPython, clean_python
 from hub_server import Hub, check_card
-from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi, RepoCard
+from huggingface_hub import CommitOperationAdd, HfApi, RepoCard
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 from published import CODE_FILES, TASK, entities_and_mentions, same_links, save_linker
 from toy_data import write_dataset
@@ -20,10 +20,11 @@ from mimic_el import EntityIndex, EntityIndexError, MimicModel, MimicProcessor
 
 ALICE, BOB = "hf_alice", "hf_bob"
 INDEX = "alice/kb-index"
+Linker = tuple[MimicModel, MimicProcessor]
 
 
 @pytest.fixture(scope="module")
-def linker(tmp_path_factory: pytest.TempPathFactory) -> tuple[MimicModel, MimicProcessor]:
+def linker(tmp_path_factory: pytest.TempPathFactory) -> Linker:
     directory = save_linker(tmp_path_factory.mktemp("checkpoints") / "linker")
     return MimicModel.from_pretrained(directory), MimicProcessor.from_pretrained(directory)
 
@@ -35,27 +36,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def index(linker: tuple, data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> EntityIndex:
+def index(linker: Linker, data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> EntityIndex:
     """In a directory, in three parts, of which only some entities have a `qid`."""
     directory = tmp_path_factory.mktemp("indexes") / "kb"
     return EntityIndex.build(*linker, data["entities"], directory, shard_entities=5, show_progress=False)
 
 
 @pytest.fixture(scope="module")
-def links(linker: tuple, index: EntityIndex, data: dict[str, Any]) -> list[list[dict[str, Any]]]:
+def links(linker: Linker, index: EntityIndex, data: dict[str, Any]) -> list[list[dict[str, Any]]]:
     model, processor = linker
     return pipeline(TASK, model=model, processor=processor, index=index)(data["mentions"], top_k=3)
 
 
 @pytest.fixture(scope="module")
-def api(
-    hub: Hub, linker: tuple[MimicModel, MimicProcessor], index: EntityIndex, tmp_path_factory: pytest.TempPathFactory
-) -> HfApi:
+def api(hub: Hub, linker: Linker, index: EntityIndex, tmp_path_factory: pytest.TempPathFactory) -> HfApi:
     """Alice's, who has published a model, its index and a data set."""
     hub.add_user("alice", token=ALICE)
     hub.add_user("bob", token=BOB)
-    for part in linker:
-        part.push_to_hub("alice/linker", token=ALICE)
+    model, processor = linker
+    model.push_to_hub("alice/linker", token=ALICE)  # type: ignore[arg-type]
+    processor.push_to_hub("alice/linker", token=ALICE)
     index.push_to_hub(INDEX, token=ALICE, model_id="alice/linker", license="cc-by-sa-4.0", source="alice/toys")
     api = hub.api(ALICE)
     api.create_repo("alice/toys", repo_type="dataset")
@@ -98,7 +98,7 @@ def test_only_what_is_needed_is_downloaded(
 
 
 def test_default_index(
-    hub: Hub, api: HfApi, clean: CleanPython, linker: tuple, index: EntityIndex, data: dict, links: list
+    hub: Hub, api: HfApi, clean: CleanPython, linker: Linker, index: EntityIndex, data: dict, links: list
 ):
     """What the configuration names, at the revision that it names, if the user names nothing."""
     index.push_to_hub("alice/moving", token=ALICE)
@@ -123,7 +123,7 @@ def test_default_index(
 
 
 @pytest.mark.parametrize("name", ["alice/gone", "gone"])
-def test_default_index_that_is_not_there(api: HfApi, linker: tuple, empty_cache: Path, name: str):
+def test_default_index_that_is_not_there(api: HfApi, linker: Linker, empty_cache: Path, name: str):
     """The name of a folder stands for one in the model's repository."""
     model, processor = MimicModel.from_pretrained("alice/linker"), linker[1]
     model.config.default_index = name
@@ -172,9 +172,11 @@ def test_index_card_is_valid_and_says_what_is_there(hub: Hub, api: HfApi, index:
     text = hub.files(INDEX, repo_type="dataset")["README.md"].decode()
     RepoCard(text).validate(repo_type="dataset")
     assert check_card(text, "dataset") == ([], [])
-    card = DatasetCard(text).data
-    assert (card.license, card.base_model, card.source_datasets) == ("cc-by-sa-4.0", "alice/linker", ["alice/toys"])
-    assert card.size_categories == ["n<1K"]
+    metadata = RepoCard(text).data.to_dict()
+    assert metadata["license"] == "cc-by-sa-4.0"
+    assert metadata["base_model"] == "alice/linker"
+    assert metadata["source_datasets"] == ["alice/toys"]
+    assert metadata["size_categories"] == ["n<1K"]
     described = [entity["description"] for entity in data["entities"] if entity["description"]]
     mean = sum(map(len, described)) / len(described)
     for fact in (
@@ -204,7 +206,7 @@ def test_index_card_tells_no_path_of_this_machine(hub: Hub, api: HfApi, index: E
     assert '"THE-MODEL"' in text
 
 
-def test_hostile_texts_do_no_harm_in_a_card(hub: Hub, api: HfApi, linker: tuple):
+def test_hostile_texts_do_no_harm_in_a_card(hub: Hub, api: HfApi, linker: Linker):
     entities = [{"id": "a|b", "name": "<script>alert(1)</script>\n# Heading", "description": "[x](http://x) " * 50}]
     index = EntityIndex.build(*linker, entities, show_progress=False)
     index.push_to_hub("alice/hostile", token=ALICE)
@@ -221,7 +223,7 @@ def test_hostile_texts_do_no_harm_in_a_card(hub: Hub, api: HfApi, linker: tuple)
 # Changing what is there
 
 
-def test_pushing_again_replaces_the_index(hub: Hub, api: HfApi, linker: tuple, data: dict[str, Any], tmp_path: Path):
+def test_pushing_again_replaces_the_index(hub: Hub, api: HfApi, linker: Linker, data: dict[str, Any], tmp_path: Path):
     index = EntityIndex.build(*linker, data["entities"], tmp_path / "kb", show_progress=False)
     index.push_to_hub("alice/changing", token=ALICE)
     before = set(hub.files("alice/changing", repo_type="dataset"))
@@ -265,7 +267,7 @@ def test_interrupted_download_goes_on(hub: Hub, api: HfApi, index: EntityIndex, 
 
 
 def test_revision_that_moves_between_listing_and_download(
-    hub: Hub, api: HfApi, linker: tuple, data: dict[str, Any], tmp_path: Path
+    hub: Hub, api: HfApi, linker: Linker, data: dict[str, Any], tmp_path: Path
 ):
     """The files are those of the list, not those that took their place meanwhile."""
     index = EntityIndex.build(*linker, data["entities"], show_progress=False)
@@ -344,7 +346,7 @@ def test_who_may_write(api: HfApi, index: EntityIndex):
         index.push_to_hub(INDEX, token=ALICE, revision="draft")
 
 
-def test_revisions_and_tags(api: HfApi, linker: tuple, index: EntityIndex, data: dict[str, Any], empty_cache: Path):
+def test_revisions_and_tags(api: HfApi, linker: Linker, index: EntityIndex, data: dict[str, Any], empty_cache: Path):
     index.push_to_hub("alice/tagged", token=ALICE)
     api.create_tag("alice/tagged", tag="v1", repo_type="dataset")
     EntityIndex.build(*linker, data["entities"][:2], show_progress=False).push_to_hub("alice/tagged", token=ALICE)
