@@ -366,6 +366,7 @@ def draw_curves(log_history: Iterable[Mapping[str, Any]], path: Path) -> bool:
         axes[1].legend(frameon=False, fontsize=9, loc="lower right")
         axes[1].set_title("Validation", loc="left", fontsize=10)
     for axis in axes:
+        axis.set_xlim(left=0)
         axis.set_xlabel("Epoch", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)

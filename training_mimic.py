@@ -445,7 +445,7 @@ def rank_mentions(
     model.eval()
     total = _length(mentions)
     try:
-        with torch.inference_mode(), tqdm(total=total, desc="Ranking mentions", disable=not show_progress) as bar:
+        with torch.inference_mode(), tqdm(total=total, desc="Encoding mentions", disable=not show_progress) as bar:
             for inputs, named in loader:
                 encoded = model.encode_mentions(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
                 if not all(tensor.isfinite().all() for tensor in encoded.tensors.values()):
@@ -453,16 +453,16 @@ def rank_mentions(
                         "The model's features of mentions are not finite: training has diverged. Try a smaller "
                         "learning rate."
                     )
-                features.append(encoded.to("cpu"))
+                features.append(encoded)  # on the model's device: that is where ranking is done
                 waiting += named["answer"]
                 results.ids += named["id"]
                 results.kinds += named["kind"]
                 if len(waiting) >= _MENTIONS_AT_ONCE:
-                    ranks.append(_rank(index, features, waiting, top_k, results))
+                    ranks.append(_rank(index, features, waiting, top_k, results, show_progress))
                     features, waiting = [], []
                 bar.update(len(named["id"]))
             if waiting:
-                ranks.append(_rank(index, features, waiting, top_k, results))
+                ranks.append(_rank(index, features, waiting, top_k, results, show_progress))
     finally:
         model.train(was_training)
     if not ranks:
@@ -481,15 +481,20 @@ def _encoded_and_named(
 
 
 def _rank(
-    index: EntityIndex, features: list[MentionFeatures], answers: list[str], top_k: int, results: RankedMentions
+    index: EntityIndex,
+    features: list[MentionFeatures],
+    answers: list[str],
+    top_k: int,
+    results: RankedMentions,
+    show_progress: bool,
 ) -> np.ndarray:
     joined = MentionFeatures.cat(features)
     results.answers += answers
     if results.candidates is not None:
-        found = index.search(joined, top_k=min(top_k, len(index)))
+        found = index.search(joined, top_k=min(top_k, len(index)), show_progress=show_progress)
         for entity_ids, scores in zip(found.entity_ids, found.scores, strict=True):
             results.candidates.append([(i, float(s)) for i, s in zip(entity_ids, scores, strict=False)])
-    return index.rank(joined, answers).ranks
+    return index.rank(joined, answers, show_progress=show_progress).ranks
 
 
 def in_batch_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -1,18 +1,23 @@
 """Training: batches, the published recipe, evaluation against the whole knowledge base, the script."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import mel_archives
 import numpy as np
 import pytest
 import torch
 import toy_data
+import transformers
 import yaml
-from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, pipeline, set_seed
+from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from mimic_el import train
 from mimic_el.index_mimic import EntityIndex
@@ -27,15 +32,18 @@ from mimic_el.training_mimic import (
     rank_mentions,
 )
 
+# Its type knows the library's own tasks alone.
+pipeline: Any = transformers.pipeline
+
 ROOT = Path(__file__).parents[1]
-FROM_SCRATCH = {
+FROM_SCRATCH: dict[str, Any] = {
     "from_scratch": True,
     "clip_config": toy_data.CLIP_CONFIG,
     "vocab_size": 700,
     "text_max_length": 12,
     **toy_data.SIZES,
 }
-QUICK = {
+QUICK: dict[str, Any] = {
     "num_train_epochs": 4,
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
@@ -67,7 +75,8 @@ def parts() -> tuple[MimicModel, MimicProcessor]:
 
 @pytest.fixture
 def model(parts: tuple[MimicModel, MimicProcessor]) -> MimicModel:
-    model = MimicModel(parts[0].config)
+    config: Any = parts[0].config
+    model = MimicModel(config)
     model.load_state_dict(parts[0].state_dict())
     return model
 
@@ -548,6 +557,32 @@ def test_streaming_trains_on_the_same_mentions(data_dir: Path, tmp_path: Path) -
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert (state["global_step"], state["epoch"]) == (10, 2)
     assert results["test_mentions"] == 9
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_authors_archives_are_trained_on_as_they_are(tmp_path: Path, streaming: bool) -> None:
+    archive = mel_archives.write_folder(mel_archives.sound_archive(), tmp_path / "archive")
+    settings = {"dataset_name": "wikimel", "data_dir": str(archive), "streaming": streaming, **FROM_SCRATCH, **QUICK}
+    settings |= {"output_dir": str(tmp_path / "out"), "num_train_epochs": 1}
+    results = train.main([write_config(tmp_path / "c.yaml", **settings)])
+    assert results["test_mentions"] >= 1
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_mentions"] >= 1
+    assert len(EntityIndex.from_pretrained(tmp_path / "out" / "index")) == 4
+
+
+def test_several_processes_train_and_agree_on_the_metrics(data_dir: Path, tmp_path: Path) -> None:
+    settings = {"dataset_name": str(data_dir), "output_dir": str(tmp_path / "out"), **FROM_SCRATCH, **QUICK}
+    settings |= {"num_train_epochs": 2, "ddp_backend": "gloo"}
+    config = write_config(tmp_path / "c.yaml", **settings)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*launcher, "-m", "mimic_el.train", config], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6  # 36 mentions, twice, in batches of 8 in each of two processes
+    assert json.loads((tmp_path / "out" / "test_results.json").read_text())["test_mentions"] == 9
 
 
 def test_pushed_output_is_loaded_from_the_hub(
