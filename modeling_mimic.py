@@ -324,9 +324,9 @@ class _DualUnit(nn.Module):
         z, key_a, k = (_wide(key[name]) for name in ("z", "a", "k"))
         h0 = self._offset(q.dtype)
         h0_gate, h0_square = self._gate(h0), _centred(h0).square().sum()
-        query_stats = self._stats_of_query(query).unsqueeze(1).unbind(-1)
+        query_stats = _wide(query["stats"]).unsqueeze(1).unbind(-1)
         q_q, query_aa, query_ah, query_am, h0_m, query_gate, bias = query_stats
-        z_z, key_aa, k_k, key_ah, key_ak, h0_k, key_gate = self._stats_of_key(key).unbind(-1)
+        z_z, key_aa, k_k, key_ah, key_ak, h0_k, key_gate = _wide(key["stats"]).unbind(-1)
 
         x_terms = q_q + z_z
         x_square = x_terms + 2 * (q @ z.T)
@@ -359,7 +359,7 @@ class _DualUnit(nn.Module):
         """Scores of aligned pairs, of shape (pairs,): sums are taken before their squares, so none is expanded."""
         q, query_a, m = (_wide(query[name]) for name in ("q", "a", "m"))
         z, key_a, k = (_wide(key[name]) for name in ("z", "a", "k"))
-        query_stats, key_stats = self._stats_of_query(query), self._stats_of_key(key)
+        query_stats, key_stats = _wide(query["stats"]), _wide(key["stats"])
         x, projected, gate = q + z, query_a + key_a, query_stats[:, 5] + key_stats[:, 6]
         x_square = _dot(x, x)
         with torch.no_grad():
@@ -374,17 +374,6 @@ class _DualUnit(nn.Module):
         gate = torch.tanh(r * gate + self._gate(h0) + self.gate_fc.bias.to(x.dtype))
         y = gate.unsqueeze(-1) * (r.unsqueeze(-1) * projected + _centred(h0)) + k
         return _dot(y, m) * (y.square().mean(dim=-1) + self.layer_norm.eps).rsqrt() + query_stats[:, 6]
-
-    # A cast to half precision rounds numbers and vectors each in its own way, and sums of the two no longer cancel as
-    # they should. The squares and products are then made anew from the rounded vectors.
-
-    def _stats_of_query(self, query: dict[str, Tensor]) -> Tensor:
-        stats = query["stats"]
-        return stats if _wide(stats) is stats else self.query_stats(query, _wide(stats[:, 5]), _wide(stats[:, 6]))
-
-    def _stats_of_key(self, key: dict[str, Tensor]) -> Tensor:
-        stats = key["stats"]
-        return stats if _wide(stats) is stats else self.key_stats(key, _wide(stats[:, 6]))
 
 
 class _ImageUnit(nn.Module):
