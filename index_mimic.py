@@ -766,9 +766,9 @@ class EntityIndex:
         self.check_model(model)
         builder = _Builder(model, processor, self.dtype, batch_size, num_workers, on_image_error, _SHARD_ENTITIES)
         with self._changing():
-            known = None if replace else self._store
+            known, before = None if replace else self._store, len(self._store.shards)
             new, removed = [], self._store.removed.clone()
-            for shard in builder.shards(_Rows(entities), [], show_progress, known=known):
+            for shard in builder.shards(_Rows(entities), [], show_progress, before, known):
                 if replace:
                     removed[self._required_rows(record["id"] for record in shard.table)] = True
                 # Written at once, so that memory stays bounded; the index knows them only once all are.
@@ -1041,10 +1041,19 @@ class _Builder:
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {self.on_image_error!r}.')
 
     def shards(
-        self, rows: _Rows, done: Sequence[_Shard], show_progress: bool, known: _Store | None = None
+        self,
+        rows: _Rows,
+        done: Sequence[_Shard],
+        show_progress: bool,
+        before: int = 0,
+        known: _Store | None = None,
     ) -> Iterator[_Shard]:
-        """Encodes the rest of the rows, a shard at a time; ids of `done` and `known` must not come again."""
+        """Encodes the rest of the rows, a shard at a time; ids of `done` and `known` must not come again.
+
+        `before` is the number of shards that an index has already.
+        """
         seen = _SeenIds([*done, *(known.shards if known else [])], known)
+        number = before + len(done)
         finished = sum(len(shard) for shard in done)
         was_training = self.model.training
         self.model.eval()
@@ -1053,20 +1062,21 @@ class _Builder:
         )
         try:
             with progress:
-                while shard := self._shard(rows, progress):
+                while shard := self._shard(rows, _new_name(number), progress):
                     seen.add(shard)
+                    number += 1
                     yield shard
         finally:
             self.model.train(was_training)
 
-    def _shard(self, rows: _Rows, progress: Any) -> _Shard | None:
+    def _shard(self, rows: _Rows, name: str, progress: Any) -> _Shard | None:
         kept: list[dict[str, Any]] = []
         parts: list[dict[str, Tensor]] = []
         while (left := self.shard_entities - len(kept)) and len(records := rows.take(min(rows.at_once or left, left))):
             self._encode(records, kept, parts, progress)
         if not kept:
             return None
-        return _make_shard(_new_name(), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, kept)
+        return _make_shard(name, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, kept)
 
     def _encode(self, records: Any, kept: list[dict[str, Any]], parts: list[dict[str, Tensor]], progress: Any) -> None:
         """Appends what the table keeps of some records, and their features."""
@@ -1147,8 +1157,9 @@ def _quiet_tokenizers(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _new_name() -> str:
-    return f"shard-{secrets.token_hex(6)}"
+def _new_name(number: int) -> str:
+    """A name that no other shard has or had; in the order of names the shards are in the order of entities."""
+    return f"shard-{number:06d}-{secrets.token_hex(6)}"
 
 
 def _unfinished(directory: Path) -> dict[str, Any] | None:

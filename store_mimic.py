@@ -345,16 +345,16 @@ class _Store:
     def feature_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for shard in self.shards for t in shard.tensors.values())
 
-    def compacted(self, shard_entities: int, new_name: Callable[[], str]) -> Iterator[_Shard]:
+    def compacted(self, shard_entities: int, new_name: Callable[[int], str]) -> Iterator[_Shard]:
         """The rows that are not removed, in shards of equal size. Features are copied as they are stored."""
         rows = (~self.removed).nonzero().squeeze(1)
-        for chunk in rows.split(shard_entities):
+        for number, chunk in enumerate(rows.split(shard_entities)):
             pieces = list(self._pieces(chunk))
             features = {
                 name: torch.cat([shard.tensors[name][inside] for shard, inside, _ in pieces])
                 for name in self.shards[0].tensors
             }
-            yield _make_shard(new_name(), features, [self.record(row) for row in chunk.tolist()])
+            yield _make_shard(new_name(number), features, [self.record(row) for row in chunk.tolist()])
 
     def record(self, row: int) -> dict[str, Any]:
         number = bisect.bisect_right(self.starts, row) - 1
