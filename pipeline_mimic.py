@@ -263,13 +263,17 @@ def _parts(mention: Any) -> tuple[str, str, ImageInput]:
 def _default_index(config: MimicConfig, index_kwargs: dict[str, Any]) -> EntityIndex:
     """The index that a checkpoint names: in a folder of its own, or else a directory or repository elsewhere."""
     name, checkpoint = str(config.default_index), str(config.name_or_path or "")
-    # A configuration is input from outside: it may name a folder of its checkpoint, not one beside that.
-    folder = None if Path(name).is_absolute() or ".." in Path(name).parts else name
     place, options = name, index_kwargs
-    if folder and checkpoint and Path(checkpoint, folder).is_dir():
-        place = os.path.join(checkpoint, folder)
-    elif folder and "/" not in folder and checkpoint and not Path(checkpoint).exists():
-        place, options = checkpoint, {"repo_type": "model", "subfolder": folder, **index_kwargs}
+    # A configuration is input from outside: it may name a folder of its checkpoint, not any on this machine.
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise EntityIndexError(
+            f"The checkpoint {checkpoint!r} names {name!r} as its default index, a place that is not in the checkpoint "
+            "and no Hub repository. If you want that index, or another, pass `index=` or `entities=`."
+        )
+    if checkpoint and Path(checkpoint, name).is_dir():
+        place = os.path.join(checkpoint, name)
+    elif "/" not in name and checkpoint and not Path(checkpoint).exists():
+        place, options = checkpoint, {"repo_type": "model", "subfolder": name, **index_kwargs}
     elif config.default_index_revision and not Path(name).is_dir():
         options = {"revision": config.default_index_revision, **index_kwargs}
     try:
