@@ -63,7 +63,7 @@ _IGNORED = re.compile(
     r"|collections\.(defaultdict|deque)"
     r"|datetime\.(date|datetime|time|timedelta|timezone)"
     r"|decimal\.Decimal"
-    r"|builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|slice|str|tuple)"
+    r"|builtins\.(bool|bytes|dict|float|frozenset|int|list|long|object|range|slice|str|tuple|unicode)"
     r"|numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
 )
 # What tensors are made of; torch itself has the last word.
@@ -192,7 +192,10 @@ def _globals(file: IO[bytes]) -> set[str]:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
+            # Protocol 2 has the names of Python 2, of which torch translates some.
             names.add(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
+            if (module, name) in _compat_pickle.NAME_MAPPING:
+                names.add(".".join(_compat_pickle.NAME_MAPPING[module, name]))
         elif opcode.name == "STACK_GLOBAL":  # of later protocols than torch.save has
             names.add(".".join(str(part) for part in recent[-2:]))
         if opcode.name == "MEMOIZE" or "PUT" in opcode.name:

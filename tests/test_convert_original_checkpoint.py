@@ -393,6 +393,7 @@ def test_hyper_parameters_are_not_needed(tmp_path: Path, omegaconf: Any, legacy:
         "counts": collections.defaultdict(dict, {"a": {"b": 1}}),
         "names": {"set", "of"},
         "bytes": b"\x00\xff",
+        "types": [int, float, str, list, dict],
     }
     content = {"state_dict": OrderedDict(weight=torch.arange(4.0)), "hyper_parameters": hyper_parameters}
     allowed = set(torch.serialization.get_safe_globals())
