@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMPAT := .venv-compat
 
-.PHONY: demo test lint types install clean
+.PHONY: demo test compat lint types install clean
 
 install: $(STAMP)
 
@@ -18,6 +19,15 @@ demo: $(STAMP)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# The tests with the oldest versions that pyproject.toml allows.
+compat: $(COMPAT)/.installed
+	$(COMPAT)/bin/python -m pytest
+
+$(COMPAT)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
-"""Python processes in an environment that has never heard of this project: what a user of the Hub has.
+"""Python processes that cost little to start, in two environments: a user's and this project's.
 
-The environment is a virtual environment whose packages are links to those of the tests' own: transformers, torch,
-accelerate, Pillow and what they require, and nothing else. So neither `mimic_el` nor `datasets` can be imported there.
+That of a user of the Hub has never heard of this project. It is a virtual environment whose packages are links to those
+of the tests' own: transformers, torch, accelerate, Pillow and what they require, and nothing else. So neither
+`mimic_el` nor `datasets` can be imported there.
 
 Importing torch and transformers takes seconds. One process does so, and forks a child for each piece of code: a child
 is in the state of a process that has only imported them, and has an empty cache of the Hub's unless told otherwise.
@@ -21,6 +22,8 @@ import tempfile
 import textwrap
 import traceback
 import venv
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,61 +31,74 @@ if TYPE_CHECKING:
     from hub_server import Hub
 
 PACKAGES = ("transformers", "torch", "accelerate", "pillow")
-PRELOADED = """torch PIL.Image transformers transformers.pipelines transformers.trainer transformers.models.clip
+PRELOADED = """PIL.Image torch transformers transformers.pipelines transformers.trainer transformers.models.clip
     transformers.models.clip.modeling_clip transformers.models.clip.image_processing_pil_clip
     transformers.models.clip.tokenization_clip transformers.models.auto.processing_auto""".split()  # noqa: SIM905
 
 
-class CleanPython:
-    """Runs code in children of one process of such an environment.
+class ForkingPython:
+    """Runs code in children of one process.
 
     Args:
+        python: the interpreter.
+        preloaded: modules that the process imports before it forks.
         env: the whole environment of the processes.
-        directory: an empty directory, for the environment and the caches.
+        directory: for the caches, and the working directory of each piece of code.
     """
 
-    def __init__(self, env: dict[str, str], directory: Path) -> None:
+    def __init__(self, python: str | Path, preloaded: Iterable[str], env: dict[str, str], directory: Path) -> None:
         self.home = directory / "home"
-        self.python = make_environment(directory / "environment")
         self._directory = directory
         self._count = 0
         self._process = subprocess.Popen(
-            [self.python, "-I", __file__],
+            [python, "-I", __file__, *preloaded],
             env={**env, "HF_HOME": str(self.home), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, code: str, *, token: str | None = None, keep_cache: bool = False, **variables: Any) -> Any:
+    def run(
+        self,
+        code: str,
+        *,
+        token: str | None = None,
+        keep_cache: bool = False,
+        folder: Path | None = None,
+        **variables: Any,
+    ) -> Any:
         """Runs `code` (dedented) and gives the value of its variable `result`.
 
         Args:
             token: for HF_TOKEN; anonymous without one.
             keep_cache: whether the code finds what earlier code downloaded.
+            folder: its working directory; a new and empty one by default.
             **variables: what the code finds defined; like `result`, anything that JSON can carry.
 
         Raises:
             AssertionError: if the code fails, with all that it wrote.
         """
-        answer = self._ask(code, token, keep_cache, variables)
+        answer = self._ask(code, token, keep_cache, variables, folder)
         assert answer["error"] is None, f"{answer['traceback']}\n{answer['output']}"
         self.output: str = answer["output"]
         return answer["result"]
 
     def error(self, code: str, *, token: str | None = None, keep_cache: bool = False, **variables: Any) -> str:
         """Runs code that must fail, and gives the kind and the message of the error: "ValueError: no such thing"."""
-        answer = self._ask(code, token, keep_cache, variables)
+        answer = self._ask(code, token, keep_cache, variables, None)
         assert answer["error"] is not None, f"No error, but the result {answer['result']!r}\n{answer['output']}"
         return answer["error"]
 
-    def _ask(self, code: str, token: str | None, keep_cache: bool, variables: dict[str, Any]) -> dict[str, Any]:
+    def _ask(
+        self, code: str, token: str | None, keep_cache: bool, variables: dict[str, Any], cwd: Path | None
+    ) -> dict[str, Any]:
         if not keep_cache:
             shutil.rmtree(self.home, ignore_errors=True)
         self._count += 1
         folder = self._directory / f"run-{self._count}"
         folder.mkdir()
-        request = {"code": textwrap.dedent(code), "token": token, "variables": variables, "folder": str(folder)}
+        request = {"code": textwrap.dedent(code), "token": token, "variables": variables}
+        request |= {"folder": folder, "cwd": cwd or folder}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(request, default=os.fspath), file=self._process.stdin, flush=True)
@@ -100,11 +116,23 @@ class CleanPython:
 
 
 @functools.cache
-def clean_python(hub: Hub) -> CleanPython:
-    """The one of this run of the tests; it uses the test Hub."""
-    clean = CleanPython(hub.env(), Path(tempfile.mkdtemp(prefix="clean-")))
-    atexit.register(clean.close)
-    return clean
+def clean_python(hub: Hub) -> ForkingPython:
+    """Processes that know nothing of this project, and use the test Hub; one for a run of the tests."""
+    directory = Path(tempfile.mkdtemp(prefix="clean-"))
+    return _closed_at_exit(ForkingPython(make_environment(directory / "environment"), PRELOADED, hub.env(), directory))
+
+
+@functools.cache
+def own_python(hub: Hub) -> ForkingPython:
+    """Processes that have this project installed, and use the test Hub; one for a run of the tests."""
+    directory = Path(tempfile.mkdtemp(prefix="own-"))
+    preloaded = [*PRELOADED, "datasets", "mimic_el", "mimic_el.training_mimic"]
+    return _closed_at_exit(ForkingPython(sys.executable, preloaded, hub.env(), directory))
+
+
+def _closed_at_exit(python: ForkingPython) -> ForkingPython:
+    atexit.register(python.close)
+    return python
 
 
 def make_environment(directory: Path) -> Path:
@@ -145,7 +173,7 @@ def _required(names: tuple[str, ...]) -> list[importlib.metadata.Distribution]:
 def _serve() -> None:
     import contextlib
 
-    for name in PRELOADED:
+    for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):  # other versions have other modules
             __import__(name)
     for line in sys.stdin:
@@ -164,13 +192,15 @@ def _answer(request: dict[str, Any]) -> None:
         output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.chdir(folder)
+        os.chdir(request["cwd"])
         if request["token"]:
             os.environ["HF_TOKEN"] = request["token"]
         script = folder / "script.py"
         script.write_text(request["code"], encoding="utf-8")
         names = {"__name__": "__main__", "__file__": str(script), **request["variables"]}
         answer: dict[str, Any] = {"result": None, "error": None, "traceback": None}
+        warnings.filterwarnings("error", category=DeprecationWarning, module="transformers_modules")
+        warnings.filterwarnings("error", category=FutureWarning, module="transformers_modules")
         try:
             exec(compile(request["code"], script, "exec"), names)
             answer["result"] = names.get("result")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clean_python import CleanPython, clean_python
 from hub_server import Hub, check_card
 from huggingface_hub import CommitOperationAdd, HfApi, RepoCard
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 from published import CODE_FILES, TASK, entities_and_mentions, same_links, save_linker
+from python_processes import ForkingPython, clean_python
 from toy_data import write_dataset
 from transformers import pipeline
 
@@ -65,7 +65,7 @@ def api(hub: Hub, linker: Linker, index: EntityIndex, tmp_path_factory: pytest.T
 
 
 @pytest.fixture
-def clean(hub: Hub) -> CleanPython:
+def clean(hub: Hub) -> ForkingPython:
     return clean_python(hub)
 
 
@@ -79,7 +79,7 @@ BY_ID = """
 
 
 def test_only_what_is_needed_is_downloaded(
-    hub: Hub, api: HfApi, clean: CleanPython, index: EntityIndex, data: dict, links: list
+    hub: Hub, api: HfApi, clean: ForkingPython, index: EntityIndex, data: dict, links: list
 ):
     found = clean.run(BY_ID, options={"index": INDEX}, mentions=data["mentions"])
     assert same_links(found, links)
@@ -98,7 +98,7 @@ def test_only_what_is_needed_is_downloaded(
 
 
 def test_default_index(
-    hub: Hub, api: HfApi, clean: CleanPython, linker: Linker, index: EntityIndex, data: dict, links: list
+    hub: Hub, api: HfApi, clean: ForkingPython, linker: Linker, index: EntityIndex, data: dict, links: list
 ):
     """What the configuration names, at the revision that it names, if the user names nothing."""
     index.push_to_hub("alice/moving", token=ALICE)
@@ -307,7 +307,7 @@ def test_what_is_no_index(api: HfApi, empty_cache: Path, name: str, message: str
     assert message in str(error.value)
 
 
-def test_index_of_another_model(api: HfApi, clean: CleanPython, data: dict[str, Any], tmp_path: Path):
+def test_index_of_another_model(api: HfApi, clean: ForkingPython, data: dict[str, Any], tmp_path: Path):
     error = clean.error(
         BY_ID.replace('"alice/linker"', "other"),
         other=save_linker(tmp_path / "other", seed=1),

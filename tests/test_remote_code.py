@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from clean_python import CleanPython, clean_python
 from hub_server import Hub
 from huggingface_hub import HfApi
 from published import CODE_FILES, ROOT, TASK, entities_and_mentions, same_links, save_linker, tiny_linker
+from python_processes import ForkingPython, clean_python
 from transformers import pipeline
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
@@ -30,7 +30,7 @@ CUSTOM_PIPELINES = {
 
 
 @pytest.fixture(scope="module")
-def clean(hub: Hub) -> CleanPython:
+def clean(hub: Hub) -> ForkingPython:
     return clean_python(hub)
 
 
@@ -66,7 +66,7 @@ def api(hub: Hub, checkpoint: Path) -> HfApi:
     return api
 
 
-def test_the_environment_knows_nothing_of_us(clean: CleanPython):
+def test_the_environment_knows_nothing_of_us(clean: ForkingPython):
     code = """
         from importlib.util import find_spec
         names = ["mimic_el", "datasets", "evaluate", "pandas", "yaml", "torch", "transformers", "accelerate", "PIL"]
@@ -131,7 +131,7 @@ AUTO_CLASSES = """
 """
 
 
-def test_auto_classes_from_a_directory(clean: CleanPython, checkpoint: Path, data: dict[str, Any]):
+def test_auto_classes_from_a_directory(clean: ForkingPython, checkpoint: Path, data: dict[str, Any]):
     loaded = clean.run(AUTO_CLASSES, place=checkpoint, entities=data["entities"])
     assert loaded["modules"] == ["transformers_modules"]
     assert loaded["text_max_length"] == [40, 40]
@@ -156,13 +156,13 @@ PIPELINE = """
 @pytest.mark.parametrize("options", [{}, {"task": TASK}], ids=["task not named", "task named"])
 @pytest.mark.parametrize("where", ["directory", "hub"])
 def test_pipeline(
-    clean: CleanPython, api: HfApi, checkpoint: Path, data: dict[str, Any], links: list, where: str, options: dict
+    clean: ForkingPython, api: HfApi, checkpoint: Path, data: dict[str, Any], links: list, where: str, options: dict
 ):
     place = checkpoint if where == "directory" else "alice/linker"
     assert same_links(clean.run(PIPELINE, place=str(place), options=options, **data), links)
 
 
-def test_code_is_run_only_if_trusted(clean: CleanPython, api: HfApi):
+def test_code_is_run_only_if_trusted(clean: ForkingPython, api: HfApi):
     code = """
         from transformers import AutoModel
         AutoModel.from_pretrained("alice/linker", trust_remote_code=False)
@@ -170,7 +170,9 @@ def test_code_is_run_only_if_trusted(clean: CleanPython, api: HfApi):
     assert "trust_remote_code=True" in clean.error(code)
 
 
-def test_entity_index_from_the_code(clean: CleanPython, api: HfApi, data: dict[str, Any], links: list, tmp_path: Path):
+def test_entity_index_from_the_code(
+    clean: ForkingPython, api: HfApi, data: dict[str, Any], links: list, tmp_path: Path
+):
     code = """
         from transformers import AutoModel, AutoProcessor, pipeline
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -189,7 +191,7 @@ def test_entity_index_from_the_code(clean: CleanPython, api: HfApi, data: dict[s
     assert len(EntityIndex.from_pretrained(directory)) == len(data["entities"])
 
 
-def test_fine_tuning_and_saving_again(clean: CleanPython, api: HfApi, hub: Hub, data: dict[str, Any], tmp_path: Path):
+def test_fine_tuning_and_saving_again(clean: ForkingPython, api: HfApi, hub: Hub, data: dict[str, Any], tmp_path: Path):
     """With the Trainer as it is; then a second load, in a process that has not seen the first repository."""
     code = """
         import torch
@@ -270,7 +272,7 @@ OPTIONS = """
 """
 
 
-def test_revision_and_token(clean: CleanPython, api: HfApi, data: dict[str, Any]):
+def test_revision_and_token(clean: ForkingPython, api: HfApi, data: dict[str, Any]):
     api.update_repo_settings("alice/linker", private=True)
     commit = api.repo_info("alice/linker", revision="other").sha
     code = """
@@ -289,7 +291,7 @@ def test_revision_and_token(clean: CleanPython, api: HfApi, data: dict[str, Any]
         api.update_repo_settings("alice/linker", private=False)
 
 
-def test_cache_dir_and_local_files_only(clean: CleanPython, hub: Hub, api: HfApi, data: dict[str, Any], links: list):
+def test_cache_dir_and_local_files_only(clean: ForkingPython, hub: Hub, api: HfApi, data: dict[str, Any], links: list):
     code = """
         import os
 
@@ -306,7 +308,7 @@ def test_cache_dir_and_local_files_only(clean: CleanPython, hub: Hub, api: HfApi
     assert "offline mode" in clean.error(PIPELINE, place="alice/linker", options=options, **data)
 
 
-def test_dtype_and_device_map(clean: CleanPython, api: HfApi, data: dict[str, Any], links: list):
+def test_dtype_and_device_map(clean: ForkingPython, api: HfApi, data: dict[str, Any], links: list):
     code = """
         import torch
 
@@ -335,7 +337,7 @@ def test_dtype_and_device_map(clean: CleanPython, api: HfApi, data: dict[str, An
     assert same_links(of_placed, links)
 
 
-def test_subfolder(clean: CleanPython, api: HfApi, checkpoint: Path, data: dict[str, Any]):
+def test_subfolder(clean: ForkingPython, api: HfApi, checkpoint: Path, data: dict[str, Any]):
     """The code is taken from the repository's root, as of any model."""
     api.create_branch("alice/linker", branch="folders")
     other = save_linker(checkpoint.parent / "other", seed=1)
@@ -355,7 +357,7 @@ def test_subfolder(clean: CleanPython, api: HfApi, checkpoint: Path, data: dict[
     assert found == pytest.approx([first_weight(1)] * 2)
 
 
-def test_pipeline_is_saved_and_pushed(clean: CleanPython, hub: Hub, api: HfApi, data: dict[str, Any], links: list):
+def test_pipeline_is_saved_and_pushed(clean: ForkingPython, hub: Hub, api: HfApi, data: dict[str, Any], links: list):
     """With its index beside it, which then needs not be named, from a directory or from the Hub."""
     code = """
         import os

@@ -1,0 +1,314 @@
+"""Runs the Python of README.md and docs/, and checks the commands and links in them.
+
+The Python blocks of a page run in order, in one process and one namespace, in a directory that has what `WORLD` says,
+with a Hub where "alice" is logged in. A block with prompts (`>>>`) must print what it shows; `...` stands for anything.
+In a page, a comment before a block tells of exceptions, and is not shown:
+
+    <!-- test: skip -->              the next block is not run, nor its commands checked
+    <!-- test: run                   this is run as if it were a block of the page
+    code
+    -->
+
+Of the commands in `bash` blocks, scripts, modules, targets of make, options and configuration files must exist.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+from mel_archives import sound_archive, tar_bytes
+from PIL import Image
+from published import ROOT, TASK, save_linker
+from python_processes import ForkingPython, own_python
+from toy_data import entities, write_dataset
+from transformers import HfArgumentParser, pipeline
+
+from mimic_el import train
+from mimic_el.training_mimic import MimicTrainingArguments
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+# Each kind of thing that a page may speak of, and the names that pages give it.
+WORLD = {
+    "checkpoint, with its index in `index`": ["runs/demo", "runs/wikimel"],
+    "data set": ["data/wikimel", "FOLDER or REPOSITORY"],
+    "picture": ["photo.png"],
+    "archive of WikiMEL": ["WikiMEL.tar"],
+}
+TOKEN = "hf_alice"
+
+
+@dataclass
+class Block:
+    """A block of a page: its language, its lines, and where the first of them is (from 1)."""
+
+    language: str
+    text: str
+    line: int
+
+
+class PageError(ValueError):
+    """A page that cannot be understood."""
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The blocks of a page that are not to be skipped, with the hidden ones as "python"."""
+    lines = text.splitlines()
+    found: list[Block] = []
+    skip, number = False, 0
+    while number < len(lines):
+        line = lines[number]
+        fence = re.match(r"( *)(`{3,}|~{3,})([\w-]*)", line)
+        directive = re.fullmatch(r"<!-- test: (skip -->|run)", line.strip())
+        if fence:
+            body, number = _until(lines, number + 1, re.compile(rf" *{fence[2]} *"), fence[0])
+            if not skip:
+                start = number - len(body)
+                found.append(Block(fence[3], "\n".join(row.removeprefix(fence[1]) for row in body), start + 1))
+            skip = False
+        elif directive and directive[1] == "run":
+            body, number = _until(lines, number + 1, re.compile("-->"), line)
+            found.append(Block("python", "\n".join(body), number - len(body) + 1))
+        elif directive:
+            skip = True
+        elif "<!-- test" in line:
+            raise PageError(f"line {number + 1}: {line.strip()} is no directive")
+        number += 1
+    if skip:
+        raise PageError("there is no block after the last `test: skip`")
+    return found
+
+
+def _until(lines: list[str], start: int, end: re.Pattern[str], what: str) -> tuple[list[str], int]:
+    for number in range(start, len(lines)):
+        if end.fullmatch(lines[number]):
+            return lines[start:number], number
+    raise PageError(f"line {start}: {what} is not closed")
+
+
+def problems_of_commands(text: str) -> list[str]:
+    """What is wrong with the commands of a `bash` block."""
+    problems = []
+    for command in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(command, comments=True)
+        while words and (re.fullmatch(r"\w+=\S*", words[0]) or words[0] in ("$", "time")):
+            words = words[1:]  # variables that are set for the command
+        if words[:1] == ["make"]:
+            targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            problems += [f"make has no target {name}" for name in words[1:] if name[0] != "-" and name not in targets]
+        if not words or not re.fullmatch(r"(\S*/)?python3?", words[0]):
+            continue
+        if words[1:2] == ["-m"]:
+            module, arguments = words[2], words[3:]
+            spec = importlib.util.find_spec(module)
+            script = Path(spec.origin) if spec and spec.origin else None
+            if script is None:
+                problems.append(f"there is no module {module}")
+                continue
+            if not script.is_relative_to(ROOT):
+                continue
+        else:
+            script, arguments = ROOT / words[1], words[2:]
+            if not script.is_file():
+                problems.append(f"there is no script {words[1]}")
+                continue
+        options = options_of(script)
+        for word in arguments:
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in options:
+                problems.append(f"{script.relative_to(ROOT)} has no option {option}")
+            elif word.endswith((".yaml", ".yml")) and not (ROOT / word).is_file():
+                problems.append(f"there is no file {word}")
+    return problems
+
+
+def options_of(script: Path) -> set[str]:
+    """The long options of a program of this project."""
+    if script == ROOT / "train.py":
+        parser = HfArgumentParser((train.ModelArguments, train.DataArguments, MimicTrainingArguments))
+        return {option for action in parser._actions for option in action.option_strings}
+    named = set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
+    return named | {f"--no-{name[2:]}" for name in named} | {"--help"}
+
+
+RUN = """
+    import doctest
+
+    class Runner(doctest.DocTestRunner):
+        def report_failure(self, out, test, example, got):
+            line = test.lineno + example.lineno + 1
+            raise AssertionError(f"{page}, line {line}: expected\\n{example.want}got\\n{got}")
+
+        def report_unexpected_exception(self, out, test, example, exc_info):
+            raise exc_info[1]
+
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    names = {"__name__": "__main__"}
+    for line, text in blocks:
+        if ">>> " in text:
+            test = doctest.DocTestParser().get_doctest(text, names, page, page, line - 1)
+            Runner(optionflags=flags).run(test, clear_globs=False)
+            names.update(test.globs)
+        else:
+            exec(compile("\\n" * (line - 1) + text, page, "exec"), names)
+"""
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of each kind in `WORLD`."""
+    directory = tmp_path_factory.mktemp("things")
+    checkpoint = save_linker(directory / "checkpoint")
+    linker = pipeline(TASK, model=str(checkpoint), entities=entities(), trust_remote_code=True)
+    linker.save_pretrained(checkpoint, save_index=True)
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    write_dataset(directory / "dataset")
+    Image.new("RGB", (40, 30), "orange").save(directory / "photo.png")
+    (directory / "archive.tar").write_bytes(tar_bytes(sound_archive()))
+    return directory
+
+
+@pytest.fixture
+def world(things: Path, tmp_path: Path) -> Path:
+    for source, names in zip(("checkpoint", "dataset", "photo.png", "archive.tar"), WORLD.values(), strict=True):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (things / source).is_dir() else shutil.copy)(things / source, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def python(hub: Hub) -> ForkingPython:
+    hub.reset()
+    hub.add_user("alice", token=TOKEN)
+    return own_python(hub)
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks_of(read(page)))])
+def test_python(python: ForkingPython, world: Path, page: str):
+    blocks = [(block.line, block.text) for block in blocks_of(read(page)) if block.language == "python"]
+    python.run(RUN, token=TOKEN, folder=world, page=page, blocks=blocks)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands(page: str):
+    problems = [
+        f"{page}, block at line {block.line}: {problem}"
+        for block in blocks_of(read(page))
+        if block.language in ("bash", "sh", "shell", "console")
+        for problem in problems_of_commands(block.text)
+    ]
+    assert not problems
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page: str):
+    text = re.sub(r"^(`{3,}).*?^\1", "", read(page), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|<img[^>]*\bsrc=\"([^\"]+)\"", text)
+    local = {one or other for one, other in targets if not re.match(r"[a-z]+:", one or other)}
+    missing = []
+    for target in local:
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        known = anchors(file.read_text(encoding="utf-8")) if anchor and file.suffix == ".md" and file.exists() else ()
+        if not file.exists() or (known and anchor not in known):
+            missing.append(target)
+    assert not missing
+
+
+def anchors(text: str) -> set[str]:
+    """What the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# The runner itself
+
+PAGE = """
+# Page
+
+```python
+value = 1
+```
+
+<!-- test: skip -->
+
+```python
+raise ValueError
+```
+
+- a list:
+  ```python
+  value += 1
+  ```
+
+<!-- test: run
+value += 1
+-->
+
+```text
+not code
+```
+
+```bash
+python train.py
+```
+"""
+
+
+def test_blocks_of_a_page():
+    blocks = [(block.language, block.text, block.line) for block in blocks_of(PAGE)]
+    assert blocks == [
+        ("python", "value = 1", 5),
+        ("python", "value += 1", 16),
+        ("python", "value += 1", 20),
+        ("text", "not code", 24),
+        ("bash", "python train.py", 28),
+    ]
+
+
+@pytest.mark.parametrize("text", ["```python\n1", "<!-- test: run\n1", "<!-- test: skip -->", "<!-- test: stop -->"])
+def test_page_that_cannot_be_understood(text: str):
+    with pytest.raises(PageError):
+        blocks_of(text)
+
+
+def test_failures_are_told_with_their_line(python: ForkingPython, world: Path):
+    good = [(5, "value = 1"), (9, ">>> value + 1\n2\n>>> print('a b')\na ...\n")]
+    python.run(RUN, page="PAGE", blocks=good)
+    assert "PAGE, line 9: expected\n3\ngot\n2" in python.error(RUN, page="PAGE", blocks=[(9, ">>> 1 + 1\n3\n")])
+    with pytest.raises(AssertionError, match='File "PAGE", line 10'):
+        python.run(RUN, page="PAGE", blocks=[(9, "value = 1\nvalue / 0")])
+    assert python.error(RUN, page="PAGE", blocks=[(9, ">>> 1 / 0\n")]) == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("command", "problems"),
+    [
+        (
+            "python train.py configs/sample.yaml \\\n  --output_dir out --no_such 1",
+            ["train.py has no option --no_such"],
+        ),
+        ("python train.py no.yaml", ["there is no file no.yaml"]),
+        ("CUDA_VISIBLE_DEVICES=0 python no.py", ["there is no script no.py"]),
+        ("python -m mimic_el.nothing", ["there is no module mimic_el.nothing"]),
+        ("make nothing", ["make has no target nothing"]),
+        ("make test compat\npip install mimic-el --pre\ngit clone x", []),
+        (
+            "python scripts/push_to_hub.py --namespace alice --no-set_default_index --dryrun",
+            ["scripts/push_to_hub.py has no option --dryrun"],
+        ),
+    ],
+)
+def test_problems_of_commands(command: str, problems: list[str]):
+    assert problems_of_commands(command) == problems
