@@ -28,7 +28,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -258,7 +258,7 @@ def _is(content: Path | bytes, entry: RepoFile) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == entry.blob_id
 
 
-def check_card(repository: Repository) -> None:
+def check_card(api: HfApi, repository: Repository) -> None:
     """Has the Hub check the metadata of a README.md.
 
     Raises:
@@ -268,10 +268,12 @@ def check_card(repository: Repository) -> None:
     if content is None:
         return
     text = content.decode() if isinstance(content, bytes) else content.read_text(encoding="utf-8")
-    try:
-        RepoCard(text, ignore_metadata_errors=True).validate(repo_type=repository.repo_type)
-    except ValueError as error:
-        raise PublishError(f"The README.md of {repository.address} is not valid: {error}") from error
+    # RepoCard.validate of huggingface_hub before 2 asks huggingface.co, whatever Hub is published to.
+    body = {"repoType": repository.repo_type, "content": text}
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
+    if response.status_code == 400:
+        raise PublishError(f"The README.md of {repository.address} is not valid: {response.text}")
+    response.raise_for_status()
 
 
 def upload(api: HfApi, repository: Repository, private: bool) -> None:
@@ -436,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             repositories = plan(args, stack)
             for repository in repositories:
                 compare(api, repository, args.private)
-                check_card(repository)
+                check_card(api, repository)
             print("\n\n".join(describe(repository, args.private) for repository in repositories))
             if args.dry_run:
                 print("\nNothing was sent: this is a dry run.")

@@ -97,7 +97,7 @@ class ForkingPython:
         self._count += 1
         folder = self._directory / f"run-{self._count}"
         folder.mkdir()
-        request = {"code": textwrap.dedent(code), "token": token, "variables": variables}
+        request: dict[str, Any] = {"code": textwrap.dedent(code), "token": token, "variables": variables}
         request |= {"folder": folder, "cwd": cwd or folder}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
