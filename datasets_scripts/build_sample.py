@@ -561,7 +561,7 @@ def brightness(colour: Sequence[float]) -> float:
 
 
 def random_colour(rng: np.random.Generator) -> np.ndarray:
-    grey = rng.uniform(40, 225)
+    grey = rng.uniform(60, 220)
     return np.clip(grey + rng.normal(0, 28, size=3), 0, 255)
 
 
@@ -613,11 +613,11 @@ def homography(source: Sequence[Sequence[float]], target: Sequence[Sequence[floa
 def place(drawing: Image.Image, rng: np.random.Generator, size: int) -> Image.Image:
     """Puts a drawing on a transparent square of `size`, scaled, turned, tilted, and perhaps cut by the edge."""
     width, height = drawing.size
-    scale = rng.uniform(0.68, 0.98) * size / max(width, height)
+    scale = rng.uniform(0.72, 1.0) * size / max(width, height)
     half = np.array([width * scale / 2, height * scale / 2])
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half
-    corners = corners + rng.uniform(-0.07, 0.07, size=(4, 2)) * 2 * half
-    angle = math.radians(float(np.clip(rng.normal(0, 8), -20, 20)))
+    corners = corners + rng.uniform(-0.05, 0.05, size=(4, 2)) * 2 * half
+    angle = math.radians(float(np.clip(rng.normal(0, 6), -18, 18)))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     # Up to a twentieth of the drawing may lie outside the picture.
     room = np.maximum(size / 2 - half * 0.9, 0)
@@ -628,7 +628,7 @@ def place(drawing: Image.Image, rng: np.random.Generator, size: int) -> Image.Im
 
 def on_card(drawing: Image.Image, paper: Sequence[int]) -> Image.Image:
     """A drawing on a rounded card, the way a logo is seen on a sign or a sticker."""
-    side = round(max(drawing.size) * 1.3)
+    side = round(max(drawing.size) * 1.16)
     card = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     ImageDraw.Draw(card).rounded_rectangle((0, 0, side - 1, side - 1), radius=side // 7, fill=(*paper, 255))
     card.alpha_composite(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
@@ -637,7 +637,7 @@ def on_card(drawing: Image.Image, paper: Sequence[int]) -> Image.Image:
 
 def camera(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     """What a camera does to a scene: light, colour, blur, noise, compression. Returns `PICTURE_SIZE` squared RGB."""
-    picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.75, 1.2))
+    picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.8, 1.15))
     picture = ImageEnhance.Contrast(picture).enhance(rng.uniform(0.75, 1.15))
     picture = ImageEnhance.Color(picture).enhance(rng.uniform(0.75, 1.25))
     picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
@@ -670,12 +670,12 @@ def photograph(drawing: Drawing | None, rng: np.random.Generator) -> Image.Image
             if rng.random() < 0.2:
                 subject = on_card(subject, tuple(rng.integers(225, 256, size=3).tolist()))
         else:
-            # A one-colour drawing is printed in its own colour most of the time, and else in black or white.
-            palette = [ink, ink, ink, (25, 25, 25), (245, 245, 245)]
-            chosen = palette[int(rng.integers(len(palette)))]
+            # A one-colour drawing is printed in its own colour most of the time, and else in black or white; mostly
+            # on a card, the way logos are seen, and always where it would not stand out.
+            chosen = ink if rng.random() < 0.9 else [(25, 25, 25), (245, 245, 245)][int(rng.integers(2))]
             subject = render(drawing, chosen)
-            if abs(light - brightness(chosen)) < 90 or rng.random() < 0.3:
-                tones = (215, 256) if brightness(chosen) < 128 else (10, 60)
+            if abs(light - brightness(chosen)) < 90 or rng.random() < 0.6:
+                tones = (215, 256) if brightness(chosen) <= 200 else (20, 70)
                 subject = on_card(subject, tuple(rng.integers(*tones, size=3).tolist()))
         layer = place(subject, rng, size)
         if rng.random() < 0.5:
