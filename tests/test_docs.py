@@ -131,7 +131,7 @@ def problems_of_commands(text: str) -> list[str]:
 def options_of(script: Path) -> set[str]:
     """The long options of a program of this project."""
     if script == ROOT / "train.py":
-        parser = HfArgumentParser((train.ModelArguments, train.DataArguments, MimicTrainingArguments))
+        parser = HfArgumentParser((train.ModelArguments, train.DataArguments, MimicTrainingArguments))  # type: ignore[arg-type]
         return {option for action in parser._actions for option in action.option_strings}
     named = set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     return named | {f"--no-{name[2:]}" for name in named} | {"--help"}

@@ -12,7 +12,7 @@ from hub_server import Hub, check_card
 from huggingface_hub import CommitOperationAdd, HfApi, RepoCard
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 from published import CODE_FILES, TASK, entities_and_mentions, same_links, save_linker
-from python_processes import ForkingPython, clean_python
+from python_processes import ForkingPython, clean_python, own_python
 from toy_data import write_dataset
 from transformers import pipeline
 
@@ -136,26 +136,24 @@ def test_default_index_that_is_not_there(api: HfApi, linker: Linker, empty_cache
 
 def test_all_three_in_a_fresh_process(hub: Hub, api: HfApi, data: dict[str, Any], links: list):
     """With `datasets`, which the data set needs; the index's entities are one too."""
-    code = f"""
-        import json
+    code = """
         from datasets import load_dataset
         from transformers import pipeline
 
-        mentions = load_dataset("alice/toys", "mentions", split="test")
+        mentions_of_toys = load_dataset("alice/toys", "mentions", split="test")
         entities = load_dataset("alice/toys", "entities", split="kb")
-        table = load_dataset("{INDEX}", "entities", split="kb")
         linker = pipeline(model="alice/linker", trust_remote_code=True, entities=entities)
-        [of_toys] = linker(mentions.select([0]), top_k=len(entities))
-        linker = pipeline(model="alice/linker", trust_remote_code=True, index="{INDEX}")
-        print(json.dumps({{
+        [of_toys] = linker(mentions_of_toys.select([0]), top_k=len(entities))
+        linker = pipeline(model="alice/linker", trust_remote_code=True, index=index)
+        result = {
             "toys": sorted(link["entity_id"] for link in of_toys),
-            "answers": list(mentions["answer"]),
+            "answers": list(mentions_of_toys["answer"]),
             "entities": list(entities["id"]),
-            "table": table.to_list(),
-            "links": linker({data["mentions"]!r}, top_k=3),
-        }}))
+            "table": load_dataset(index, "entities", split="kb").to_list(),
+            "links": linker(mentions, top_k=3),
+        }
     """
-    found = json.loads(hub.run_python(code).stdout.splitlines()[-1])
+    found = own_python(hub).run(code, index=INDEX, mentions=data["mentions"])
     assert found["toys"] == sorted(found["entities"])
     assert set(found["answers"]) <= set(found["entities"])
     assert found["table"] == [{name: entity[name] for name in TABLE} for entity in data["entities"]]
