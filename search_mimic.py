@@ -270,8 +270,10 @@ class Searcher:
         self.stats.exact_pairs = min(self.stats.exact_pairs, before + pairs)
 
     def _super_blocks(self, count: int) -> Iterator[tuple[int, int]]:
-        # Two float32 tensors of the block's shape are kept, a few more are made for a while.
-        rows = max(self.sub_block, self.block_bytes // (16 * max(1, count)))
+        # Two float32 tensors of the block's shape are kept, a few more are made for a while. With few mentions, the
+        # entities' vectors that the hull's bounds need weigh more.
+        width = self.matcher.tglu.fc_cls.out_features
+        rows = max(self.sub_block, self.block_bytes // max(16 * count, 8 * width))
         for start in range(0, len(self.blocks), rows):
             yield start, min(start + rows, len(self.blocks))
 
