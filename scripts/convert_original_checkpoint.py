@@ -187,7 +187,7 @@ def _globals_in_legacy_file(path: Path) -> set[str]:
 def _globals(file: IO[bytes]) -> set[str]:
     """The globals of the next pickle in a file, which is taken apart but not run."""
     names: set[str] = set()
-    memo: dict[int, str | None] = {}
+    memo: dict[Any, str | None] = {}
     recent: list[str | None] = []  # what the last opcodes pushed, if strings
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
@@ -199,9 +199,9 @@ def _globals(file: IO[bytes]) -> set[str]:
         elif opcode.name == "STACK_GLOBAL":  # of later protocols than torch.save has
             names.add(".".join(str(part) for part in recent[-2:]))
         if opcode.name == "MEMOIZE" or "PUT" in opcode.name:
-            memo[len(memo) if argument is None else int(argument)] = recent[-1] if recent else None
+            memo[len(memo) if argument is None else argument] = recent[-1] if recent else None
         else:
-            pushed = memo.get(int(argument)) if "GET" in opcode.name else argument
+            pushed = memo.get(argument) if "GET" in opcode.name else argument
             recent = [*recent[-1:], pushed if isinstance(pushed, str) else None]
     return names
 
@@ -279,7 +279,7 @@ def from_original(
     Raises:
         ConversionError: if weights are missing, unknown or of another shape, or a size is not that of the weights.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     for argument, (name, key) in _SIZES.items():
         if key not in weights or weights[key].dim() != 2:
             raise ConversionError(
@@ -291,8 +291,8 @@ def from_original(
             raise ConversionError(f"`{argument}` is {given}, but the checkpoint's `{key}` says {found}.")
         settings[name] = found
     if text_max_length is None:
-        positions: int = clip_config.text_config.max_position_embeddings  # type: ignore[union-attr,assignment]
-        text_max_length = min(_TEXT_MAX_LENGTH, positions)
+        text: Any = clip_config.text_config
+        text_max_length = min(_TEXT_MAX_LENGTH, text.max_position_embeddings)
     try:
         config = MimicConfig(backbone_config=clip_config, text_max_length=text_max_length, **settings)
     except (TypeError, ValueError) as error:
@@ -345,7 +345,7 @@ def to_original(model: MimicModel, position_ids: bool = False) -> OrderedDict[st
     return weights
 
 
-def _processor(clip: str, config: MimicConfig) -> MimicProcessor | None:
+def _processor(clip: str, config: Any) -> MimicProcessor | None:
     if Path(clip).is_file():
         return None
     found = [
@@ -383,13 +383,15 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _convert_back(arguments: argparse.Namespace) -> None:
     source = arguments.checkpoint
+    loaded: Any
     try:
         values, _ = MimicConfig.get_config_dict(source)
         if values.get("model_type") != MimicConfig.model_type:
             raise ValueError(f"its model type is {values.get('model_type')!r}")
-        model, report = MimicModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        loaded = MimicModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ConversionError(f"{source} is not a checkpoint of a MimicModel: {error}") from error
+    model, report = loaded
     absent = sorted(report["missing_keys"])
     if absent:
         raise ConversionError(f"{source} lacks weights of a MimicModel: {', '.join(absent)}.")

@@ -57,7 +57,7 @@ def tglu(
     return (g2g + g2l) / 2
 
 
-def dual(weights: Weights, unit: str, q: Tensor, k: Tensor, Z: Tensor) -> Tensor:
+def dual(weights: Weights, q: Tensor, k: Tensor, Z: Tensor, unit: str) -> Tensor:
     """`dual(q; k, Z)` of each query with each key, (queries, keys)."""
     q = linear(weights, f"{unit}.cls_fc", q)[:, None]
     k = linear(weights, f"{unit}.cls_fc", k)[None]
@@ -71,8 +71,8 @@ def dual(weights: Weights, unit: str, q: Tensor, k: Tensor, Z: Tensor) -> Tensor
 
 def vdlu(weights: Weights, v_m: Tensor, V_m: Tensor, v_e: Tensor, V_e: Tensor, unit: str = "matcher.vdlu") -> Tensor:
     """`s_image`, (M, N)."""
-    entity_to_mention = dual(weights, f"{unit}.dual_ent2men", v_e, v_m, V_m).T
-    mention_to_entity = dual(weights, f"{unit}.dual_men2ent", v_m, v_e, V_e)
+    entity_to_mention = dual(weights, v_e, v_m, V_m, f"{unit}.dual_ent2men").T
+    mention_to_entity = dual(weights, v_m, v_e, V_e, f"{unit}.dual_men2ent")
     return (entity_to_mention + mention_to_entity) / 2
 
 

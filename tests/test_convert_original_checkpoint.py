@@ -74,7 +74,9 @@ def test_lightning_checkpoint_scores_as_published(tmp_path: Path, capsys: pytest
     with torch.no_grad():
         output = model(**inputs, return_loss=True)
     for name in ("loss", "logits", "text_logits", "image_logits", "cross_modal_logits"):
-        torch.testing.assert_close(output[name], expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max())
+        torch.testing.assert_close(
+            output[name], expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max().item()
+        )
 
 
 def test_converted_directory_needs_nothing_of_ours_installed(tmp_path: Path) -> None:
@@ -368,7 +370,7 @@ def test_code_is_refused_and_named(tmp_path: Path, omegaconf: Any, attack: str, 
 def test_modules_of_classes_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "payload_module.py").write_text(f"class Payload: pass\nopen({str(tmp_path / 'executed')!r}, 'a')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import payload_module  # type: ignore[import-not-found]
+    import payload_module
 
     torch.save({"state_dict": {}, "extra": payload_module.Payload()}, tmp_path / "evil.ckpt")
     (tmp_path / "executed").unlink()

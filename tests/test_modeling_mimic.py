@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +147,11 @@ class Draw:
 
 def sized_config(case: Case) -> MimicConfig:
     """Every width is the case's size."""
-    clip = tiny_clip_config()
-    clip.projection_dim = clip.text_config.hidden_size = case.size  # type: ignore[union-attr]
-    clip.text_config.num_attention_heads = 1  # type: ignore[union-attr]
-    names = ("image_hidden_size", "tglu_hidden_size", "vdlu_hidden_size", "cmfu_hidden_size")
-    return MimicConfig(clip, mask_text_padding=case.masked, **dict.fromkeys(names, case.size))
+    clip: Any = tiny_clip_config()
+    clip.projection_dim = clip.text_config.hidden_size = case.size
+    clip.text_config.num_attention_heads = 1
+    size = case.size
+    return MimicConfig(clip, size, size, size, size, mask_text_padding=case.masked)
 
 
 def in_both(function: Callable[..., Tensor], module: nn.Module, prefix: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,18 +172,9 @@ def test_text_unit(case: Case) -> None:
     t_m, T_m = draw.inputs(SAMPLE, case.size), draw.inputs(SAMPLE, case.tokens, case.size)
     t_e, T_e = draw.inputs(SAMPLE, case.size), draw.inputs(SAMPLE, case.tokens, case.size)
     mask_m, mask_e = draw.mask(SAMPLE), draw.mask(SAMPLE)
-    masks = (mask_m, mask_e) if case.masked else ()
+    inputs = [t_m, T_m, t_e, T_e, *([mask_m, mask_e] if case.masked else [])]
     with torch.no_grad():
-        plain, exact = in_both(
-            lambda weights, *inputs: oracle.tglu(weights, *inputs, unit="unit"),
-            unit,
-            "unit",
-            t_m,
-            T_m,
-            t_e,
-            T_e,
-            *masks,
-        )
+        plain, exact = in_both(partial(oracle.tglu, unit="unit"), unit, "unit", *inputs)
         some, few = slice(case.mentions), slice(case.entities)
         mentions = unit.mention_features(t_m[some], T_m[some], mask_m[some])
         entities = unit.entity_features(t_e[few], T_e[few], mask_e[few])
@@ -197,7 +189,7 @@ def test_dual_unit(case: Case) -> None:
     q, k = draw.inputs(SAMPLE, case.size), draw.inputs(SAMPLE, case.size)
     Z = draw.tokens_of_image(SAMPLE)
     with torch.no_grad():
-        plain, exact = in_both(lambda weights, *inputs: oracle.dual(weights, "unit", *inputs), unit, "unit", q, k, Z)
+        plain, exact = in_both(partial(oracle.dual, unit="unit"), unit, "unit", q, k, Z)
         some, few = slice(case.mentions), slice(case.entities)
         assert_accurate(unit.score(unit.query_features(q[some]), unit.key_features(k[few], Z[few])), plain, exact)
 
@@ -210,9 +202,7 @@ def test_cross_modal_unit(case: Case) -> None:
     t_m, t_e = draw.inputs(SAMPLE, case.size), draw.inputs(SAMPLE, case.size)
     V_m, V_e = draw.tokens_of_image(SAMPLE), draw.tokens_of_image(SAMPLE)
     with torch.no_grad():
-        plain, exact = in_both(
-            lambda weights, *inputs: oracle.cmfu(weights, *inputs, unit="unit"), unit, "unit", t_m, V_m, t_e, V_e
-        )
+        plain, exact = in_both(partial(oracle.cmfu, unit="unit"), unit, "unit", t_m, V_m, t_e, V_e)
         some, few = slice(case.mentions), slice(case.entities)
         scores = unit.score(unit.features(t_m[some], V_m[some]), unit.features(t_e[few], V_e[few]))
         assert_accurate(scores, plain, exact)
@@ -280,7 +270,7 @@ def rounding_of_vectors(unit: _DualUnit, q: Tensor, k: Tensor, Z: Tensor, exact:
     errors = []
     for _ in range(4):
         inputs = rounded(q.double(), "cls_fc"), rounded(k.double(), "cls_fc"), rounded(z, "tokens_fc")
-        errors.append((oracle.dual(weights, "unit", *inputs) - exact).abs().max().item())
+        errors.append((oracle.dual(weights, *inputs, unit="unit") - exact).abs().max().item())
     return max(errors)
 
 
@@ -290,7 +280,7 @@ def test_dual_unit_where_vectors_cancel(given: Cancelling) -> None:
     unit, q, k, Z = cancelling_unit(given)
     some, few = slice(given.case.mentions), slice(given.case.entities)
     with torch.no_grad():
-        plain, exact = in_both(lambda weights, *inputs: oracle.dual(weights, "unit", *inputs), unit, "unit", q, k, Z)
+        plain, exact = in_both(partial(oracle.dual, unit="unit"), unit, "unit", q, k, Z)
         unavoidable = rounding_of_vectors(unit, q, k, Z, exact)
         query, key = unit.query_features(q[some]), unit.key_features(k[few], Z[few])
         assert_accurate(unit.score(query, key), plain, exact, unavoidable)
@@ -298,21 +288,6 @@ def test_dual_unit_where_vectors_cancel(given: Cancelling) -> None:
         rows, columns = torch.cartesian_prod(torch.arange(given.case.mentions), torch.arange(given.case.entities)).T
         pairs = unit.score_pairs({n: t[rows] for n, t in query.items()}, {n: t[columns] for n, t in key.items()})
         assert_accurate(pairs.view(given.case.mentions, given.case.entities), plain, exact, unavoidable)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@settings(properties, max_examples=30)
-@given(given=cancelling)
-def test_half_precision_features_where_vectors_cancel(given: Cancelling, dtype: torch.dtype) -> None:
-    """The sums of the rounded vectors cancel as the vectors themselves do."""
-    given = replace(given, case=replace(given.case, input_scale=min(given.case.input_scale, 1.0)), shift=0.0)
-    unit, q, k, Z = cancelling_unit(given)
-    with torch.no_grad():
-        query = {name: tensor.to(dtype) for name, tensor in unit.query_features(q).items()}
-        key = {name: tensor.to(dtype) for name, tensor in unit.key_features(k, Z).items()}
-        plain = oracle.dual(weights_of(unit, "unit", dtype), "unit", *(x.to(dtype) for x in (q, k, Z)))
-        exact = oracle.dual(weights_of(unit, "unit"), "unit", *(x.double() for x in (q, k, Z)))
-    assert_no_worse_than_half(unit.score(query, key), plain, exact, times=2, rounding=torch.finfo(dtype).eps)
 
 
 def test_gradients_where_vectors_cancel() -> None:
@@ -326,7 +301,7 @@ def test_gradients_where_vectors_cancel() -> None:
         factored = unit.score(unit.query_features(q), unit.key_features(k, Z)).square().sum()
         ours = torch.autograd.grad(factored, [*unit.parameters(), *inputs])
         weights = {f"unit.{name}": parameter for name, parameter in unit.named_parameters()}
-        plain = oracle.dual(weights, "unit", q, k, Z).square().sum()
+        plain = oracle.dual(weights, q, k, Z, unit="unit").square().sum()
         theirs = torch.autograd.grad(plain, [*unit.parameters(), *inputs])
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * max(1.0, b.abs().max().item()))
@@ -364,9 +339,9 @@ def factored_scores(
 def plain_scores(
     case: Case, weights: dict[str, Tensor], sides: list[dict[str, Tensor]], masks: list[Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    cast = [{name: tensor.to(dtype) for name, tensor in side.items()} for side in sides]
+    mention, entity = ({name: tensor.to(dtype) for name, tensor in side.items()} for side in sides)
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    return oracle.scores(weights, *cast, *(masks if case.masked else ()))
+    return oracle.scores(weights, mention, entity, *(masks if case.masked else ()))
 
 
 @properties
@@ -402,29 +377,27 @@ def test_half_precision_inputs(case: Case, dtype: torch.dtype) -> None:
         assert_no_worse_than_half(factored[name], plain[name], exact[name])
 
 
-def assert_no_worse_than_half(
-    factored: Tensor, plain: Tensor, exact: Tensor, times: float = 1, rounding: float = TOLERANCE
-) -> None:
+def assert_no_worse_than_half(factored: Tensor, plain: Tensor, exact: Tensor, rounding: float = TOLERANCE) -> None:
     assert factored.isfinite().all()
     error = (factored - exact).abs().max().item()
     plain_error = (plain.double() - exact).abs().max().item()  # not a number where float16 overflows
-    allowed = times * plain_error + rounding * exact.abs().max().clamp(min=1).item()
+    allowed = plain_error + rounding * exact.abs().max().clamp(min=1).item()
     assert not error > allowed, f"off by {error:.1e}, the plain form in half precision by {plain_error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @settings(properties, max_examples=30)
-@given(case=cases)
+@given(case=cases.filter(lambda case: case.size > 3))
 def test_features_cast_to_half_precision(case: Case, dtype: torch.dtype) -> None:
-    """As an index may keep them: no worse than twice the plain form in that precision, and the rounding itself."""
-    matcher, sides, masks = random_sides(replace(case, input_scale=min(case.input_scale, 1.0)))
+    """As an index may keep them: no worse than the plain form in that precision, but for the rounding itself."""
+    matcher, sides, masks = random_sides(replace(case, mean=0.0, spread=1.0, input_scale=min(case.input_scale, 1.0)))
     weights = weights_of(matcher, "matcher")
     with torch.no_grad():
         factored = factored_scores(matcher, sides, masks, cast=dtype)
         plain = plain_scores(case, weights, sides, masks, dtype)
         exact = plain_scores(case, weights, sides, masks, torch.float64)
     for name in LOGITS:
-        assert_no_worse_than_half(factored[name], plain[name], exact[name], times=2, rounding=torch.finfo(dtype).eps)
+        assert_no_worse_than_half(factored[name], plain[name], exact[name], rounding=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -461,7 +434,7 @@ def plain_forward(model: MimicModel, inputs: dict[str, Tensor]) -> dict[str, Ten
         sides.append({name: tensor.double() for name, tensor in model.encode(**side).items()})
         masks.append(side["attention_mask"])
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    return oracle.scores(weights, *sides, *(masks if masked else ()))
+    return oracle.scores(weights, sides[0], sides[1], *(masks if masked else ()))
 
 
 @pytest.mark.parametrize(("mentions", "entities"), [(1, 1), (1, 5), (4, 1), (3, 7)])
@@ -492,7 +465,7 @@ def test_every_weight_has_the_gradient_of_the_equations() -> None:
         model.encode(**{name: inputs[prefix + name] for name in ("input_ids", "attention_mask", "pixel_values")})
         for prefix in ("", "entity_")
     ]
-    oracle.loss(oracle.scores(dict(model.named_parameters()), *sides)).backward()
+    oracle.loss(oracle.scores(dict(model.named_parameters()), sides[0], sides[1])).backward()
     for name, parameter in model.named_parameters():
         if name in ours:
             assert parameter.grad is not None
@@ -730,13 +703,14 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 def test_gradient_checkpointing() -> None:
     inputs, gradients = both_sides(2, 2), []
     for checkpointing in (False, True):
         model = tiny_model().train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         model(**inputs, return_loss=True).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -1,0 +1,453 @@
+from __future__ import annotations
+
+import io
+import json
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
+
+import mimic_el.processing_mimic as processing
+from mimic_el.processing_mimic import MimicImageError, MimicProcessor, first_image, load_image
+from mimic_el.tests.tiny_clip import save_tiny_clip, tiny_clip_config, tiny_config, tiny_tokenizer
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+@pytest.fixture
+def processor() -> MimicProcessor:
+    image_processor = MimicProcessor.image_processor_for(tiny_clip_config())
+    return MimicProcessor(image_processor, tiny_tokenizer(), text_max_length=40)
+
+
+def picture(width: int = 50, height: int = 30, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Smooth noise, different in each corner."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def published_pixels(image: Image.Image, side: int) -> np.ndarray:
+    """Of an RGB picture: Lanczos to the square, whatever the proportions; to 0..1; CLIP's mean and deviation."""
+    resized = image.resize((side, side), Image.Resampling.LANCZOS)
+    return ((np.asarray(resized) / 255 - MEAN) / STD).transpose(2, 0, 1)
+
+
+# --- Texts --------------------------------------------------------------------------------------------------------
+
+
+def ids(text: str, length: int = 40) -> list[int]:
+    """Token by token: with no merges, the vocabulary has bytes, and bytes that end a word."""
+    vocabulary = tiny_tokenizer().get_vocab()
+    words = text.lower().replace("[", " [ ").replace("]", " ] ").replace(".", " . ").split()
+    tokens = [vocabulary[c if i < len(word) - 1 else f"{c}</w>"] for word in words for i, c in enumerate(word)]
+    tokens = [512, *tokens[: length - 2], 513]
+    return tokens + [513] * (length - len(tokens))
+
+
+def test_templates(processor: MimicProcessor) -> None:
+    mention = processor.process_mentions(["Orange"], ["Orange opened a shop."])
+    entity = processor.process_entities(["Orange"], ["a company"])
+    assert mention["input_ids"].tolist() == [ids("Orange [SEP] Orange opened a shop.")]
+    assert entity["input_ids"].tolist() == [ids("Orange [SEP] a company")]
+    count = len("orange[sep]acompany") + 2
+    assert entity["attention_mask"].tolist() == [[1] * count + [0] * (40 - count)]
+    assert mention["input_ids"].dtype == mention["attention_mask"].dtype == torch.int64
+
+
+def test_strings_are_a_batch_of_one(processor: MimicProcessor) -> None:
+    image = picture()
+    one = processor.process_mentions("Orange", "a shop", image)
+    several = processor.process_mentions(["Orange"], ["a shop"], [image])
+    entity = processor.process_entities("Orange", "a shop", [image, picture(seed=1)])
+    for name in ("input_ids", "attention_mask", "pixel_values"):
+        assert torch.equal(one[name], several[name])
+        assert torch.equal(one[name], entity[name])
+
+
+def test_empty_and_absent_texts(processor: MimicProcessor) -> None:
+    """An empty mention is legal, and so is one that does not occur in its sentence."""
+    inputs = processor.process_mentions(["", "Apple", ""], ["a shop", "Orange opened", ""])
+    assert inputs["input_ids"].tolist() == [ids(" [SEP] a shop"), ids("Apple [SEP] Orange opened"), ids(" [SEP] ")]
+
+
+def test_long_texts_are_cut_and_still_end(processor: MimicProcessor) -> None:
+    inputs = processor.process_mentions(["Orange"], ["x" * 10_000])
+    assert inputs["input_ids"].tolist() == [ids("Orange [SEP] " + "x" * 100)]
+    assert inputs["input_ids"][0, -1] == 513
+    assert inputs["attention_mask"].all()
+
+
+def test_any_script(processor: MimicProcessor) -> None:
+    inputs = processor.process_mentions(["東京", "Ωμέγα", "🍊", "\ud7ff\x00"], ["日本", "γράμμα", "🎉 fruit", "\n\t"])
+    assert inputs["input_ids"].shape == (4, 40)
+    assert len({tuple(row) for row in inputs["input_ids"].tolist()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("mentions", "texts", "images", "message"),
+    [
+        ([], [], None, "one at least; got 0, 0 and 0"),
+        (["a", "b"], ["c"], None, "got 2, 1 and 2"),
+        (["a", "b"], ["c", "d"], [None], "got 2, 2 and 1"),
+        ("a", ["b"], None, "must both be strings, or both lists"),
+        (["a", None], ["b", "c"], None, r"`mentions\[1\]` must be a string, got NoneType"),
+        (["a"], [3], None, r"`texts\[0\]` must be a string, got int"),
+    ],
+)
+def test_bad_texts(processor: MimicProcessor, mentions: Any, texts: Any, images: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor.process_mentions(mentions, texts, images)
+
+
+def test_bad_entities_are_called_entities(processor: MimicProcessor) -> None:
+    with pytest.raises(ValueError, match="as many names as descriptions"):
+        processor.process_entities(["a"], ["b", "c"])
+    with pytest.raises(ValueError, match=r"`descriptions\[0\]` must be a string"):
+        processor.process_entities(["a"], [None])  # type: ignore[list-item]
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 30), (30, 50), (24, 24), (1, 1), (2, 300), (640, 7)])
+def test_published_preprocessing(processor: MimicProcessor, width: int, height: int) -> None:
+    image = picture(width, height)
+    pixels = processor.pixels([image])
+    assert pixels.dtype == torch.float32
+    np.testing.assert_allclose(pixels[0].numpy(), published_pixels(image, 24), rtol=0, atol=1e-6)
+
+
+def test_size_of_the_backbone() -> None:
+    processor = MimicProcessor(MimicProcessor.image_processor_for(CLIPConfig()), tiny_tokenizer())
+    image = picture(300, 100)
+    np.testing.assert_allclose(processor.pixels([image])[0].numpy(), published_pixels(image, 224), rtol=0, atol=1e-6)
+
+
+def test_where_there_is_no_picture(processor: MimicProcessor) -> None:
+    image = picture()
+    inputs = processor.process_mentions(["a"] * 4, ["b"] * 4, [None, image, "", {"bytes": None, "path": None}])
+    assert torch.equal(inputs["pixel_values"][1], processor.pixels([image])[0])
+    assert not inputs["pixel_values"][[0, 2, 3]].any()
+    assert not processor.process_mentions(["a"] * 2, ["b"] * 2)["pixel_values"].any()
+
+
+def test_entities_show_their_first_picture(processor: MimicProcessor) -> None:
+    first, second = picture(), picture(seed=1)
+    inputs = processor.process_entities(["a"] * 4, ["b"] * 4, [[first, second], [], None, second])
+    expected = processor.pixels([first, None, None, second])
+    assert torch.equal(inputs["pixel_values"], expected)
+    assert first_image([]) is None
+    assert first_image((first, second)) is first
+
+
+def test_every_source_of_a_picture(processor: MimicProcessor, tmp_path: Path) -> None:
+    image = picture()
+    data = encoded(image)
+    path = tmp_path / "photo.png"
+    path.write_bytes(data)
+    sources: list[Any] = [
+        image,
+        str(path),
+        path,
+        data,
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": str(path)},
+    ]
+    pixels = processor.pixels(sources)
+    for row in pixels:
+        assert torch.equal(row, pixels[0])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_formats(kind: str) -> None:
+    image = picture(32, 32)
+    loaded = load_image(encoded(image, kind))
+    assert loaded is not None
+    assert (loaded.mode, loaded.size) == ("RGB", (32, 32))
+    difference = np.abs(np.asarray(loaded).astype(int) - np.asarray(image).astype(int))
+    assert difference.mean() < 12  # some lose a little
+
+
+MODES = ("1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I", "F")
+
+
+@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(mode: str, correct: bool) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+    elif mode == "LAB":
+        image = Image.new("LAB", (30, 20), (128, 10, 10))
+    else:
+        image = picture(30, 20).convert(mode)
+    loaded = load_image(image, correct=correct)
+    assert loaded is not None
+    assert (loaded.mode, loaded.size) == ("RGB", (30, 20))
+    assert len(np.unique(np.asarray(loaded))) > 1  # something is to be seen
+
+
+def test_grey_and_cmyk_keep_their_look() -> None:
+    colour = picture()
+    for mode, tolerance in (("L", 0), ("CMYK", 0)):
+        converted = colour.convert(mode)
+        expected = np.asarray(converted.convert("RGB")).astype(int)
+        kind = "TIFF"
+        loaded = np.asarray(load_image(encoded(converted, kind))).astype(int)
+        assert np.abs(loaded - expected).max() <= tolerance
+
+
+def test_transparency_shows_white() -> None:
+    clear = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    clear.putpixel((3, 3), (200, 0, 0, 255))
+    clear.putpixel((4, 4), (200, 0, 0, 128))
+    data = encoded(clear)
+    corrected, published = (np.asarray(load_image(data, correct=correct)) for correct in (True, False))
+    assert corrected[0, 0].tolist() == [255, 255, 255]
+    assert corrected[3, 3].tolist() == [200, 0, 0]
+    assert corrected[4, 4].tolist() == [227, 127, 127]  # half and half
+    assert (published == [200, 0, 0]).all()  # the published code ignores it
+
+    palette = picture(16, 16).quantize(8)
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert np.asarray(load_image(encoded(palette, "GIF", transparency=palette.getpixel((0, 0)))))[0, 0].tolist() == [
+        255,
+        255,
+        255,
+    ]
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    for kind in ("PNG", "TIFF"):
+        data = encoded(Image.fromarray(ramp), kind)
+        grey = np.asarray(load_image(data))
+        assert (grey == np.arange(256).reshape(16, 16, 1)).all(), kind
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_a_camera_held_upright(kind: str) -> None:
+    image = picture(40, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    data = encoded(image, kind, exif=exif, lossless=True)
+    corrected = load_image(data)
+    assert corrected is not None
+    assert (np.asarray(corrected) == np.rot90(np.asarray(image), k=-1)).all()
+    if kind != "TIFF":  # which PIL turns by itself
+        published = load_image(data, correct=False)
+        assert published is not None
+        assert (np.asarray(published) == np.asarray(image)).all()
+
+
+def test_published_preprocessing_corrects_nothing(tmp_path: Path) -> None:
+    image_processor = MimicProcessor.image_processor_for(tiny_clip_config())
+    processor = MimicProcessor(image_processor, tiny_tokenizer(), correct_images=False)
+    image = picture(40, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(image, "PNG", exif=exif)
+    np.testing.assert_allclose(processor.pixels([data])[0].numpy(), published_pixels(image, 24), rtol=0, atol=1e-6)
+
+
+# --- Pictures that cannot be read ---------------------------------------------------------------------------------
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has almost no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
+    )
+
+
+UNREADABLE = {
+    "empty": b"",
+    "text": b"this is no picture",
+    "truncated": encoded(picture(200, 200), "JPEG")[:500],
+    "no data": png_header(30, 30),
+    "huge": png_header(10_000, 10_000),
+    "bomb": png_header(60_000, 60_000),
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+    "pdf": b"%PDF-1.4\n1 0 obj\n",
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable_pictures_say_which(processor: MimicProcessor, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(UNREADABLE[kind])
+    with pytest.raises(MimicImageError, match=r"photo\.png"):
+        processor.pixels([path])
+    with pytest.raises(MimicImageError, match="the given bytes"):
+        processor.pixels([UNREADABLE[kind]])
+
+
+def test_size_is_checked_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(MimicImageError, match="10000 x 10000 pixels, more than the 90,000,000 that are read"):
+        load_image(png_header(10_000, 10_000))
+    with pytest.raises(MimicImageError, match="too large"):
+        load_image(png_header(60_000, 60_000))
+    with pytest.raises(MimicImageError, match="10 x 10 pixels, more than the 99"):
+        load_image(png_header(10, 10), max_pixels=99)
+
+
+def test_other_things_are_no_pictures(tmp_path: Path) -> None:
+    with pytest.raises(MimicImageError, match=r"There is no image file .*nowhere"):
+        load_image(tmp_path / "nowhere")
+    with pytest.raises(MimicImageError, match="is a directory"):
+        load_image(tmp_path)
+    for thing in (3, 2.5, np.zeros((4, 4, 3)), ["a.png"]):
+        with pytest.raises(MimicImageError, match=f"got {type(thing).__name__}"):
+            load_image(thing)  # type: ignore[arg-type]
+
+
+def test_a_warning_instead_of_an_error(processor: MimicProcessor) -> None:
+    image = picture()
+    with pytest.warns(UserWarning, match=r"the given bytes.* It is left out"):
+        inputs = processor.process_mentions(["a", "b"], ["c", "d"], [b"broken", image], on_image_error="warn")
+    assert not inputs["pixel_values"][0].any()
+    assert torch.equal(inputs["pixel_values"][1], processor.pixels([image])[0])
+    with pytest.raises(ValueError, match='`on_image_error` must be "raise" or "warn", got \'skip\''):
+        processor.pixels([image], on_image_error="skip")
+
+
+# --- Pictures from the web ----------------------------------------------------------------------------------------
+
+
+class Server(BaseHTTPRequestHandler):
+    answers: ClassVar[dict[str, tuple[int, dict[str, str], bytes]]] = {}
+
+    def do_GET(self) -> None:
+        status, headers, body = self.answers.get(self.path, (404, {}, b""))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "secret.png").write_bytes(encoded(picture()))
+    Server.answers = {
+        "/photo.png": (200, {"Content-Type": "image/png"}, encoded(picture())),
+        "/page": (200, {"Content-Type": "text/html"}, b"<html>"),
+        "/moved": (302, {"Location": "/photo.png"}, b""),
+        "/to_file": (302, {"Location": f"file://{tmp_path / 'secret.png'}"}, b""),
+        "/large": (200, {}, b"x" * 5000),
+    }
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_urls(processor: MimicProcessor, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = processor.pixels([picture()])
+    for address in ("/photo.png", "/moved"):
+        assert torch.equal(processor.pixels([web + address]), expected)
+    with pytest.raises(MimicImageError, match=r"/nowhere cannot be fetched: .*404"):
+        load_image(f"{web}/nowhere")
+    with pytest.raises(MimicImageError, match="/page is not an image"):
+        load_image(f"{web}/page")
+    with pytest.raises(MimicImageError, match="/to_file"):
+        load_image(f"{web}/to_file")
+    with pytest.raises(MimicImageError, match="URLs are not fetched here"):
+        load_image(f"{web}/photo.png", allow_urls=False)
+    monkeypatch.setattr(processing, "_MAX_DOWNLOAD_BYTES", 4000)
+    with pytest.raises(MimicImageError, match="is larger than"):
+        load_image(f"{web}/large")
+
+
+def test_a_server_that_is_not_there(web: str) -> None:
+    with pytest.raises(MimicImageError, match="cannot be fetched"):
+        load_image("http://127.0.0.1:9/photo.png")
+    with pytest.raises(MimicImageError, match="There is no image file"):
+        load_image("file:///etc/passwd")  # other schemes are taken for paths
+
+
+# --- A processor of transformers ----------------------------------------------------------------------------------
+
+
+def test_save_and_load(processor: MimicProcessor, tmp_path: Path) -> None:
+    processor.correct_images = False
+    processor.text_max_length = 17
+    processor.save_pretrained(tmp_path)
+    json.loads((tmp_path / "processor_config.json").read_text())
+    arguments = (["Orange", ""], ["a shop", "b"], [picture(), None])
+    expected = processor.process_mentions(*arguments)
+    loaders: tuple[Any, ...] = (MimicProcessor.from_pretrained, AutoProcessor.from_pretrained)
+    for load in loaders:
+        loaded = load(tmp_path, trust_remote_code=True) if load is AutoProcessor.from_pretrained else load(tmp_path)
+        assert (loaded.text_max_length, loaded.correct_images) == (17, False)
+        inputs = loaded.process_mentions(*arguments)
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_from_backbone(tmp_path: Path) -> None:
+    clip = save_tiny_clip(tmp_path / "clip")
+    processor = MimicProcessor.from_backbone(clip)
+    assert processor.text_max_length == 40
+    assert isinstance(processor.tokenizer, CLIPTokenizer)
+    assert isinstance(processor.image_processor, CLIPImageProcessorPil)
+    assert processor.correct_images
+    assert processor.process_mentions("a", "b", picture())["pixel_values"].shape == (1, 3, 24, 24)
+    processor = MimicProcessor.from_backbone(clip, tiny_config(), correct_images=False)
+    assert processor.text_max_length == 12
+    assert not processor.correct_images
+    assert processor.process_mentions("a", "b")["input_ids"].shape == (1, 12)
+
+
+def test_without_a_template(processor: MimicProcessor) -> None:
+    image = picture()
+    inputs = processor(images=[image, None], text=["orange", "a shop"])
+    assert inputs["input_ids"].tolist() == [ids("orange"), ids("a shop")]
+    assert torch.equal(inputs["pixel_values"], processor.pixels([image, None]))
+    assert processor(text="orange")["input_ids"].shape == (1, 40)
+    assert processor(images=image)["pixel_values"].shape == (1, 3, 24, 24)
+    with pytest.raises(ValueError, match="needs `text` or `images`"):
+        processor()
+
+
+def test_bad_settings(processor: MimicProcessor) -> None:
+    image_processor = processor.image_processor
+    for length in (2, 0, -1, "40", 3.5, None):
+        with pytest.raises(ValueError, match="`text_max_length` must be an integer of 3 or more"):
+            MimicProcessor(image_processor, tiny_tokenizer(), text_max_length=length)  # type: ignore[arg-type]
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="has no padding token"):
+        MimicProcessor(image_processor, tokenizer)
