@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCardData
 
 _TASK = "multimodal-entity-linking"
 _SIZES = ((10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7, "10M"), (10**8, "100M"))
+_KINDS = {kind: kind for kind in ("string", "bool", "int64", "float64")}
 _EXAMPLES = 3
 _CELL_CHARACTERS = 80
 _ROUNDED = {
@@ -38,6 +39,15 @@ class _TableFacts:
             for name, value in record.items():
                 facts._note(name, _type_of(value))
         return facts
+
+    @classmethod
+    def stored(cls, value: Any) -> _TableFacts | None:
+        """Facts that were noted with an index; `None` where they were not, or are not what they should be."""
+        try:
+            fields = {str(name): _KINDS[kind] for name, kind in value["fields"].items()}
+            return cls(int(value["described"]), int(value["characters"]), fields)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
 
     def _note(self, name: str, kind: str) -> None:
         known = self.fields.setdefault(name, kind)
@@ -81,7 +91,7 @@ def _index_card(
     size = sum(file["bytes"] for entry in manifest["shards"] for file in entry["files"].values())
     config, made_by = manifest["model"]["config"], manifest["model"]["name"]
     title = place.rpartition("/")[2]
-    model = f"[{model_id}](https://huggingface.co/{model_id})" if model_id else f"`{Path(made_by).name}`"
+    model = f"[{model_id}](https://huggingface.co/{model_id})" if model_id else _cell(Path(made_by).name)
     data = DatasetCardData(
         license=license,
         pretty_name=title,
@@ -104,7 +114,7 @@ def _index_card(
     rows = [
         ("Entities", f"{count:,}"),
         ("With a description", share),
-        ("Fields", ", ".join(f"`{name}`" for name in facts.fields)),
+        ("Fields", ", ".join(map(_cell, facts.fields))),
         ("Features stored as", manifest["dtype"]),
         ("Size", f"{_bytes(size)} ({size / max(1, count):,.0f} bytes an entity, its data included)"),
         ("Model", model),

@@ -1462,8 +1462,7 @@ def _card_of(place: str, manifest: Mapping[str, Any], store: _Store, **about: st
     """The text of an index's README.md; `about` as of `_index_card`."""
     facts = _TableFacts()
     for entry, shard in zip(manifest["shards"], store.shards, strict=True):
-        # Older indexes did not note them.
-        facts += _TableFacts(**entry["facts"]) if "facts" in entry else _TableFacts.of(shard.table)
+        facts += _TableFacts.stored(entry.get("facts")) or _TableFacts.of(shard.table)
     return _index_card(place, manifest, len(store) - store.removed_count, facts, store.records(), **about)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_index_card_is_valid_and_says_what_is_there(hub: Hub, api: HfApi, index:
         f'load_dataset("{INDEX}"',
         "| Entities | 12 |",
         f"| With a description | {len(described)} ({len(described) / 12:.0%}), of {mean:.0f} characters on average |",
-        "`id`, `name`, `description`, `qid`",
+        "| Fields | id, name, description, qid |",
         "float16",
         "| e0 | Orange 0 |",
         "cut at 40 tokens",
@@ -204,7 +205,14 @@ def test_index_card_tells_no_path_of_this_machine(hub: Hub, api: HfApi, index: E
 
 
 def test_hostile_texts_do_no_harm_in_a_card(hub: Hub, api: HfApi, linker: Linker):
-    entities = [{"id": "a|b", "name": "<script>alert(1)</script>\n# Heading", "description": "[x](http://x) " * 50}]
+    entities = [
+        {
+            "id": "a|b",
+            "name": "<script>alert(1)</script>\n# Heading",
+            "description": "[x](http://x) " * 50,
+            "`|<b>: {": "more",
+        }
+    ]
     index = EntityIndex.build(*linker, entities, show_progress=False)
     index.push_to_hub("alice/hostile", token=ALICE)
     text = hub.files("alice/hostile", repo_type="dataset")["README.md"].decode()
@@ -215,6 +223,30 @@ def test_hostile_texts_do_no_harm_in_a_card(hub: Hub, api: HfApi, linker: Linker
     assert "\n# Heading" not in text
     assert "](http://x)" not in text
     assert len(row) < 300
+    assert "| Fields | id, name, description, \\`\\|&lt;b\\>: \\{ |" in text
+
+
+@pytest.mark.parametrize("facts", [None, {}, [], {"described": 1, "characters": 1, "fields": {"id": "<b>"}}])
+def test_card_of_an_index_that_tells_nothing_of_its_tables(hub: Hub, api: HfApi, index: EntityIndex, facts: Any):
+    """An older one, or one that somebody changed."""
+    assert index.directory is not None
+    copy = index.directory.parent / "copy"
+    shutil.copytree(index.directory, copy, dirs_exist_ok=True)
+    manifest = json.loads((copy / "index_config.json").read_text())
+    for entry in manifest["shards"]:
+        entry["facts"] = facts
+    (copy / "index_config.json").write_text(json.dumps(manifest))
+    EntityIndex.from_pretrained(copy).push_to_hub("alice/copy", token=ALICE)
+    index.push_to_hub("alice/copied", token=ALICE)
+    cards = [hub.files(f"alice/{name}", repo_type="dataset")["README.md"] for name in ("copy", "copied")]
+    assert facts_of(cards[0]) == facts_of(cards[1])
+    assert len(facts_of(cards[0])) == 3 + len(TABLE)
+
+
+def facts_of(card: bytes) -> list[str]:
+    return [
+        line for line in card.decode().splitlines() if line.startswith(("| With", "| Fields", "| Size", "  - name"))
+    ]
 
 
 # Changing what is there
