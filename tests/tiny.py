@@ -15,7 +15,7 @@ from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MentionFeatures, MimicEncoderOutput, MimicModel
 from mimic_el.processing_mimic import MimicProcessor
 
-WORDS = "Orange Georgia Turkey Apple Shell Jaguar Python Swift Mercury Java".split()
+WORDS = ["Orange", "Georgia", "Turkey", "Apple", "Shell", "Jaguar", "Python", "Swift", "Mercury", "Java"]
 
 
 def tiny_processor(model: MimicModel) -> MimicProcessor:
@@ -93,22 +93,37 @@ def index_of(
     mask: torch.Tensor,
     dtype: str = "float32",
     shards: int = 1,
-    ids: list[str] | None = None,
+    repeat: int = 1,
 ) -> EntityIndex:
-    """An index in memory of given encoder outputs, named e0, e1, ... if not told."""
-    from mimic_el.index_mimic import _DTYPES, _copy_of
+    """An index in memory of given encoder outputs, named e0, e1, ...; with `repeat` they are there as often, bit for
+    bit the same."""
+    from mimic_el.index_mimic import _DTYPES, _FORMAT, _VERSION, _copy_of, _fingerprint, _probe
     from mimic_el.store_mimic import _make_shard, _quantised, _Store
 
     with torch.no_grad():
         features = model.matcher.entity_features(encoded, mask)
         stored = _quantised(features, model.matcher, _DTYPES[dtype])
-    count = len(features)
-    records = [{"id": name, "name": name, "description": ""} for name in ids or [f"e{i}" for i in range(count)]]
+    stored = {name: torch.cat([tensor] * repeat) for name, tensor in stored.items()}
+    count = repeat * len(features)
+    records = [{"id": f"e{row}", "name": f"E {row}", "description": ""} for row in range(count)]
     parts = []
     for number, rows in enumerate(torch.arange(count).tensor_split(shards)):
         tensors = {name: tensor[rows] for name, tensor in stored.items()}
         parts.append(_make_shard(f"shard-{number:012x}", tensors, [records[row] for row in rows.tolist()]))
-    return EntityIndex(_copy_of(model.matcher, model.config), {"dtype": dtype, "generation": 1}, _Store(parts))
+    manifest = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "generation": 1,
+        "dtype": dtype,
+        "model": {
+            "name": "tiny",
+            "fingerprint": _fingerprint(model.config, model.matcher),
+            "probe": _probe(model),
+            "config": model.config.to_dict(),
+        },
+        "removed": None,
+    }
+    return EntityIndex(_copy_of(model.matcher, model.config), manifest, _Store(parts))
 
 
 def mention_features(model: MimicModel, encoded: MimicEncoderOutput, mask: torch.Tensor) -> MentionFeatures:

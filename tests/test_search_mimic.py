@@ -1,0 +1,550 @@
+"""The search: the same answer as exhaustive scoring and as the plain equations, whatever the data and the blocks."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import platform
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import index_of, mention_features, random_encoded
+from tiny_clip import tiny_model
+from torch import Tensor
+
+from mimic_el import index_mimic
+from mimic_el.index_mimic import EntityIndex
+from mimic_el.modeling_mimic import MentionFeatures, MimicModel
+from mimic_el.search_mimic import Searcher, _hull_distance, _MentionBounds, score_pairs
+
+CPU = torch.device("cpu")
+ENTITIES, MENTIONS = 120, 20
+
+
+@dataclass
+class Case:
+    model: MimicModel
+    index: EntityIndex
+    mentions: MentionFeatures
+    expected: Tensor  # float64 scores of the plain equations, of the features before they were stored
+
+    @property
+    def stored_scores(self) -> Tensor:
+        """Scores of all pairs by the model, from the features as they are stored."""
+        entities = self.index._store.full(slice(0, len(self.index._store)), CPU)
+        with torch.no_grad():
+            return self.model.score(self.mentions, entities).logits
+
+
+def make_case(
+    entities: int = ENTITIES,
+    mentions: int = MENTIONS,
+    dtype: str = "float32",
+    shards: int = 1,
+    clusters: int | None = None,
+    noise: float = 0.3,
+    seed: int = 0,
+    repeat: int = 1,
+    **config: Any,
+) -> Case:
+    """With `repeat`, each entity is there that many times."""
+    model = tiny_model(seed, **config)
+    encoded, mask = random_encoded(model.config, entities, 1, clusters, noise)
+    mention, mention_mask = random_encoded(model.config, mentions, 2, clusters, noise)
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    masks = (mention_mask, mask) if model.config.mask_text_padding else (None, None)
+    plain = oracle.scores(
+        weights,
+        {name: tensor.double() for name, tensor in mention.items()},
+        {name: tensor.double() for name, tensor in encoded.items()},
+        *masks,
+    )
+    index = index_of(model, encoded, mask, dtype, shards, repeat)
+    return Case(model, index, mention_features(model, mention, mention_mask), plain["logits"].repeat(1, repeat))
+
+
+def small_blocks(index: EntityIndex, monkeypatch: pytest.MonkeyPatch, block_bytes: int, sub_block: int) -> None:
+    """Makes the index search in blocks of few pairs."""
+    monkeypatch.setattr(
+        index,
+        "_searcher",
+        lambda device: Searcher(index._matcher_on(device), index._store, block_bytes=block_bytes, sub_block=sub_block),
+    )
+
+
+def best(scores: Tensor, k: int) -> list[list[str]]:
+    """Ids of the k best of each row; equals in the order of entities."""
+    order = scores.sort(dim=1, descending=True, stable=True)
+    return [
+        [f"e{row}" for row, score in zip(rows[:k], values[:k], strict=True) if score > -math.inf]
+        for rows, values in zip(order.indices.tolist(), order.values.tolist(), strict=True)
+    ]
+
+
+def check(case: Case, k: int, scores: Tensor, tolerance: float = 1e-5) -> None:
+    """Both searches find the k best of `scores`, and the same ones."""
+    certified = case.index.search(case.mentions, k)
+    exhaustive = case.index.search(case.mentions, k, exact="exhaustive")
+    assert certified.entity_ids == best(scores, k)
+    assert exhaustive.entity_ids == certified.entity_ids
+    expected = scores.sort(dim=1, descending=True).values[:, : certified.scores.shape[1]].numpy()
+    scale = 1 + np.abs(expected[np.isfinite(expected)]).max()
+    np.testing.assert_allclose(certified.scores, expected, rtol=0, atol=tolerance * scale)
+    np.testing.assert_allclose(exhaustive.scores, expected, rtol=0, atol=tolerance * scale)
+    for stats in (certified.stats, exhaustive.stats):
+        assert stats.pairs == len(case.mentions) * len(case.index._store)
+        assert 0 < stats.exact_pairs <= stats.pairs
+
+
+# --- The best entities
+
+
+@pytest.mark.parametrize("clusters", [None, 12], ids=["random", "clustered"])
+@pytest.mark.parametrize("mask", [False, True], ids=["all-tokens", "masked"])
+def test_both_searches_find_what_the_plain_equations_find(mask: bool, clusters: int | None):
+    case = make_case(clusters=clusters, mask_text_padding=mask)
+    check(case, 10, case.expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("mask", [False, True], ids=["all-tokens", "masked"])
+def test_small_blocks_many_shards_and_every_precision(dtype: str, mask: bool, monkeypatch: pytest.MonkeyPatch):
+    """Blocks, sub-blocks and shards whose borders meet nowhere; compared with the stored features' own scores."""
+    case = make_case(clusters=30, dtype=dtype, shards=7, mask_text_padding=mask)
+    small_blocks(case.index, monkeypatch, block_bytes=20_000, sub_block=13)
+    scores = case.stored_scores
+    check(case, 10, scores)
+    # What is rounded moves scores a little.
+    allowed = {"float32": 1e-5, "float16": 5e-3, "int8": 5e-2}[dtype]
+    assert (scores - case.expected).abs().max() <= allowed * case.expected.abs().max()
+
+
+@pytest.mark.parametrize("k", [1, ENTITIES - 1, ENTITIES, ENTITIES + 7])
+def test_any_number_of_entities(k: int):
+    case = make_case(clusters=12)
+    check(case, k, case.expected)
+    assert case.index.search(case.mentions, k).scores.shape == (MENTIONS, min(k, ENTITIES))
+
+
+@pytest.mark.parametrize("mentions", [1, 2 * index_mimic._MENTION_BLOCK + 3])
+def test_any_number_of_mentions(mentions: int):
+    case = make_case(mentions=mentions, clusters=12)
+    check(case, 3, case.expected)
+
+
+def test_an_index_of_one():
+    case = make_case(entities=1, mentions=3)
+    check(case, 5, case.expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("blocks", [None, (30_000, 11)], ids=["one-block", "small-blocks"])
+def test_equals_come_in_the_order_of_entities(
+    dtype: str, blocks: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Each of 4 entities is there 50 times: every score ties with 49 others, more than any allowance for ties."""
+    case = make_case(entities=4, repeat=50, shards=3, dtype=dtype)
+    if blocks:
+        small_blocks(case.index, monkeypatch, *blocks)
+    expected = [[f"e{4 * copy + int(row[0][1:]) % 4}" for copy in range(30)] for row in best(case.expected, 1)]
+    assert case.index.search(case.mentions, 30).entity_ids == expected
+    assert case.index.search(case.mentions, 30, exact="exhaustive").entity_ids == expected
+
+
+@pytest.mark.parametrize("exact", ["certified", "exhaustive"])
+def test_constant_scores(exact: str, monkeypatch: pytest.MonkeyPatch):
+    """Where all entities are equal, nothing can be left out: the first ones are the answer."""
+    case = make_case(entities=1, repeat=300, mentions=5)
+    small_blocks(case.index, monkeypatch, block_bytes=8_000, sub_block=16)
+    found = case.index.search(case.mentions, 40, exact=exact)
+    assert found.entity_ids == [[f"e{row}" for row in range(40)]] * 5
+    ranks = case.index.rank(case.mentions, ["e7"] * 5, exact=exact).ranks
+    assert ranks.tolist() == [150.5] * 5, "a constant score earns the middle of the list"
+
+
+def test_a_pair_scores_the_same_in_any_company():
+    """What decides ties must not depend on which other pairs are scored in the same call."""
+    case = make_case()
+    generator = torch.Generator().manual_seed(0)
+    mention_rows = torch.arange(MENTIONS).repeat_interleave(ENTITIES)
+    entity_rows = torch.arange(ENTITIES).repeat(MENTIONS)
+    matcher, store = case.index._matcher, case.index._store
+    together = score_pairs(matcher, case.mentions, mention_rows, store, entity_rows, 2**30).logits
+    for size, block_bytes in ((1, 2**30), (7, 2**30), (300, 30_000)):
+        some = torch.randperm(len(mention_rows), generator=generator)[:size]
+        alone = score_pairs(matcher, case.mentions, mention_rows[some], store, entity_rows[some], block_bytes).logits
+        torch.testing.assert_close(alone, together[some], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_removed_entities_are_not_found(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    case = make_case(clusters=12, dtype=dtype, shards=4)
+    small_blocks(case.index, monkeypatch, block_bytes=20_000, sub_block=13)
+    scores = case.stored_scores
+    gone = sorted({int(row[0][1:]) for row in best(scores, 1)} | set(range(40, 95)))
+    case.index.remove([f"e{row}" for row in gone])
+    scores[:, gone] = -math.inf
+    check(case, 10, scores)
+    left = ENTITIES - len(gone)
+    assert all(len(row) == left for row in case.index.search(case.mentions, ENTITIES).entity_ids)
+    before = case.index.search(case.mentions, 10)
+    case.index.compact()
+    after = case.index.search(case.mentions, 10)
+    assert after.entity_ids == before.entity_ids
+    np.testing.assert_allclose(after.scores, before.scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["cmfu.gate_layer_norm", "vdlu.dual_ent2men.layer_norm", "tglu.layer_norm"])
+def test_scores_a_thousand_times_as_large(part: str):
+    """A unit may outweigh the others by far; rounding then is large beside them. Equals aside, the answer stands."""
+    case = make_case(clusters=30)
+    encoded, mask = random_encoded(case.model.config, ENTITIES, 1, 30)
+    mention, mention_mask = random_encoded(case.model.config, MENTIONS, 2, 30)
+    with torch.no_grad():
+        case.model.matcher.get_submodule(part).weight.mul_(1000)
+    index = index_of(case.model, encoded, mask)
+    mentions = mention_features(case.model, mention, mention_mask)
+    certified = index.search(mentions, 10)
+    exhaustive = index.search(mentions, 10, exact="exhaustive")
+    assert certified.entity_ids == exhaustive.entity_ids
+    np.testing.assert_array_equal(certified.scores, exhaustive.scores)
+
+
+def test_scores_of_the_units():
+    case = make_case(clusters=12)
+    found = case.index.search(case.mentions, 4)
+    total = (found.text_scores + found.image_scores + found.cross_modal_scores) / 3
+    np.testing.assert_allclose(total, found.scores, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        scored = case.model.score(case.mentions, case.index._store.full(slice(0, ENTITIES), CPU))
+    for row, ids in enumerate(found.entity_ids):
+        column = int(ids[0][1:])
+        for name in ("text", "image", "cross_modal"):
+            expected = float(scored[f"{name}_logits"][row, column])
+            assert getattr(found, f"{name}_scores")[row, 0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+# --- Candidates
+
+
+def test_candidates_restrict_the_answer():
+    case = make_case(clusters=12)
+    candidates = [
+        None if row % 3 == 0 else [f"e{(7 * row + step) % ENTITIES}" for step in range(row % 5)]
+        for row in range(MENTIONS)
+    ]
+    found = case.index.search(case.mentions, 3, candidates=candidates)
+    for row, allowed in enumerate(candidates):
+        scores = case.expected[row : row + 1].clone()
+        if allowed is not None:
+            hidden = [column for column in range(ENTITIES) if f"e{column}" not in allowed]
+            scores[:, hidden] = -math.inf
+        assert found.entity_ids[row] == best(scores, 3)[0]
+        number = len(found.entity_ids[row])
+        assert not np.isnan(found.scores[row, :number]).any()
+        assert np.isnan(found.scores[row, number:]).all()
+
+
+def test_candidates_may_repeat_but_must_be_there():
+    case = make_case(mentions=1)
+    assert case.index.search(case.mentions, 5, candidates=[["e3", "e3", "e3"]]).entity_ids == [["e3"]]
+    case.index.remove(["e3"])
+    with pytest.raises(KeyError, match="2 of the entities are not in this index of 119: 'e3', 'nobody'"):
+        case.index.search(case.mentions, candidates=[["e3", "e4", "nobody"]])
+    with pytest.raises(ValueError, match="the string 'e4'"):
+        case.index.search(case.mentions, candidates=["e4"])
+    with pytest.raises(ValueError, match="1 mentions, but candidates for 2"):
+        case.index.search(case.mentions, candidates=[["e4"], ["e5"]])
+
+
+# --- Ranks
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["all-tokens", "masked"])
+@pytest.mark.parametrize("exact", ["certified", "exhaustive"])
+def test_ranks_are_those_of_all_scores(exact: str, mask: bool, monkeypatch: pytest.MonkeyPatch):
+    """With ties, removed entities, answers that are removed, unknown, or not told."""
+    case = make_case(
+        entities=ENTITIES // 4, repeat=4, mentions=2 * MENTIONS, clusters=12, shards=3, mask_text_padding=mask
+    )
+    small_blocks(case.index, monkeypatch, block_bytes=40_000, sub_block=13)
+    gone = list(range(5, 50, 3))
+    case.index.remove([f"e{row}" for row in gone])
+    kept = torch.tensor([row for row in range(ENTITIES) if row not in gone])
+    answers: list[str | None] = [f"e{(11 * row) % ENTITIES}" for row in range(2 * MENTIONS)]
+    answers[3], answers[4], answers[5] = None, "nobody", "e5"
+    expected = []
+    for row, answer in enumerate(answers):
+        if answer is None or answer == "nobody" or int(answer[1:]) in gone:
+            expected.append(math.nan)
+        else:
+            place = int((kept == int(answer[1:])).nonzero())
+            expected.append(oracle.realistic_rank(case.expected[row, kept], place))
+    ranked = case.index.rank(case.mentions, answers, exact=exact)
+    np.testing.assert_array_equal(ranked.ranks, expected)
+    assert ranked.ranks.dtype == np.float64
+    assert 0 < ranked.stats.exact_pairs <= ranked.stats.pairs
+
+
+def test_ranks_of_no_known_answer():
+    case = make_case(mentions=2)
+    ranked = case.index.rank(case.mentions, [None, "nobody"])
+    assert np.isnan(ranked.ranks).all()
+    assert ranked.stats.pairs == 0
+    with pytest.raises(ValueError, match="2 mentions, but answers for 1"):
+        case.index.rank(case.mentions, ["e1"])
+
+
+# --- Work
+
+
+def test_bounds_spare_work_where_features_are_as_training_makes_them():
+    case = make_case(entities=2000, clusters=500, noise=0.1)
+    certified = case.index.search(case.mentions, 5)
+    assert certified.stats.exact_pairs < 0.1 * certified.stats.pairs
+    assert certified.stats.hull_pairs < certified.stats.pairs
+    assert certified.stats.exact_fraction == certified.stats.exact_pairs / certified.stats.pairs
+    assert certified.entity_ids == case.index.search(case.mentions, 5, exact="exhaustive").entity_ids
+    answers = [f"e{row}" for row in range(MENTIONS)]
+    ranked = case.index.rank(case.mentions, answers)
+    assert ranked.stats.exact_pairs < 0.1 * ranked.stats.pairs
+    np.testing.assert_array_equal(ranked.ranks, case.index.rank(case.mentions, answers, exact="exhaustive").ranks)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no pages of files: those of memory-mapped features the system takes back when it
+    needs them."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def peak_memory(work: Callable[[], Any]) -> int:
+    """Bytes that some work needs at its worst beside those that were there before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, unseen
+    start, highest, done = anonymous_memory(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.0005):
+            highest[0] = max(highest[0], anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return max(0, highest[0] - start)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux's /proc and glibc")
+def test_memory_grows_with_the_block_and_not_with_the_knowledge_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Peak memory of search and rank beside the memory-mapped features, in blocks of 1 MiB."""
+    block = 2**20
+    model = tiny_model()
+    mentions = mention_features(model, *random_encoded(model.config, 16, 2, 500, 0.1))
+    answers = [f"e{row}" for row in range(16)]
+    peaks = []
+    for entities in (10_000, 40_000):
+        place = tmp_path / str(entities)
+        index_of(model, *random_encoded(model.config, entities, 1, 500, 0.1)).save_pretrained(place)
+        index = EntityIndex.from_pretrained(place)
+        small_blocks(index, monkeypatch, block_bytes=block, sub_block=1024)
+        index.search(mentions[:1], 3)
+        for count in (1, 16):
+            some = mentions[:count]
+            peaks.append(peak_memory(lambda: index.search(some, 3)))  # noqa: B023
+            peaks.append(peak_memory(lambda: index.rank(some, answers[:count])))  # noqa: B023
+    small, large = np.array(peaks).reshape(2, 4)
+    assert large.min() > 0, "nothing was measured"
+    # 30,000 entities more have 12 MB of features, and with 16 mentions 2 MB of each kind of scores.
+    assert (large <= small + 2 * block).all(), (small, large)
+    assert large.max() <= 8 * block, large
+
+
+# --- What is refused
+
+
+def test_what_is_refused():
+    case = make_case(mentions=3)
+    index, mentions = case.index, case.mentions
+    entities = index._store.full(slice(0, 2), CPU)
+    with pytest.raises(TypeError, match=r"searched with MentionFeatures.* got EntityFeatures"):
+        index.search(entities)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='"certified" or "exhaustive", got \'fast\''):
+        index.search(mentions, exact="fast")
+    for k in (0, -1, 1.5, "3", None, True):
+        with pytest.raises(ValueError, match="`top_k` must be a positive integer"):
+            index.search(mentions, k)  # type: ignore[arg-type]
+    assert index.search(mentions, np.int64(2)).scores.shape == (3, 2)
+    index.remove([f"e{row}" for row in range(ENTITIES)])
+    for answer in (lambda: index.search(mentions), lambda: index.rank(mentions, ["e1"] * 3)):
+        with pytest.raises(ValueError, match="no entities"):
+            answer()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["text_value", "text_embed", "image_key_stats", "cross_modal"])
+def test_mentions_that_are_not_finite_are_refused(name: str, value: float):
+    """Comparisons with NaN are false: such a mention would get an empty answer, and nobody would know why."""
+    case = make_case(mentions=3)
+    case.mentions.tensors[name][1, 0] = value
+    for answer in (lambda: case.index.search(case.mentions), lambda: case.index.rank(case.mentions, ["e1"] * 3)):
+        with pytest.raises(ValueError, match=f"mention 1 are not finite .`{name}`"):
+            answer()
+
+
+def test_mentions_of_another_shape_are_refused():
+    case = make_case()
+    other = tiny_model(tglu_hidden_size=7)
+    mentions = mention_features(other, *random_encoded(other.config, 2))
+    with pytest.raises(ValueError, match="not features of this index's model"):
+        case.index.search(mentions)
+    masked = tiny_model(mask_text_padding=True)
+    with pytest.raises(ValueError, match="not features of this index's model"):
+        case.index.search(mention_features(masked, *random_encoded(masked.config, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mask", [False, True], ids=["all-tokens", "masked"])
+def test_mentions_of_another_precision(dtype: torch.dtype, mask: bool):
+    """A model in double or half precision gives such features."""
+    case = make_case(clusters=12, mask_text_padding=mask)
+    mentions = case.mentions.to(dtype)
+    certified = case.index.search(mentions, 5)
+    assert certified.entity_ids == case.index.search(mentions, 5, exact="exhaustive").entity_ids
+    if dtype == torch.float64:
+        assert certified.entity_ids == case.index.search(case.mentions, 5).entity_ids
+
+
+# --- The bounds
+
+
+def bounds_of(values: Tensor, mask: Tensor | None = None) -> _MentionBounds:
+    """Bounds for the value vectors (M, L, d) of mentions."""
+    unit: Any = SimpleNamespace(mask_padding=mask is not None, layer_norm=SimpleNamespace(eps=1e-5))
+    tensors = {"text_value": values} if mask is None else {"text_value": values, "text_mask": mask}
+    return _MentionBounds.of(SimpleNamespace(tglu=unit), MentionFeatures(tensors))  # type: ignore[arg-type]
+
+
+KINDS = ("plain", "far", "near the origin", "equal", "line", "through the origin", "uneven")
+
+
+def hard_points(kind: str, length: int, size: int, generator: torch.Generator) -> Tensor:
+    """Value vectors of one mention (L, d), of a kind that is hard to bound."""
+    values = torch.randn(length, size, generator=generator)
+    if kind == "far":
+        return values * 1e-3 + torch.randn(size, generator=generator)
+    if kind == "near the origin":
+        return values - values.mean(dim=0) + 1e-4 * torch.randn(size, generator=generator)
+    if kind == "equal":
+        return values[:1].expand(length, size).clone()
+    if kind == "line":
+        return values[:1] * torch.linspace(0.5, 3, length).unsqueeze(1)
+    if kind == "through the origin":
+        return values[:1] * torch.linspace(-1, 1, length).unsqueeze(1)
+    if kind == "uneven":
+        return values * 10 ** (8 * torch.rand(length, 1, generator=generator) - 4)
+    return values
+
+
+@st.composite
+def values_of_a_mention(draw: st.DrawFn) -> Tensor:
+    shape = draw(st.sampled_from([(1, 1), (1, 8), (2, 3), (5, 2), (12, 8), (40, 32)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    return hard_points(draw(st.sampled_from(KINDS)), *shape, generator) * 10.0 ** draw(st.integers(-8, 8))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(values_of_a_mention(), st.integers(0, 10**6), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_bounds_hold_for_any_attention(values: Tensor, seed: int, scale: float):
+    """`c . w / sqrt(|c|^2 / d + eps)` for points c of the hull, corners and edges too, lies within both bounds."""
+    generator = torch.Generator().manual_seed(seed)
+    length, size = values.shape
+    weights = torch.cat(
+        [
+            torch.eye(length, dtype=torch.float64),
+            torch.full((1, length), 1 / length, dtype=torch.float64),
+            (4 * torch.randn(40, length, generator=generator, dtype=torch.float64)).softmax(dim=1),
+            (50 * torch.randn(40, length, generator=generator, dtype=torch.float64)).softmax(dim=1),
+        ]
+    )
+    local = scale * torch.randn(20, size, generator=generator)
+    local[0] = values[0]
+    local[1] = -values.mean(dim=0)
+    local[2] = 0
+    context = weights @ values.double()
+    length_of = (context.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+    exact = (context / length_of) @ local.double().T  # (points of the hull, entities)
+    bounds = bounds_of(values.unsqueeze(0))
+    norm = local.norm(dim=1)
+    # No part of the score is larger than |w| sqrt(d); rounding is small beside that.
+    slack = 1e-5 * norm.double() * math.sqrt(size) + 1e-30
+    for low, high in (bounds.ball(local, norm), bounds.hull(0, local)):
+        low, high = low.reshape(-1).double(), high.reshape(-1).double()
+        assert torch.isfinite(low).all()
+        assert torch.isfinite(high).all()
+        assert (exact >= low - slack).all()
+        assert (exact <= high + slack).all()
+
+
+def nearest_to_the_origin(sets: Tensor, steps: int = 2000) -> Tensor:
+    """The squared distances of hulls (M, L, d) from the origin, by accelerated projected gradients in float64."""
+    sets = sets.double()
+    scale = sets.norm(dim=2).amax(dim=1).clamp(min=1e-300)
+    sets = sets / scale[:, None, None]
+    gram = sets @ sets.transpose(1, 2)
+    rate = 1 / torch.linalg.eigvalsh(gram)[:, -1:].clamp(min=1e-300)
+    weights = ahead = torch.full(sets.shape[:2], 1 / sets.shape[1], dtype=torch.float64)
+    momentum = 1.0
+    for _ in range(steps):
+        target = ahead - rate * (gram @ ahead.unsqueeze(-1)).squeeze(-1)
+        # The nearest point of the simplex.
+        ordered = target.sort(dim=1, descending=True).values
+        excess = (ordered.cumsum(dim=1) - 1) / torch.arange(1, sets.shape[1] + 1)
+        number = (ordered > excess).sum(dim=1, keepdim=True)
+        moved = (target - excess.gather(1, number - 1)).clamp(min=0)
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        ahead, weights, momentum = moved + (momentum - 1) / following * (moved - weights), moved, following
+    return (weights.unsqueeze(1) @ sets).square().sum(dim=(1, 2)) * scale.square()
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (5, 2), (12, 8), (40, 32)], ids=str)
+def test_hull_distance_is_below_the_true_one(shape: tuple[int, int]):
+    generator = torch.Generator().manual_seed(0)
+    scales = 10.0 ** torch.randint(-8, 9, (len(KINDS) * 12, 1, 1), generator=generator)
+    sets = torch.stack([hard_points(kind, *shape, generator) for kind in KINDS for _ in range(12)]) * scales
+    found = _hull_distance(sets).squeeze(1).double()
+    assert torch.isfinite(found).all()
+    assert (found <= nearest_to_the_origin(sets) * (1 + 1e-9)).all()
+
+
+def test_hull_distance_is_close_where_the_origin_is_outside():
+    generator = torch.Generator().manual_seed(0)
+    sets = torch.randn(50, 12, 8, generator=generator) + 2 * torch.randn(50, 1, 8, generator=generator)
+    found, true = _hull_distance(sets).squeeze(1), nearest_to_the_origin(sets)
+    assert (found <= true).all()
+    assert (found >= 0.97 * true - 1e-3).all()
+    assert (true > 1).any()
+
+
+def test_padding_does_not_widen_the_bounds():
+    """A padding token's value is no point of the hull: bounds with it must be those without it."""
+    values = torch.randn(2, 6, 8)
+    values[:, 4:] *= 1000
+    mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
+    local = torch.randn(9, 8)
+    for row in range(2):
+        masked = bounds_of(values, mask).hull(row, local)
+        alone = bounds_of(values[:, :4]).hull(row, local)
+        torch.testing.assert_close(masked, alone, rtol=1e-3, atol=1e-3)
