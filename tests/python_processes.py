@@ -76,10 +76,11 @@ class ForkingPython:
             **variables: what the code finds defined; like `result`, anything that JSON can carry.
 
         Raises:
-            AssertionError: if the code fails, with all that it wrote.
+            AssertionError: if the code fails or uses what is deprecated, with all that it wrote.
         """
         answer = self._ask(code, token, keep_cache, variables, folder)
         assert answer["error"] is None, f"{answer['traceback']}\n{answer['output']}"
+        assert "deprecated" not in answer["output"].lower(), answer["output"]
         self.output: str = answer["output"]
         return answer["result"]
 
