@@ -819,20 +819,27 @@ class MimicModel(MimicPreTrainedModel):
                 f"`labels` must hold {count} rows of entities, each from 0 to {entity_count - 1}; got the shape "
                 f"{tuple(labels.shape)} and values from {int(labels.min())} to {int(labels.max())}."
             )
-        duplicates = None
+        own = torch.arange(count, device=device)
+        not_rivals = not_rival_mentions = None
         if self.config.ignore_duplicate_answers and entity_labels is not None:
+            if entity_labels.shape != (entity_count,):
+                raise ValueError(
+                    f"`entity_labels` must hold a number for each of {entity_count} entities; got the shape "
+                    f"{tuple(entity_labels.shape)}."
+                )
             entity_labels = entity_labels.to(device)
-            duplicates = entity_labels[labels].unsqueeze(1) == entity_labels.unsqueeze(0)
-            duplicates[torch.arange(count, device=device), labels] = False
+            answers = entity_labels[labels].unsqueeze(1)
+            not_rivals = (answers == entity_labels).index_put((own, labels), own.new_zeros(()).bool())
+            not_rival_mentions = (answers == answers.T).fill_diagonal_(False)
         loss = output.logits.new_zeros(())
         for logits in (output.logits, output.text_logits, output.image_logits, output.cross_modal_logits):
-            if duplicates is not None:
-                logits = logits.masked_fill(duplicates, -torch.inf)
-            loss = loss + F.cross_entropy(logits, labels)
+            scores = logits if not_rivals is None else logits.masked_fill(not_rivals, -torch.inf)
+            loss = loss + F.cross_entropy(scores, labels)
             if self.config.symmetric_loss:
-                # Each answer among all mentions: the mentions that share it are not its negatives' rivals.
-                reverse = logits[:, labels].T
-                loss = loss + F.cross_entropy(reverse, torch.arange(count, device=device))
+                reverse = logits[:, labels].T  # each mention's answer against all mentions
+                if not_rival_mentions is not None:
+                    reverse = reverse.masked_fill(not_rival_mentions, -torch.inf)
+                loss = loss + F.cross_entropy(reverse, own)
         return loss
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -560,31 +560,25 @@ def test_what_padding_says(masked: bool) -> None:
 
 
 def plain_loss(
-    logits: dict[str, Tensor],
-    labels: list[int],
-    entity_labels: list[int] | None = None,
-    ignore_duplicates: bool = False,
-    symmetric: bool = False,
+    logits: dict[str, Tensor], labels: list[int], entities: list[int], ignore: bool = False, symmetric: bool = False
 ) -> float:
-    """One mention after the other, one rival after the other."""
+    """One mention after the other, one rival after the other; `entities` says which entity each row is."""
     total = 0.0
+    count = len(labels)
     for name in LOGITS:
         scores = logits[name].tolist()
-        count = len(scores)
-
-        def rivals(i: int, j: int) -> bool:
-            """Whether the entity of row j counts against mention i."""
-            same = entity_labels is not None and entity_labels[j] == entity_labels[labels[i]]
-            return j == labels[i] or not (ignore_duplicates and same)
-
-        for i in range(count):
-            against = [scores[i][j] for j in range(len(scores[i])) if rivals(i, j)]
-            total += (math.log(sum(math.exp(s) for s in against)) - scores[i][labels[i]]) / count
-        if symmetric:
-            for i in range(count):
-                answer = labels[i]
-                against = [scores[j][answer] for j in range(count) if j == i or rivals(j, answer)]
-                total += (math.log(sum(math.exp(s) for s in against)) - scores[i][answer]) / count
+        for i, answer in enumerate(labels):
+            rivals = [
+                j for j in range(len(entities)) if j != answer and not (ignore and entities[j] == entities[answer])
+            ]
+            terms = [math.exp(scores[i][j]) for j in (answer, *rivals)]
+            total += (math.log(sum(terms)) - scores[i][answer]) / count
+            if symmetric:
+                rivals = [
+                    j for j in range(count) if j != i and not (ignore and entities[labels[j]] == entities[answer])
+                ]
+                terms = [math.exp(scores[j][answer]) for j in (i, *rivals)]
+                total += (math.log(sum(terms)) - scores[i][answer]) / count
     return total
 
 
@@ -598,28 +592,30 @@ def test_published_loss(model: MimicModel) -> None:
     with torch.no_grad():
         output = model(**both_sides(4, 4), return_loss=True)
     assert output.loss.item() == pytest.approx(oracle.loss(output).item(), rel=1e-6)
-    assert output.loss.item() == pytest.approx(plain_loss(output, [0, 1, 2, 3]), rel=1e-5)
+    assert output.loss.item() == pytest.approx(plain_loss(output, [0, 1, 2, 3], [0, 1, 2, 3]), rel=1e-5)
 
 
 def test_labels_ask_for_the_loss(model: MimicModel, output: MimicOutput) -> None:
     labels = [5, 0, 0, 2]
     inputs = both_sides(4, 6) | {"labels": torch.tensor(labels)}
     with torch.no_grad():
-        assert model(**inputs).loss.item() == pytest.approx(plain_loss(output, labels), rel=1e-5)
+        assert model(**inputs).loss.item() == pytest.approx(plain_loss(output, labels, list(range(6))), rel=1e-5)
         assert model(**inputs, return_loss=False).loss is None
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("ignore", [False, True])
-def test_options_of_the_loss(output: MimicOutput, symmetric: bool, ignore: bool) -> None:
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [2, 1, 2, 1]])
+def test_options_of_the_loss(output: MimicOutput, labels: list[int], symmetric: bool, ignore: bool) -> None:
+    """Entities that are in the batch twice, and mentions that share a row."""
     model = tiny_model(ignore_duplicate_answers=ignore, symmetric_loss=symmetric)
-    labels, entity_labels = [0, 1, 2, 3], [70, 80, 70, 90, 80, 60]
-    loss = model.contrastive_loss(output, torch.tensor(labels), torch.tensor(entity_labels)).item()
-    assert loss == pytest.approx(plain_loss(output, labels, entity_labels, ignore, symmetric), rel=1e-5)
+    entities = [70, 80, 70, 90, 80, 60]
+    loss = model.contrastive_loss(output, torch.tensor(labels), torch.tensor(entities)).item()
+    assert loss == pytest.approx(plain_loss(output, labels, entities, ignore, symmetric), rel=1e-5)
+    published = plain_loss(output, labels, entities, False, symmetric)
     if ignore:  # it makes a difference, and none where nobody says which entities are the same
-        assert loss < plain_loss(output, labels, entity_labels, False, symmetric) - 1e-3
-        unnamed = model.contrastive_loss(output, torch.tensor(labels)).item()
-        assert unnamed == pytest.approx(plain_loss(output, labels, None, False, symmetric), rel=1e-5)
+        assert loss < published - 1e-3
+        assert model.contrastive_loss(output, torch.tensor(labels)).item() == pytest.approx(published, rel=1e-5)
 
 
 def test_loss_of_one_pair_is_zero(model: MimicModel) -> None:
@@ -648,6 +644,8 @@ def test_bad_inputs(model: MimicModel, output: MimicOutput) -> None:
     refused("`labels` must hold 2 rows of entities, each from 0 to 2", labels=torch.tensor([0, 3]))
     refused("`labels` must hold 2 rows of entities, each from 0 to 2", labels=torch.tensor([-100, 1]))
     refused("`labels` must hold 2 rows", labels=torch.tensor([1]))
+    with pytest.raises(ValueError, match="`entity_labels` must hold a number for each of 6 entities"):
+        tiny_model(ignore_duplicate_answers=True).contrastive_loss(output, torch.arange(4), torch.arange(4))
 
     with torch.no_grad():
         mentions, entities = model.encode_mentions(**tiny_inputs(2)), model.encode_entities(**tiny_inputs(2))
