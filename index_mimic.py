@@ -85,7 +85,10 @@ _CANDIDATE_BYTES = 64 * 2**20
 _OPENINGS = 10
 _RECORDS_AT_ONCE = 512
 _PART = re.compile(r"(shard|removed|matcher|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
-_TEMPORARY = re.compile(rf"\.({_PART.pattern}|{_MANIFEST}|{_BUILD_STATE}|README\.md)\.[0-9]+\.tmp")
+# Ours, and those that safetensors makes while it writes.
+_TEMPORARY = re.compile(
+    rf"\.({_PART.pattern}|{_MANIFEST}|{_BUILD_STATE}|README\.md)\.[0-9]+\.tmp|\.tmp[A-Za-z0-9]{{6}}"
+)
 
 
 @dataclass
