@@ -4,8 +4,8 @@ All of a pair's score but the attention of the text unit is dot products and a f
 `b + (c . w) / sqrt(|c|^2 / d + eps)` for the entity's vector w and number b, where c is a convex combination of the
 mention's centred value vectors u_1 .. u_L. So it is bounded, for all the entity's tokens may do, by
 
-- a ball: with the mean u0 of the u_j and their largest distance R from it, `c . w` is within `R |w|` of `u0 . w`, and
-  the whole is at most `|w| sqrt(s) / sqrt(s / d + eps)` for the largest `s = |u_j|^2`;
+- a few balls that the u_j lie in: with centres z_k and radii R_k, `c . w` is at most the largest
+  `z_k . w + R_k |w|`, and the whole is at most `|w| sqrt(s) / sqrt(s / d + eps)` for the largest `s = |u_j|^2`;
 - the hull: `c . w` lies between the smallest and the largest `u_j . w`, and `|c|^2` between the squared distance of the
   hull from the origin and the largest `|u_j|^2`.
 
@@ -30,6 +30,7 @@ from .modeling_mimic import EntityFeatures, MentionFeatures, MimicOutput, _Match
 _SLACK = 2e-5
 _TIE = 1e-6
 _SEEDS = 16
+_BALLS = 4
 _ROUND = 32
 # Where more than this fraction of a block's pairs would be scored exactly, the bound does not pay.
 _EXHAUSTIVE_FRACTION = 0.2
@@ -82,8 +83,8 @@ class _MentionBounds:
     """What bounds the attention's part for each of M mentions."""
 
     values: Tensor  # (M, L, d) centred value vectors; of padding, repeats of a real one
-    centre: Tensor  # (M, d) their mean u0
-    radius: Tensor  # (M, 1) R
+    centres: Tensor  # (M, K, d) centres of balls that hold them
+    radii: Tensor  # (M, K) and their radii
     largest: Tensor  # (M, 1) the largest |u_j|^2
     smallest: Tensor  # (M, 1) at most the squared distance of the hull from the origin
     size: int
@@ -97,48 +98,59 @@ class _MentionBounds:
             first = mask.int().argmax(dim=1)
             real = values[torch.arange(len(values), device=values.device), first].unsqueeze(1)
             values = torch.where(mask.unsqueeze(-1), values, real)
-        centre = values.mean(dim=1)
-        radius = (values - centre.unsqueeze(1)).norm(dim=-1).amax(dim=1, keepdim=True)
-        squares = values.square().sum(dim=-1)
+        centres, radii = _balls(values, min(_BALLS, values.shape[1]))
+        largest = values.square().sum(dim=-1).amax(dim=1, keepdim=True)
         norm = matcher.tglu.layer_norm
-        return cls(
-            values, centre, radius, squares.amax(dim=1, keepdim=True), _hull_distance(values), centre.shape[1], norm.eps
-        )
+        return cls(values, centres, radii, largest, _hull_distance(values), values.shape[-1], norm.eps)
 
     def _scale(self, square: Tensor) -> Tensor:
         return (square / self.size + self.eps).rsqrt()
 
     def ball(self, local: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds (M, N) of the attention's part, less b; `local` is w (N, d), `norm` |w| (N,)."""
-        middle = self.centre @ local.T
-        spread = self.radius * norm
+        lower = upper = torch.empty(0)
+        for number in range(self.radii.shape[1]):
+            middle, spread = self.centres[:, number] @ local.T, self.radii[:, number, None] * norm
+            lower = torch.minimum(lower, middle - spread) if number else middle - spread
+            upper = torch.maximum(upper, middle + spread) if number else middle + spread
         cap = (self.largest.sqrt() * self._scale(self.largest)) * norm
-        lower, upper = self._divided(middle - spread, middle + spread)
+        lower, upper = self._divided(lower, upper)
         return torch.maximum(lower, -cap), torch.minimum(upper, cap)
 
     def hull(self, row: int, local: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds (N,) of the attention's part of one mention, less b."""
         products = local @ self.values[row].T
         lower, upper = products.amin(dim=1), products.amax(dim=1)
-        return self[row]._divided(lower, upper)
+        return self._divided(lower, upper, row)
 
-    def __getitem__(self, row: int) -> _MentionBounds:
-        return _MentionBounds(
-            self.values[row],
-            self.centre[row],
-            self.radius[row],
-            self.largest[row],
-            self.smallest[row],
-            self.size,
-            self.eps,
-        )
-
-    def _divided(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        by_small, by_large = self._scale(self.smallest), self._scale(self.largest)
+    def _divided(self, lower: Tensor, upper: Tensor, rows: int | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        by_small, by_large = self._scale(self.smallest[rows]), self._scale(self.largest[rows])
         return (
             torch.where(lower < 0, lower * by_small, lower * by_large),
             torch.where(upper > 0, upper * by_small, upper * by_large),
         )
+
+
+def _balls(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Centres (M, count, d) and radii (M, count) of balls that hold each of M sets of points (M, L, d).
+
+    The points nearest to each of `count` of them that are far apart (each the farthest from those before) make a ball
+    around their mean. Padding and function words lie close together, so that a few small balls hold them.
+    """
+    every = torch.arange(len(points), device=points.device)
+    distances = torch.cdist(points, points)
+    picked = [(points - points.mean(dim=1, keepdim=True)).norm(dim=-1).argmin(dim=1)]
+    nearest = distances[every, picked[0]]
+    for _ in range(count - 1):
+        picked.append(nearest.argmax(dim=1))
+        nearest = torch.minimum(nearest, distances[every, picked[-1]])
+    to_picked = distances.gather(1, torch.stack(picked, dim=1).unsqueeze(-1).expand(-1, -1, points.shape[1]))
+    member = torch.nn.functional.one_hot(to_picked.argmin(dim=1), count).to(points.dtype)
+    centres = member.transpose(1, 2) @ points / member.sum(dim=1).clamp(min=1).unsqueeze(-1)
+    radii = ((points.unsqueeze(2) - centres.unsqueeze(1)).norm(dim=-1) * member).amax(dim=1)
+    # An empty ball, of points that are all the same, must not lower a bound: it repeats the first.
+    empty = member.sum(dim=1) == 0
+    return torch.where(empty.unsqueeze(-1), centres[:, :1], centres), torch.where(empty, radii[:, :1], radii)
 
 
 def _hull_distance(points: Tensor, steps: int = 200) -> Tensor:
@@ -308,7 +320,7 @@ class Searcher:
     def _cheap(
         self, mentions: MentionFeatures, bounds: _MentionBounds, start: int, stop: int, lower: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For a block, of shape (M, rows): scores without the attention's part, and the ball's bounds of the total."""
+        """For a block, of shape (M, rows): scores without the attention's part, and the balls' bounds of the total."""
         device = mentions.tensors["text_embed"].device
         shape = (len(mentions), stop - start)
         base, high = torch.empty(shape, device=device), torch.empty(shape, device=device)
