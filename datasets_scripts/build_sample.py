@@ -65,6 +65,7 @@ class Package:
     sha256: str
     licence: str
     role: str
+    project: str
 
     @property
     def filename(self) -> str:
@@ -80,6 +81,7 @@ PACKAGES = {
             "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
             "Apache-2.0",
             "emoji drawn by Google (Noto Emoji)",
+            "https://github.com/googlefonts/noto-emoji",
         ),
         Package(
             "@iconify-json/twemoji",
@@ -87,6 +89,7 @@ PACKAGES = {
             "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
             "CC-BY-4.0",
             "emoji and flags drawn by Twitter, Inc. and other contributors (Twemoji)",
+            "https://github.com/jdecked/twemoji",
         ),
         Package(
             "@iconify-json/fluent-emoji-flat",
@@ -94,6 +97,7 @@ PACKAGES = {
             "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
             "MIT",
             "emoji drawn by Microsoft Corporation (Fluent Emoji)",
+            "https://github.com/microsoft/fluentui-emoji",
         ),
         Package(
             "flag-icons",
@@ -101,6 +105,7 @@ PACKAGES = {
             "c0b80bf0e08006a60f56621d6bc49f8c7131f4d1fef6737a165a673431f4b518",
             "MIT",
             "flags drawn by Panayiotis Lipiridis and contributors; names of countries",
+            "https://github.com/lipis/flag-icons",
         ),
         Package(
             "@iconify-json/circle-flags",
@@ -108,6 +113,7 @@ PACKAGES = {
             "ee9a03f6a6fdd79cc6325bdcb7bb93b83d331e60b16e226188f154a64b6bb4a9",
             "MIT",
             "round flags of countries and regions drawn by HatScripts",
+            "https://github.com/HatScripts/circle-flags",
         ),
         Package(
             "simple-icons",
@@ -115,6 +121,7 @@ PACKAGES = {
             "cd9faf0e6faa8a8fdd15e9632ab4c86fcae4b986fe552b87673149847f2f671d",
             "CC0-1.0",
             "one-colour brand logos collected by Simple Icons; names and colours of brands",
+            "https://github.com/simple-icons/simple-icons",
         ),
         Package(
             "@iconify-json/logos",
@@ -122,6 +129,7 @@ PACKAGES = {
             "1e8907c088bbf02eab8ee1b28f37e68ef22c380f2fb579ff99736b8ce5abf13a",
             "CC0-1.0",
             "brand logos collected by Gil Barbara (SVG Logos)",
+            "https://github.com/gilbarbara/logos",
         ),
         Package(
             "@iconify-json/devicon",
@@ -129,6 +137,7 @@ PACKAGES = {
             "5b5469af72fbe9aecb3b3c941931af967d0901a8deeff7c48ff4a3f0af2dde0c",
             "MIT",
             "logos of programming languages and tools collected by konpa (Devicon)",
+            "https://github.com/devicons/devicon",
         ),
         Package(
             "@iconify-json/game-icons",
@@ -136,6 +145,7 @@ PACKAGES = {
             "f5758efb34d91c4f50b941f355f16ee73938625e5996fabc25171288404460a4",
             "CC-BY-3.0",
             "pictograms drawn by Lorc, Delapouite and contributors (Game-icons.net)",
+            "https://github.com/game-icons/icons",
         ),
         Package(
             "unicode-emoji-json",
@@ -143,6 +153,7 @@ PACKAGES = {
             "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401",
             "MIT",
             "names of emoji",
+            "https://github.com/muan/unicode-emoji-json",
         ),
         Package(
             "cldr-subdivisions-full",
@@ -150,6 +161,7 @@ PACKAGES = {
             "558fef1e523e21c2bff7ebf4ff6c7686e4e8594df82ac2cd94a71935662596cd",
             "Unicode-3.0",
             "names of regions",
+            "https://github.com/unicode-org/cldr-json",
         ),
     )
 }
@@ -708,8 +720,8 @@ def entity_rows(entities: Sequence[Entity]) -> Iterator[dict[str, Any]]:
     for entity in tqdm(entities, desc="entities", unit="entity"):
         stem = re.sub(r"[^a-z0-9]+", "-", entity.id)
         images = [
-            {"bytes": encode(catalogue_picture(drawing), 75), "path": f"{stem}-{number}.webp"}
-            for number, drawing in enumerate(entity.kb_drawings)
+            {"bytes": encode(catalogue_picture(drawing), 75), "path": f"{stem}.{short_name(drawing.package)}.webp"}
+            for drawing in entity.kb_drawings
         ]
         yield {
             "id": entity.id,
@@ -819,7 +831,9 @@ def card(entities: Sequence[Entity], splits: dict[str, list[dict[str, Any]]], se
         counts=counts,
         unseen=unseen,
         shown=len(drawn),
-        packages="\n".join(f"| {p.name} | {p.version} | {p.licence} | {p.role} |" for p in PACKAGES.values()),
+        packages="\n".join(
+            f"| {p.name} | {p.version} | {p.licence} | [{p.role}]({p.project}) |" for p in PACKAGES.values()
+        ),
         python=platform.python_version(),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         seed=seed,

@@ -155,6 +155,12 @@ class TestShippedData:
         )
         assert set(kb["qid"]) == {None}
         assert all(1 <= len(images) <= build_sample.KB_PICTURES for images in kb["images"])
+        packages = {name.removeprefix("@iconify-json/") for name in build_sample.PACKAGES}
+        for images in kb["images"]:
+            # A picture's name tells whose drawing it is, and no two are by the same hand.
+            sources = [image["path"].split(".")[-2] for image in images]
+            assert len(sources) == len(set(sources))
+            assert set(sources) <= packages
 
     def test_card(self, mentions: DatasetDict, kb: Dataset) -> None:
         card = DatasetCard.load(SAMPLE / "README.md")
@@ -401,7 +407,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, published in build_sample.PACKAGES.items():
         path = tmp_path / published.filename
         digest = archive(path, {"package.json": {"license": published.licence}, **content[name]})
-        made[name] = Package(name, published.version, digest, published.licence, published.role)
+        made[name] = Package(name, published.version, digest, published.licence, published.role, published.project)
     monkeypatch.setattr(build_sample, "PACKAGES", made)
     return tmp_path
 
@@ -473,7 +479,7 @@ class TestPackages:
 
     def test_another_licence_is_refused(self, packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         old = build_sample.PACKAGES["flag-icons"]
-        changed = Package(old.name, old.version, old.sha256, "GPL-3.0", old.role)
+        changed = Package(old.name, old.version, old.sha256, "GPL-3.0", old.role, old.project)
         monkeypatch.setitem(build_sample.PACKAGES, "flag-icons", changed)
         with pytest.raises(SampleError, match="is under MIT, not under GPL"):
             PackageStore(packages)
