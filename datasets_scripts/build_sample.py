@@ -837,7 +837,6 @@ def card(entities: Sequence[Entity], splits: dict[str, list[dict[str, Any]]], se
         python=platform.python_version(),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         seed=seed,
-        **{f"{split}_rows": len(rows) for split, rows in splits.items()},
     )
 
 

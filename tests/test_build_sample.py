@@ -167,8 +167,10 @@ class TestShippedData:
         data = card.data.to_dict()
         assert data["language"] == ["en"]
         assert {config["config_name"] for config in data["configs"]} == {"mentions", "entities"}
-        counts = {split["name"]: split["num_examples"] for config in data["dataset_info"] for split in config["splits"]}
-        assert counts == {name: len(split) for name, split in mentions.items()} | {"kb": len(kb)}
+        for name, split in mentions.items():
+            kinds = Counter(split["kind"])
+            assert f"| {name} | {len(split):,} | {kinds['words']:,} | {kinds['picture']:,} |" in card.text
+        assert f"The knowledge base has {len(kb):,} entities" in card.text
         for package in build_sample.PACKAGES.values():
             assert f"| {package.name} | {package.version} | {package.licence} |" in card.text
         used = {drawing for split in mentions.values() for drawing in split["drawing"]} - {None}
