@@ -1270,7 +1270,7 @@ def _wrong_part(manifest: Mapping[str, Any]) -> str | None:
     model, shards = manifest.get("model"), manifest.get("shards")
     if not isinstance(manifest.get("generation"), int):
         return "generation"
-    if manifest.get("dtype") not in _DTYPES:
+    if manifest.get("dtype") not in list(_DTYPES):
         return "dtype"
     if (
         not isinstance(model, dict)
