@@ -211,8 +211,9 @@ def test_scores_a_thousand_times_as_large(part: str):
     case = make_case(clusters=30)
     encoded, mask = random_encoded(case.model.config, ENTITIES, 1, 30)
     mention, mention_mask = random_encoded(case.model.config, MENTIONS, 2, 30)
+    norm: Any = case.model.matcher.get_submodule(part)
     with torch.no_grad():
-        case.model.matcher.get_submodule(part).weight.mul_(1000)
+        norm.weight.mul_(1000)
     index = index_of(case.model, encoded, mask)
     mentions = mention_features(case.model, mention, mention_mask)
     certified = index.search(mentions, 10)
@@ -386,7 +387,8 @@ def test_what_is_refused():
     for k in (0, -1, 1.5, "3", None, True):
         with pytest.raises(ValueError, match="`top_k` must be a positive integer"):
             index.search(mentions, k)  # type: ignore[arg-type]
-    assert index.search(mentions, np.int64(2)).scores.shape == (3, 2)
+    two: Any = np.int64(2)
+    assert index.search(mentions, two).scores.shape == (3, 2)
     index.remove([f"e{row}" for row in range(ENTITIES)])
     for answer in (lambda: index.search(mentions), lambda: index.rank(mentions, ["e1"] * 3)):
         with pytest.raises(ValueError, match="no entities"):
