@@ -22,7 +22,7 @@ from .configuration_mimic import _HUB_KWARGS, MimicConfig
 # decode; `None` where there is none.
 ImageInput = Image.Image | str | os.PathLike[str] | bytes | Mapping[str, Any] | None
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "MPO", "AVIF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 _MAX_PIXELS = 90_000_000
 _MAX_DOWNLOAD_BYTES = 64 * 2**20
 _DOWNLOAD_SECONDS = 20.0
@@ -91,11 +91,17 @@ def _open(file: str | io.BytesIO, where: str) -> Image.Image:
         with warnings.catch_warnings():
             # Our own limit on pixels follows, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(file, formats=_FORMATS)
+            return Image.open(file, formats=_known_formats())
     except Image.DecompressionBombError as error:
         raise MimicImageError(f"The image {where} is too large to be read: {error}") from error
     except Exception as error:
         raise MimicImageError(f"{where} is not an image that can be read: {error}") from error
+
+
+def _known_formats() -> list[str]:
+    """Those that this Pillow reads: it takes the name of another for an error of the file's."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _download(url: str) -> bytes:
