@@ -376,7 +376,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         + f", text_max_length={config.text_max_length}."
     )
     if left_out:
-        print(f"Left out, since the published code does not use them: {', '.join(left_out)}.")
+        print(f"Left out, since no score depends on them: {', '.join(left_out)}.")
     if processor is None:
         print(f"Without a processor: {arguments.clip} has no tokenizer. Save one there with MimicProcessor.")
 
