@@ -342,6 +342,7 @@ class EntityIndex:
         self._directory = directory
         self._read_only = False
         self._first_stage: FirstStage | None = None
+        self._memory = 0
         with torch.no_grad():
             self._mention_layout = _mention_layout(matcher)
 
@@ -557,6 +558,18 @@ class EntityIndex:
         total, text, image, cross_modal = arrays
         return SearchResult(ids, total, text, image, cross_modal, searcher.stats)
 
+    def keep_in_memory(self, max_bytes: int) -> None:
+        """Lets searches keep what they have read of the index, converted to float32, for those that follow.
+
+        An entity takes 5.2 kB at the published sizes. Answers are the same, and come sooner where mentions come one by
+        one; the pipeline does this. With 0, the default of an index, memory does not grow with the number of entities.
+
+        Args:
+            max_bytes: the most that is kept; of a larger index, the first part.
+        """
+        self._memory = max_bytes
+        self._store.cache_bytes = max_bytes
+
     def rank(
         self,
         mentions: MentionFeatures,
@@ -623,7 +636,8 @@ class EntityIndex:
                 yield picked, mentions[picked], progress
 
     def _searcher(self, device: torch.device) -> Searcher:
-        return Searcher(self._matcher_on(device), self._store, sub_block=1024 if device.type == "cpu" else 16384)
+        # A CPU's cache holds the tensors of some 10^5 pairs; a GPU wants more at a time.
+        return Searcher(self._matcher_on(device), self._store, sub_block=1024 if device.type == "cpu" else 8192)
 
     def _matcher_on(self, device: torch.device) -> _Matcher:
         return self._matcher.to(device)
@@ -846,6 +860,7 @@ class EntityIndex:
         if self._directory is not None:
             manifest["shards"] = [entry for _, entry in pairs]
             _publish(self._directory, manifest, store)
+        store.cache_bytes = self._memory
         self._manifest, self._store, self._first_stage = manifest, store, None
 
     # --- Save and load

@@ -286,6 +286,7 @@ class Searcher:
         # entities' vectors that the hull's bounds need weigh more.
         width = self.matcher.tglu.fc_cls.out_features
         rows = max(self.sub_block, self.block_bytes // max(16 * count, 8 * width))
+        rows -= rows % self.sub_block  # the same sub-blocks whatever the number of mentions, so that they can be kept
         for start in range(0, len(self.blocks), rows):
             yield start, min(start + rows, len(self.blocks))
 

@@ -26,6 +26,8 @@ from .card_mimic import _TableFacts
 from .modeling_mimic import EntityFeatures, MimicEncoderOutput, _Matcher
 
 _SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
+# Rows that are kept in memory together, where an index may keep any.
+_KEPT_ROWS = 8192
 # Kept in float32 whatever the rest is stored in: a few numbers an entity, made from the stored vectors.
 _EXACT = ("text_bias", "image_query_stats", "image_key_stats")
 
@@ -330,6 +332,9 @@ class _Store:
             self.starts.append(self.starts[-1] + len(shard))
         self.removed = torch.zeros(len(self), dtype=torch.bool) if removed is None else removed
         self.removed_count = int(self.removed.sum())
+        self.cache_bytes = 0
+        self._kept: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        self._kept_bytes = 0
 
     def __len__(self) -> int:
         """The number of rows, removed ones too."""
@@ -406,7 +411,24 @@ class _Store:
         return [name for name in self.shards[0].tensors if not name.endswith("_scale")]
 
     def light(self, start: int, stop: int, device: torch.device) -> dict[str, Tensor]:
-        return self._gather(slice(start, stop), [name for name in self._names if name != "text_query"], device)
+        names = [name for name in self._names if name != "text_query"]
+        number = start // _KEPT_ROWS
+        first, last = number * _KEPT_ROWS, min((number + 1) * _KEPT_ROWS, len(self))
+        if stop > last or not self._is_kept(number, names, last - first, device):
+            return self._gather(slice(start, stop), names, device)
+        return {name: tensor[start - first : stop - first] for name, tensor in self._kept[number, device].items()}
+
+    def _is_kept(self, number: int, names: Sequence[str], rows: int, device: torch.device) -> bool:
+        """Whether a part of `_KEPT_ROWS` rows is in memory; it is read into it if there is room."""
+        if (number, device) in self._kept:
+            return True
+        width = sum(self.shards[0].tensors[name][:1].numel() for name in names)
+        if self._kept_bytes + 4 * width * rows > self.cache_bytes:
+            return False
+        self._kept_bytes += 4 * width * rows
+        first = number * _KEPT_ROWS
+        self._kept[number, device] = self._gather(slice(first, first + rows), names, device)
+        return True
 
     def local(self, rows: Tensor, device: torch.device) -> Tensor:
         if not len(rows):
