@@ -206,6 +206,8 @@ class _Rows:
         self.total = len(entities) if hasattr(entities, "__len__") else None
         self._by_number = entities if self.total is not None and hasattr(entities, "__getitem__") else None
         self._iterator = None if self._by_number is not None else iter(entities)
+        # A generator can be read only once.
+        self.again = self._iterator is not entities
         self._next = 0
 
     @property
@@ -732,9 +734,15 @@ class EntityIndex:
             try:
                 done = _resumed(directory, unfinished, state, rows)
                 state = unfinished
-            except EntityIndexError:
+            except EntityIndexError as error:
                 if not overwrite:
                     raise
+                if not rows.again:
+                    (directory / _BUILD_STATE).unlink()
+                    raise EntityIndexError(
+                        f"The unfinished build in {directory} was given up, but the entities come from a generator, of "
+                        "which some were read to compare them with it. Call build again with a new generator."
+                    ) from error
                 rows = _Rows(entities)
         for shard in builder.shards(rows, done, show_progress):
             state["shards"].append(_write_shard(directory, shard))
@@ -1070,7 +1078,7 @@ class _Builder:
 
         `before` is the number of shards that an index has already.
         """
-        seen = _SeenIds([*done, *(known.shards if known else [])], known)
+        seen = _SeenIds(done, known)
         number = before + len(done)
         finished = sum(len(shard) for shard in done)
         was_training = self.model.training
@@ -1138,7 +1146,7 @@ class _Builder:
 
 
 class _SeenIds:
-    """Refuses an id that was there before; keeps 8 bytes for each."""
+    """Refuses an id that was there before, in shards and in a store; keeps 8 bytes for each."""
 
     def __init__(self, shards: Sequence[_Shard], store: _Store | None) -> None:
         self._shards, self._store = list(shards), store
@@ -1150,14 +1158,22 @@ class _SeenIds:
                 if ids.count(entity_id) > 1:
                     raise ValueError(_duplicate(entity_id))
         for before in self._shards:
-            places = np.searchsorted(before.hashes, shard.hashes).clip(max=len(before) - 1)
-            for hashed in np.unique(shard.hashes[before.hashes[places] == shard.hashes]):
-                for entity_id in _ids_with(shard, hashed):
-                    there = before.rows_of(entity_id, int(hashed))
-                    # In an index that is added to, an id that was removed is free again.
-                    if there and (self._store is None or self._store.row(entity_id) is not None):
-                        raise ValueError(_duplicate(entity_id))
+            for entity_id in _common_ids(before, shard):
+                raise ValueError(_duplicate(entity_id))
+        for before in self._store.shards if self._store else []:
+            for entity_id in _common_ids(before, shard):
+                # One that was removed is free again.
+                if self._store is not None and self._store.row(entity_id) is not None:
+                    raise ValueError(_duplicate(entity_id))
         self._shards.append(shard)
+
+
+def _common_ids(one: _Shard, other: _Shard) -> Iterator[str]:
+    places = np.searchsorted(one.hashes, other.hashes).clip(max=len(one) - 1)
+    for hashed in np.unique(other.hashes[one.hashes[places] == other.hashes]):
+        for entity_id in _ids_with(other, hashed):
+            if one.rows_of(entity_id, int(hashed)):
+                yield entity_id
 
 
 def _ids_with(shard: _Shard, hashed: Any) -> list[str]:
