@@ -13,7 +13,7 @@ import re
 import secrets
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -704,7 +704,7 @@ class EntityIndex:
             "removed": None,
         }
         if output_dir is None:
-            shards = list(builder.shards(_Rows(entities), [], show_progress))
+            shards = list(builder.shards(_Rows(entities), show_progress))
             if not shards:
                 raise EntityIndexError("The knowledge base is empty: there is nothing to build an index of.")
             return cls(_copy_of(model.matcher, model.config), manifest, _Store(shards))
@@ -744,14 +744,17 @@ class EntityIndex:
                         "which some were read to compare them with it. Call build again with a new generator."
                     ) from error
                 rows = _Rows(entities)
-        for shard in builder.shards(rows, done, show_progress):
+
+        def written(shard: _Shard) -> _Shard:
             state["shards"].append(_write_shard(directory, shard))
             _write_json(directory / _BUILD_STATE, state)
-        if not state["shards"]:
+            return _read_shard(directory, state["shards"][-1])
+
+        shards = [*done, *builder.shards(rows, show_progress, written, done)]
+        if not shards:
             raise EntityIndexError("The knowledge base is empty: there is nothing to build an index of.")
         manifest |= {"build": state["build"], "shards": state["shards"], "generation": _next_generation(directory)}
-        store = _Store([_read_shard(directory, entry) for entry in manifest["shards"]])
-        _publish(directory, manifest, store, model.matcher)
+        _publish(directory, manifest, _Store(shards), model.matcher)
 
     # --- Change
 
@@ -791,13 +794,17 @@ class EntityIndex:
         self.check_model(model)
         builder = _Builder(model, processor, self.dtype, batch_size, num_workers, on_image_error, _SHARD_ENTITIES)
         with self._changing():
-            known, before = None if replace else self._store, len(self._store.shards)
-            new, removed = [], self._store.removed.clone()
-            for shard in builder.shards(_Rows(entities), [], show_progress, before, known):
+            new: list[tuple[_Shard, dict[str, Any] | None]] = []
+            removed = self._store.removed.clone()
+
+            def written(shard: _Shard) -> _Shard:
+                # At once, so that memory stays bounded; the index knows of them only when all are there.
+                new.append(self._written(shard))
+                return new[-1][0]
+
+            for shard in builder.shards(_Rows(entities), show_progress, written, index=self._store, replace=replace):
                 if replace:
                     removed[self._required_rows(record["id"] for record in shard.table)] = True
-                # Written at once, so that memory stays bounded; the index knows them only once all are.
-                new.append(self._written(shard))
             if new:
                 removed = torch.cat([removed, torch.zeros(sum(len(s) for s, _ in new), dtype=torch.bool)])
                 self._commit(self._pairs() + new, removed)
@@ -1069,17 +1076,22 @@ class _Builder:
     def shards(
         self,
         rows: _Rows,
-        done: Sequence[_Shard],
         show_progress: bool,
-        before: int = 0,
-        known: _Store | None = None,
+        keep: Callable[[_Shard], _Shard] = lambda shard: shard,
+        done: Sequence[_Shard] = (),
+        index: _Store | None = None,
+        replace: bool = False,
     ) -> Iterator[_Shard]:
-        """Encodes the rest of the rows, a shard at a time; ids of `done` and `known` must not come again.
+        """Encodes the rest of the rows, a shard at a time.
 
-        `before` is the number of shards that an index has already.
+        Args:
+            keep: stores a shard, and gives it as it is stored; the one in memory is let go.
+            done: shards of the rows before, whose ids must not come again.
+            index: what the shards are to be added to; its ids must not come again either, unless they are to be
+                replaced.
         """
-        seen = _SeenIds(done, known)
-        number = before + len(done)
+        seen = _SeenIds(done, None if replace else index)
+        number = len(done) + (len(index.shards) if index else 0)
         finished = sum(len(shard) for shard in done)
         was_training = self.model.training
         self.model.eval()
@@ -1089,7 +1101,9 @@ class _Builder:
         try:
             with progress:
                 while shard := self._shard(rows, _new_name(number), progress):
-                    seen.add(shard)
+                    seen.check(shard)
+                    shard = keep(shard)
+                    seen.shards.append(shard)
                     number += 1
                     yield shard
         finally:
@@ -1146,18 +1160,18 @@ class _Builder:
 
 
 class _SeenIds:
-    """Refuses an id that was there before, in shards and in a store; keeps 8 bytes for each."""
+    """Refuses an id that was there before, in shards or in a store."""
 
     def __init__(self, shards: Sequence[_Shard], store: _Store | None) -> None:
-        self._shards, self._store = list(shards), store
+        self.shards, self._store = list(shards), store
 
-    def add(self, shard: _Shard) -> None:
+    def check(self, shard: _Shard) -> None:
         for hashed in np.unique(shard.hashes[1:][shard.hashes[1:] == shard.hashes[:-1]]):
             ids = _ids_with(shard, hashed)
             for entity_id in ids:
                 if ids.count(entity_id) > 1:
                     raise ValueError(_duplicate(entity_id))
-        for before in self._shards:
+        for before in self.shards:
             for entity_id in _common_ids(before, shard):
                 raise ValueError(_duplicate(entity_id))
         for before in self._store.shards if self._store else []:
@@ -1165,7 +1179,6 @@ class _SeenIds:
                 # One that was removed is free again.
                 if self._store is not None and self._store.row(entity_id) is not None:
                     raise ValueError(_duplicate(entity_id))
-        self._shards.append(shard)
 
 
 def _common_ids(one: _Shard, other: _Shard) -> Iterator[str]:
