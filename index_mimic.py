@@ -200,9 +200,7 @@ class _Rows:
     def __init__(self, entities: Any) -> None:
         if isinstance(entities, Mapping):
             raise ValueError("A knowledge base is a list or data set of records with `id`, not a single dict.")
-        features = getattr(entities, "features", None)
-        if features is not None and "images" in features and hasattr(entities, "cast_column"):
-            entities = _undecoded(entities, features)
+        entities = _undecoded(entities, "images")
         self.total = len(entities) if hasattr(entities, "__len__") else None
         self._by_number = entities if self.total is not None and hasattr(entities, "__getitem__") else None
         self._iterator = None if self._by_number is not None else iter(entities)
@@ -251,17 +249,17 @@ class _Span:
         return self.records[self.start + row]
 
 
-def _undecoded(dataset: Any, features: Any) -> Any:
-    """The data set with its images as bytes: they are decoded by our own reader, with its limits."""
-    image = getattr(features["images"], "feature", features["images"])
+def _undecoded(dataset: Any, column: str) -> Any:
+    """A data set with its pictures as bytes: they are decoded by our own reader, with its limits."""
+    features = getattr(dataset, "features", None)
+    if features is None or column not in features or not hasattr(dataset, "cast_column"):
+        return dataset
+    wrapped = features[column]
+    image = getattr(wrapped, "feature", wrapped)
     if type(image).__name__ != "Image":
         return dataset
     plain = type(image)(decode=False)
-    wrapped = features["images"]
-    if hasattr(wrapped, "feature"):
-        wrapped = dataclasses.replace(wrapped, feature=plain)
-        return dataset.cast_column("images", wrapped)
-    return dataset.cast_column("images", plain)
+    return dataset.cast_column(column, plain if wrapped is image else dataclasses.replace(wrapped, feature=plain))
 
 
 class _Collate:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import Pipeline
 
 from .configuration_mimic import _PIPELINE_TASK, MimicConfig
-from .index_mimic import EntityIndex, EntityIndexError
+from .index_mimic import EntityIndex, EntityIndexError, _undecoded
 from .modeling_mimic import MimicModel
 from .processing_mimic import ImageInput, MimicProcessor
 
@@ -160,6 +160,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, list | tuple):
             return super().__call__(list(inputs), **kwargs) if inputs else []
+        inputs = _undecoded(inputs, "image")
         if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") and not isinstance(inputs, str | bytes):
             inputs = _Mentions(inputs)
         elif hasattr(inputs, "__iter__") and not isinstance(inputs, str | bytes | Generator):
