@@ -254,7 +254,7 @@ def _parts(mention: Any) -> tuple[str, str, ImageInput]:
             'A mention must be a dict such as {"mention": "Orange", "text": "Orange opened a shop.", "image": '
             f'"photo.png"}}; got {type(mention).__name__}.'
         )
-    text = mention.get("sentence") if mention.get("text") is None else mention["text"]
+    text: Any = mention.get("sentence") if mention.get("text") is None else mention["text"]
     for name, value in (("mention", mention.get("mention")), ("text", text)):
         if not isinstance(value, str):
             problem = "is missing" if value is None else f"must be a string, got {type(value).__name__}"
