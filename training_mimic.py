@@ -784,7 +784,9 @@ class MimicTrainer(Trainer):
         args = self.args
         token = token or args.hub_token
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:
+                args.hub_private_repo = private
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -798,7 +800,11 @@ class MimicTrainer(Trainer):
                 index = EntityIndex.from_pretrained(output_dir / INDEX_FOLDER)
                 config.default_index = f"{repo_id}-index"
                 index.push_to_hub(
-                    config.default_index, token=token, private=args.hub_private_repo if private is None else private
+                    config.default_index,
+                    token=token,
+                    private=args.hub_private_repo if private is None else private,
+                    model_id=repo_id,
+                    source=self.run.dataset_id,
                 )
                 config.save_pretrained(output_dir)
             self.create_model_card(model_name=kwargs.get("model_name") or repo_id)

@@ -21,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith(HUB_VARIABLES)]:
         del os.environ[name]
     os.environ.update(hub.env())
+    import mimic_el
+
+    # pytest would import the repository's root, a package, a second time under its folder's name, and what that second
+    # copy registers with transformers would take the place of the first.
+    sys.modules.setdefault(Path(__file__).parent.parent.name, mimic_el)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
