@@ -18,11 +18,11 @@ demo: $(STAMP)
 	$(BIN)/python -m mimic_el.demo
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 # The tests with the oldest versions that pyproject.toml allows.
 compat: $(COMPAT)/.installed
-	$(COMPAT)/bin/python -m pytest
+	$(COMPAT)/bin/python -m pytest --numprocesses 2
 
 $(COMPAT)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(COMPAT)

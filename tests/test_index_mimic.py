@@ -270,8 +270,7 @@ def test_worker_processes_give_the_same_index(
     assert len(said) == 2, "a warning comes back from a worker too"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_read(workers: int, linker: Linker, kb: list[dict[str, Any]], tmp_path: Path):
+def test_a_picture_that_cannot_be_read(linker: Linker, kb: list[dict[str, Any]], tmp_path: Path):
     path = tmp_path / "missing.png"
     broken = [{**kb[0], "images": []}, {**kb[1], "images": [str(path)]}]
     with pytest.warns(UserWarning, match=f"Entity 'e1': There is no image file {path}. It is encoded without"):
@@ -280,7 +279,7 @@ def test_a_picture_that_cannot_be_read(workers: int, linker: Linker, kb: list[di
     stored = index._store.shards[0].tensors
     assert all(torch.equal(stored[name], tensor) for name, tensor in plain._store.shards[0].tensors.items())
     with pytest.raises(MimicImageError, match=f"Entity 'e1': There is no image file {path}"):
-        build(linker, broken, on_image_error="raise", num_workers=workers)
+        build(linker, broken, on_image_error="raise")
 
 
 def test_progress(linker: Linker, kb: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]):
