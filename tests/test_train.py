@@ -540,7 +540,9 @@ def test_mentions_without_entity_are_counted_and_named(tmp_path: Path, caplog: p
         train.main([*command, "--overwrite_output_dir", "--missing_answers", "error"])
 
 
-def test_streaming_trains_on_the_same_mentions(data_dir: Path, tmp_path: Path) -> None:
+def test_streaming_trains_on_the_same_mentions(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the end of each pass over a shuffled stream `datasets` waits five seconds for its own threads.
+    monkeypatch.setattr("datasets.iterable_dataset.time.sleep", lambda seconds: None)
     _, data_args, args = train.parse_args(
         [write_config(tmp_path / "toy.yaml", dataset_name=str(data_dir), streaming=True, **FROM_SCRATCH, **QUICK)]
     )
