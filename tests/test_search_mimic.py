@@ -173,6 +173,27 @@ def test_constant_scores(exact: str, monkeypatch: pytest.MonkeyPatch):
     assert ranks.tolist() == [150.5] * 5, "a constant score earns the middle of the list"
 
 
+@pytest.mark.parametrize("repeat", [1, 30])
+def test_bounds_that_are_tight(repeat: int):
+    """Of a mention with one token the bounds are the score itself, but for rounding: equals are at the very edge."""
+    model = tiny_model(mask_text_padding=True)
+    index = index_of(model, *random_encoded(model.config, 300 // repeat, 1), repeat=repeat)
+    encoded, mask = random_encoded(model.config, MENTIONS, 2)
+    mask[:, 1:] = False
+    mentions = mention_features(model, encoded, mask)
+    certified = index.search(mentions, 40)
+    exhaustive = index.search(mentions, 40, exact="exhaustive")
+    assert certified.entity_ids == exhaustive.entity_ids
+    number = len(index) // repeat
+    for row in certified.entity_ids:
+        places = [int(entity_id[1:]) for entity_id in row]
+        copies = [place for place in places if place % number == places[0] % number]
+        assert copies == sorted(copies)
+    answers = [f"e{3 * row}" for row in range(MENTIONS)]
+    ranks = index.rank(mentions, answers).ranks
+    np.testing.assert_array_equal(ranks, index.rank(mentions, answers, exact="exhaustive").ranks)
+
+
 def test_a_pair_scores_the_same_in_any_company():
     """What decides ties must not depend on which other pairs are scored in the same call."""
     case = make_case()
