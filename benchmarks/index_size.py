@@ -13,7 +13,7 @@ from bench_data import built_index, machine, mention_features, parser, trained_m
 
 OPEN = """
 import resource, sys, time
-
+from mimic_el import EntityIndex
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
 index = EntityIndex.from_pretrained(sys.argv[1])

@@ -133,7 +133,10 @@ def options_of(script: Path) -> set[str]:
     if script == ROOT / "train.py":
         parser = HfArgumentParser((train.ModelArguments, train.DataArguments, MimicTrainingArguments))  # type: ignore[arg-type]
         return {option for action in parser._actions for option in action.option_strings}
-    named = set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
+    sources = [script]
+    if script.parent == ROOT / "benchmarks":
+        sources.append(script.parent / "bench_data.py")  # has the options that all benchmarks share
+    named = {name for path in sources for name in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
     return named | {f"--no-{name[2:]}" for name in named} | {"--help"}
 
 
