@@ -385,13 +385,14 @@ def test_memory_grows_with_the_block_and_not_with_the_knowledge_base(tmp_path: P
         index.search(mentions[:1], 3)
         for count in (1, 16):
             some = mentions[:count]
-            peaks.append(peak_memory(lambda: index.search(some, 3)))  # noqa: B023
-            peaks.append(peak_memory(lambda: index.rank(some, answers[:count])))  # noqa: B023
+            # The least of a few runs: what the allocator happens to keep only ever adds.
+            peaks.append(min(peak_memory(lambda: index.search(some, 3)) for _ in range(4)))  # noqa: B023
+            peaks.append(min(peak_memory(lambda: index.rank(some, answers[:count])) for _ in range(4)))  # noqa: B023
     small, large = np.array(peaks).reshape(2, 4)
     assert large.min() > 0, "nothing was measured"
     # 30,000 entities more have 12 MB of features, and with 16 mentions 2 MB of each kind of scores.
-    assert (large <= small + 6 * block).all(), (small, large)
-    assert large.max() <= 16 * block, large
+    assert (large <= small + 2 * block).all(), (small, large)
+    assert large.max() <= 8 * block, large
 
 
 # --- What is refused
