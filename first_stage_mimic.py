@@ -58,18 +58,18 @@ class FirstStage:
         lists = max(1, int(4 * count**0.5))
         factory = factory or ("Flat" if count < _FLAT_BELOW else f"IVF{lists},SQ8")
         device = torch.device("cpu")
-        width = first_stage_vectors(store._gather(slice(0, 1), _NAMES, device)).shape[1]
+        width = first_stage_vectors(store.gather(slice(0, 1), _NAMES, device)).shape[1]
         try:
             index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
             raise ValueError(f"faiss does not know the index {factory!r}: {error}") from error
         if not index.is_trained:
             sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 40 * lists].sort().values
-            index.train(first_stage_vectors(store._gather(sample, _NAMES, device)))
+            index.train(first_stage_vectors(store.gather(sample, _NAMES, device)))
         with tqdm(total=count, desc="First stage", unit=" entities", disable=not show_progress) as progress:
             for start in range(0, count, _BLOCK):
                 stop = min(start + _BLOCK, count)
-                index.add(first_stage_vectors(store._gather(slice(start, stop), _NAMES, device)))
+                index.add(first_stage_vectors(store.gather(slice(start, stop), _NAMES, device)))
                 progress.update(stop - start)
         return cls(index)
 

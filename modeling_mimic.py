@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 # terms, the pair is computed again without the expansion (see `_DualUnit`); above it, errors grow tenfold at most.
 _CANCELLATION = 0.1
 _PAIRS_AT_ONCE = 2**15
-_SCORE_BLOCK_BYTES = 256 * 2**20
+# What a CPU's cache holds is twice as fast as what it does not; a GPU wants more at a time.
+_SCORE_BLOCK_BYTES, _SCORE_BLOCK_BYTES_GPU = 16 * 2**20, 256 * 2**20
+_SCORE_BLOCK_MENTIONS = 32
 
 
 @dataclass
@@ -230,18 +232,29 @@ class _TextUnit(nn.Module):
         local = self.local_score(mention, entity, self.attention(mention, entity))
         return (self.global_score(mention, entity) + local) / 2
 
-    def score_pairs(self, mention: dict[str, Tensor], entity: dict[str, Tensor]) -> Tensor:
-        """Scores of aligned pairs, of shape (pairs,)."""
-        logits = _wide(entity["text_query"]) @ _wide(mention["text_key"]).transpose(1, 2)
+    def local_pairs(self, mention: dict[str, Tensor], entity: dict[str, Tensor]) -> Tensor:
+        """`<e, LN(c)>` of each of G mentions with W entities of its own, (G, W); the entities' tensors are (G, W, ...).
+
+        A mention's keys serve all of its entities: copying them for each pair would take longer than the attention.
+        """
+        queries, keys = _wide(entity["text_query"]), _wide(mention["text_key"])
+        logits = queries.flatten(1, 2) @ keys.transpose(1, 2)
         if self.mask_padding:
             logits = logits.masked_fill(~mention["text_mask"].unsqueeze(1), -torch.inf)
-            query_mask = entity["text_mask"].to(logits.dtype).unsqueeze(-1)
-            attention = (logits.softmax(dim=-1) * query_mask).sum(dim=1) / query_mask.sum(dim=1)
+        weights = logits.softmax(dim=-1).unflatten(1, queries.shape[1:3])
+        if self.mask_padding:
+            query_mask = entity["text_mask"].to(weights.dtype).unsqueeze(-1)
+            attention = (weights * query_mask).sum(dim=2) / query_mask.sum(dim=2)
         else:
-            attention = logits.softmax(dim=-1).mean(dim=1)
-        context = (attention.unsqueeze(1) @ _wide(mention["text_value"])).squeeze(1)
+            attention = weights.mean(dim=2)
+        context = attention @ _wide(mention["text_value"])
         length = (context.square().mean(dim=-1) + self.layer_norm.eps).rsqrt()
-        local = _dot(context, _wide(entity["text_local"])) * length + entity["text_bias"]
+        return _dot(context, _wide(entity["text_local"])) * length + entity["text_bias"]
+
+    def score_pairs(self, mention: dict[str, Tensor], entity: dict[str, Tensor], local: Tensor | None = None) -> Tensor:
+        """Scores of aligned pairs, of shape (pairs,); `local` are their [`local_pairs`], if these are known."""
+        if local is None:
+            local = self.local_pairs(mention, {name: tensor.unsqueeze(1) for name, tensor in entity.items()})[:, 0]
         return (_dot(_wide(mention["text_embed"]), _wide(entity["text_embed"])) + local) / 2
 
 
@@ -262,7 +275,7 @@ class _DualUnit(nn.Module):
 
     # Numbers of one side, stacked in the last dimension of its "_stats".
     KEY_STATS = ("z.z", "a.a", "k.k", "a.h0", "a.k", "h0.k", "w.A")
-    QUERY_STATS = ("q.q", "a.a", "a.h0", "a.m", "h0.m", "w.A", "beta.n")
+    QUERY_STATS = ("q.q", "a.a", "a.h0", "a.m", "h0.m", "w.A", "beta.n", "most")
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
@@ -311,10 +324,18 @@ class _DualUnit(nn.Module):
         return {**vectors, "stats": self.query_stats(vectors, self._gate(projected), bias)}
 
     def query_stats(self, vectors: dict[str, Tensor], gate: Tensor, bias: Tensor) -> Tensor:
-        """The numbers of `QUERY_STATS` for given vectors, of shape (N, 7); `gate` is w . A_q, `bias` beta_b . n."""
+        """The numbers of `QUERY_STATS` for given vectors, of shape (N, 8); `gate` is w . A_q, `bias` beta_b . n."""
         q, a, m = (_wide(vectors[name]) for name in ("q", "a", "m"))
         h0 = _centred(self._offset(q.dtype))
-        return torch.stack([_dot(q, q), _dot(a, a), a @ h0, _dot(a, m), m @ h0, gate, bias], dim=-1)
+        numbers = [_dot(q, q), _dot(a, a), a @ h0, _dot(a, m), m @ h0, gate, bias, self.most(m, bias)]
+        return torch.stack(numbers, dim=-1)
+
+    @staticmethod
+    @torch.no_grad()
+    def most(m: Tensor, bias: Tensor) -> Tensor:
+        """The largest score that a query's vector m leaves any key, (N,): `bias` and, of a key of m's direction, |m|
+        sqrt(d)."""
+        return m.shape[-1] ** 0.5 * m.norm(dim=-1) + bias
 
     def score(self, query: dict[str, Tensor], key: dict[str, Tensor]) -> Tensor:
         """Scores of all pairs, of shape (queries, keys)."""
@@ -324,7 +345,7 @@ class _DualUnit(nn.Module):
         h0 = self._offset(q.dtype)
         h0_gate, h0_square = self._gate(h0), _centred(h0).square().sum()
         query_stats = _wide(query["stats"]).unsqueeze(1).unbind(-1)
-        q_q, query_aa, query_ah, query_am, h0_m, query_gate, bias = query_stats
+        q_q, query_aa, query_ah, query_am, h0_m, query_gate, bias, _ = query_stats
         z_z, key_aa, k_k, key_ah, key_ak, h0_k, key_gate = _wide(key["stats"]).unbind(-1)
 
         x_terms = q_q + z_z
@@ -547,11 +568,17 @@ class _Matcher(nn.Module):
         with _full_precision(mention["text_embed"].device):
             return _output(*(unit.score(mention, entity) for unit in (self.tglu, self.vdlu, self.cmfu)))
 
-    def score_pairs(self, mentions: MentionFeatures, entities: EntityFeatures) -> MimicOutput:
-        """Scores of mention i with entity i only; the logits have the shape (pairs,)."""
+    def score_pairs(
+        self, mentions: MentionFeatures, entities: EntityFeatures, local: Tensor | None = None
+    ) -> MimicOutput:
+        """Scores of mention i with entity i only; the logits have the shape (pairs,). `local` as in the text unit."""
         mention, entity = mentions.tensors, entities.tensors
         with _full_precision(mention["text_embed"].device):
-            return _output(*(unit.score_pairs(mention, entity) for unit in (self.tglu, self.vdlu, self.cmfu)))
+            return _output(
+                self.tglu.score_pairs(mention, entity, local),
+                self.vdlu.score_pairs(mention, entity),
+                self.cmfu.score_pairs(mention, entity),
+            )
 
 
 def _output(text: Tensor, image: Tensor, cross_modal: Tensor) -> MimicOutput:
@@ -712,16 +739,15 @@ class MimicModel(MimicPreTrainedModel):
             )
         return input_ids, attention_mask, pixel_values
 
-    def score(
-        self, mentions: MentionFeatures, entities: EntityFeatures, block_bytes: int = _SCORE_BLOCK_BYTES
-    ) -> MimicOutput:
+    def score(self, mentions: MentionFeatures, entities: EntityFeatures, block_bytes: int | None = None) -> MimicOutput:
         """Scores each of M mentions against each of N entities.
 
         Args:
             mentions ([`MentionFeatures`]): from [`~MimicModel.encode_mentions`].
             entities ([`EntityFeatures`]): from [`~MimicModel.encode_entities`].
-            block_bytes (`int`): memory, in bytes, that the largest intermediate tensor may take. Pairs are scored in
-                blocks of that size, so peak memory grows with the block and the output, not with M x N x L x L.
+            block_bytes (`int`, *optional*): memory, in bytes, that the largest intermediate tensor may take; 16 MiB on
+                a CPU, 256 MiB elsewhere, unless told. Pairs are scored in blocks of that size, so peak memory grows
+                with the block and the output, not with M x N x L x L.
 
         Returns:
             [`MimicOutput`] without a loss; its tensors are float32 of shape (M, N).
@@ -734,6 +760,9 @@ class MimicModel(MimicPreTrainedModel):
                 "MimicModel.score takes MentionFeatures (from encode_mentions) and EntityFeatures (from "
                 f"encode_entities), got {type(mentions).__name__} and {type(entities).__name__}."
             )
+        if block_bytes is None:
+            on_cpu = mentions.tensors["text_key"].device.type == "cpu"
+            block_bytes = _SCORE_BLOCK_BYTES if on_cpu else _SCORE_BLOCK_BYTES_GPU
         parts = [
             [self.matcher(mentions[rows], entities[columns]) for columns in column_blocks]
             for rows, column_blocks in _pair_blocks(mentions, entities, block_bytes)
@@ -863,10 +892,11 @@ def _pair_blocks(
     """Cuts M x N pairs into blocks whose attention matrix takes at most `block_bytes` (one pair at least)."""
     per_pair = 4 * mentions.tensors["text_key"].shape[1] * entities.tensors["text_query"].shape[1]
     pairs = max(1, block_bytes // per_pair)
-    columns = min(len(entities), pairs)
-    rows = max(1, pairs // columns) if columns else 1
+    # Some mentions at a time, so that what is read of an entity serves them all.
+    columns = max(1, min(len(entities), pairs // max(1, min(len(mentions), _SCORE_BLOCK_MENTIONS))))
+    rows = max(1, pairs // columns)
     for start in range(0, len(mentions), rows):
-        yield slice(start, start + rows), [slice(i, i + columns) for i in range(0, len(entities), max(1, columns))]
+        yield slice(start, start + rows), [slice(i, i + columns) for i in range(0, len(entities), columns)]
 
 
 __all__ = ["EntityFeatures", "MentionFeatures", "MimicEncoderOutput", "MimicModel", "MimicOutput"]

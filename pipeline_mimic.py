@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .store_mimic import UnknownEntityError  # noqa: F401
 
 _BAR_FROM_ENTITIES = 500
-# Of the knowledge base, for mentions that come one by one: 200,000 entities at the published sizes.
-_MEMORY = 2**30
 
 
 class MultimodalEntityLinkingPipeline(Pipeline):
@@ -123,7 +121,6 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         if not hasattr(index, "check_model"):
             raise TypeError(f"`index` must be an EntityIndex, its directory or Hub id, got {type(index).__name__}.")
         index.check_model(self.model)
-        index.keep_in_memory(_MEMORY)
         self._index = index
 
     def _sanitize_parameters(

@@ -1,21 +1,30 @@
 """Exact search and ranking over encoded entities, without scoring every pair exactly.
 
-All of a pair's score but the attention of the text unit is dot products and a few numbers. The attention's part is
-`b + (c . w) / sqrt(|c|^2 / d + eps)` for the entity's vector w and number b, where c is a convex combination of the
-mention's centred value vectors u_1 .. u_L. So it is bounded, for all the entity's tokens may do, by
+A total score is the sum of dot products, which are cheap; of the image unit, which is not as cheap; and of the text
+unit's attention, which takes nearly all the time. Three looks leave ever fewer pairs:
 
-- a few balls that the u_j lie in: with centres z_k and radii R_k, `c . w` is at most the largest
-  `z_k . w + R_k |w|`, and the whole is at most `|w| sqrt(s) / sqrt(s / d + eps)` for the largest `s = |u_j|^2`;
-- the hull: `c . w` lies between the smallest and the largest `u_j . w`, and `|c|^2` between the squared distance of the
-  hull from the origin and the largest `|u_j|^2`.
+1. At all pairs: the dot products, the most that the image unit can give, and a coarse bound of the attention's part.
+2. At those that this leaves: the image unit, exactly, one direction after the other.
+3. At those that this leaves: a tighter bound of the attention's part.
 
-Pairs are scored exactly in the order of their upper bound, until no bound left is above the k-th best exact score. The
+What is left is scored exactly, in the order of its upper bound, until no bound is above the k-th best exact score. The
 answer is that of exhaustive scoring; only the work differs.
+
+The attention's part is `b + (c . w) / sqrt(|c|^2 / d + eps)` for the entity's vector w and number b, where c is a
+convex combination of the mention's centred value vectors u_1 .. u_L. So it is bounded, for all that the entity's tokens
+may do, by
+
+- a few balls that the u_j lie in: with centres z_k and radii R_k, `c . w` is at most the largest `z_k . w + R_k |w|`;
+- the hull: `c . w` lies between the smallest and the largest `u_j . w`;
+
+and by `|c|^2`, which lies between the squared distance of the hull from the origin and the largest `|u_j|^2`.
+
+The image unit's part, `|m| sqrt(d)` at most in each direction, comes from the length of a vector divided by its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,17 +32,38 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .modeling_mimic import EntityFeatures, MentionFeatures, MimicOutput, _Matcher, _wide
+from .modeling_mimic import EntityFeatures, MentionFeatures, MimicOutput, _DualUnit, _Matcher, _wide
 
-# Rounding differs with the shape of a matrix product. Relative to a score, bounds and block-wise scores are trusted up
-# to _SLACK; what is closer is decided by `score_pairs`, which gives a pair the same score in any company, up to _TIE.
+# Rounding differs with the shape of a matrix product. Relative to the largest terms of a mention's scores, bounds and
+# block-wise scores are trusted up to _SLACK; what is closer is decided by `score_pairs`, which gives a pair the same
+# score in any company, up to _TIE of the score.
 _SLACK = 2e-5
 _TIE = 1e-6
-_SEEDS = 16
+# Pairs of each mention from which the best k are scored exactly at first, and those that are scored before the others'
+# bounds are looked at again.
+_SEEDS = 32
+_ROUND = 16
 _BALLS = 4
-_ROUND = 32
+# Where more than this fraction of a picture's pairs are left, the image unit is cheaper for all of them at once; beside
+# few pictures, where its products have few rows, it is so later.
+_CROWDED, _FEW_CROWDED = 0.07, 0.4
+_FEW = 16
 # Where more than this fraction of a block's pairs would be scored exactly, the bound does not pay.
 _EXHAUSTIVE_FRACTION = 0.2
+# Pairs whose vectors are gathered in one go, and bytes of attention made in one go: they stay in a CPU's cache.
+_PAIRS_AT_ONCE = 2048
+_CACHE_BYTES = 16 * 2**20
+_BIAS, _MOST = (_DualUnit.QUERY_STATS.index(name) for name in ("beta.n", "most"))
+
+# Features of the attention, and those that each look needs.
+_MENTION_TOKENS = ("text_key", "text_value", "text_mask")
+_ATTENTION = ("text_query", "text_local", "text_bias", "text_mask")
+_FIRST_LOOK = ("text_embed", "cross_modal", "text_local", "text_bias", "image_query_stats")
+_QUERY = tuple(f"image_query_{name}" for name in ("q", "a", "m", "stats"))
+_KEY = tuple(f"image_key_{name}" for name in ("z", "a", "k", "stats"))
+# Directions of the image unit: the entity's picture is the query, or the mention's is. Features of the entity's side.
+_ENT2MEN, _MEN2ENT = 0, 1
+_SIDES = (_QUERY, _KEY)
 
 
 class EntityBlocks(Protocol):
@@ -41,12 +71,8 @@ class EntityBlocks(Protocol):
 
     def __len__(self) -> int: ...
 
-    def light(self, start: int, stop: int, device: torch.device) -> dict[str, Tensor]:
-        """Features of rows `start` to `stop`, all but `text_query`."""
-        ...
-
-    def local(self, rows: Tensor, device: torch.device) -> Tensor:
-        """`text_local` of some rows."""
+    def gather(self, rows: Tensor | slice, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """Some features of some rows; names of features that there are not are passed over."""
         ...
 
     def full(self, rows: Tensor | slice, device: torch.device) -> EntityFeatures:
@@ -64,11 +90,13 @@ class SearchStats:
 
     Args:
         pairs (`int`): mention-entity pairs that the answer speaks of.
+        image_pairs (`int`): scores of the image unit that were computed; a pair has two, one of each direction.
         hull_pairs (`int`): pairs for which the tighter bound, of the hull, was computed.
         exact_pairs (`int`): pairs that were scored exactly.
     """
 
     pairs: int = 0
+    image_pairs: int = 0
     hull_pairs: int = 0
     exact_pairs: int = 0
 
@@ -78,17 +106,55 @@ class SearchStats:
         return self.exact_pairs / self.pairs if self.pairs else 0.0
 
 
+def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Features of one side of the image unit by the names that the unit has for them."""
+    return {name.removeprefix("image_query_").removeprefix("image_key_"): tensor for name, tensor in tensors.items()}
+
+
+def _rows(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Some rows of each tensor. `index_select` copies whole rows: ten times as fast as indexing."""
+    return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
+
+
+# --- Bounds -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _FirstLook:
+    """What the first look needs of N entities."""
+
+    text: Tensor  # (N, projection_dim)
+    cross_modal: Tensor  # (N, d)
+    local: Tensor  # (N, d + 1): w, and its length
+    most: Tensor  # (N,) the most that the entity's side of the image unit adds to a total
+    offset: Tensor  # (N,) that, and the attention's b
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> _FirstLook:
+        local = _wide(tensors["text_local"])
+        most = _wide(tensors["image_query_stats"][:, _MOST]) / 6
+        return cls(
+            _wide(tensors["text_embed"]),
+            _wide(tensors["cross_modal"]),
+            torch.cat([local, local.norm(dim=-1, keepdim=True)], dim=1),
+            most,
+            torch.add(most, _wide(tensors["text_bias"]), alpha=1 / 6),
+        )
+
+    def extent(self) -> Tensor:
+        """The largest size of each kind of number but the products, (3,)."""
+        return torch.stack([self.most.abs().amax(), self.offset.abs().amax(), self.local[:, -1].amax()])
+
+
 @dataclass
 class _MentionBounds:
     """What bounds the attention's part for each of M mentions."""
 
     values: Tensor  # (M, L, d) centred value vectors; of padding, repeats of a real one
-    centres: Tensor  # (M, K, d) centres of balls that hold them
-    radii: Tensor  # (M, K) and their radii
-    largest: Tensor  # (M, 1) the largest |u_j|^2
-    smallest: Tensor  # (M, 1) at most the squared distance of the hull from the origin
-    size: int
-    eps: float
+    balls: Tensor  # (K * M, d + 1) centres of K balls that hold them, and their radii; all first balls come first
+    by_small: Tensor  # (M, 1) 1 / sqrt(s / d + eps) where s is at most the squared distance of the hull from the origin
+    by_large: Tensor  # (M, 1) the same for the largest |u_j|^2
+    cap: Tensor  # (M, 1) the largest attention's part of a w of length 1
 
     @classmethod
     def of(cls, matcher: _Matcher, mentions: MentionFeatures) -> _MentionBounds:
@@ -98,41 +164,127 @@ class _MentionBounds:
             first = mask.int().argmax(dim=1)
             real = values[torch.arange(len(values), device=values.device), first].unsqueeze(1)
             values = torch.where(mask.unsqueeze(-1), values, real)
-        centres, radii = _balls(values, min(_BALLS, values.shape[1]))
+        count, size, eps = min(_BALLS, values.shape[1]), values.shape[-1], matcher.tglu.layer_norm.eps
+        balls = torch.cat(_balls(values, count), dim=2).transpose(0, 1).flatten(0, 1)
         largest = values.square().sum(dim=-1).amax(dim=1, keepdim=True)
-        norm = matcher.tglu.layer_norm
-        return cls(values, centres, radii, largest, _hull_distance(values), values.shape[-1], norm.eps)
+        by_small, by_large = ((square / size + eps).rsqrt() for square in (_hull_distance(values), largest))
+        return cls(values, balls, by_small, by_large, largest.sqrt() * by_large)
 
-    def _scale(self, square: Tensor) -> Tensor:
-        return (square / self.size + self.eps).rsqrt()
-
-    def ball(self, local: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds (M, N) of the attention's part, less b; `local` is w (N, d), `norm` |w| (N,)."""
-        lower = upper = torch.empty(0)
-        for number in range(self.radii.shape[1]):
-            middle, spread = self.centres[:, number] @ local.T, self.radii[:, number, None] * norm
-            lower = torch.minimum(lower, middle - spread) if number else middle - spread
-            upper = torch.maximum(upper, middle + spread) if number else middle + spread
-        cap = (self.largest.sqrt() * self._scale(self.largest)) * norm
-        lower, upper = self._divided(lower, upper)
-        return torch.maximum(lower, -cap), torch.minimum(upper, cap)
+    def ball(self, local: Tensor) -> Tensor:
+        """Upper bounds (M, N) of the attention's part, less b; `local` is w and its length, (N, d + 1)."""
+        upper = (self.balls @ local.T).unflatten(0, (-1, len(self.values))).amax(dim=0)
+        # The larger factor where the bound is positive, the smaller where it is negative.
+        return torch.maximum(upper * self.by_small, upper.mul_(self.by_large))
 
     def hull(self, row: int, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds (N,) of the attention's part of one mention, less b."""
+        """Lower and upper bounds (N,) of the attention's part of one mention, less b; `local` is w, (N, d)."""
         products = local @ self.values[row].T
-        lower, upper = products.amin(dim=1), products.amax(dim=1)
-        return self._divided(lower, upper, row)
+        lower, upper = products.aminmax(dim=1)
+        small, large = self.by_small[row], self.by_large[row]
+        return torch.minimum(lower * small, lower * large), torch.maximum(upper * small, upper * large)
 
-    def _divided(self, lower: Tensor, upper: Tensor, rows: int | slice = slice(None)) -> tuple[Tensor, Tensor]:
-        by_small, by_large = self._scale(self.smallest[rows]), self._scale(self.largest[rows])
-        return (
-            torch.where(lower < 0, lower * by_small, lower * by_large),
-            torch.where(upper > 0, upper * by_small, upper * by_large),
+
+@dataclass
+class _Query:
+    """M mentions, prepared for a search."""
+
+    mentions: MentionFeatures
+    text: Tensor  # (M, projection_dim) as parts of the total
+    cross_modal: Tensor  # (M, d)
+    most: Tensor  # (M, 1) the most that the mention's side of the image unit adds to a total
+    bounds: _MentionBounds
+    size: Tensor  # (M, 1) the largest terms of a score, but for what `_FirstLook.extent` says
+    images: tuple[dict[str, Tensor], dict[str, Tensor]]  # of G different pictures, what each direction needs
+    image_of: Tensor  # (M,) which of them is a mention's
+    picture_most: Tensor  # (G, 1) the most that they add to a total
+    crowded: Tensor  # (G,) whether so many of its pairs are left that the image unit is cheaper for all at once
+    first: int = -1  # the direction of the image unit that is computed first, which tells more; -1 before that is known
+
+    @classmethod
+    def of(cls, matcher: _Matcher, mentions: MentionFeatures) -> _Query:
+        tensors = mentions.tensors
+        text, cross_modal = _wide(tensors["text_embed"]) / 6, _wide(tensors["cross_modal"]) / 3
+        size = torch.ones(len(mentions), 1, device=text.device)
+        for vectors, norm in ((text, matcher.text_cls_layernorm), (cross_modal, matcher.cmfu.gate_layer_norm)):
+            # No entity's vector is longer than a layer norm's output can be; a tenth more for how it is stored.
+            longest = norm.weight.abs().amax() * norm.normalized_shape[0] ** 0.5 + norm.bias.norm()
+            size = size + 1.1 * longest * vectors.norm(dim=1, keepdim=True)
+        pictures, image_of = _different({name: tensors[name] for name in (*_KEY, *_QUERY)})
+        vector, stats = _wide(pictures["image_query_m"]), _wide(pictures["image_query_stats"])
+        # From the vectors: of features in half precision the stored number is rounded.
+        picture_most = (_DualUnit.most(vector, stats[:, _BIAS]) / 6).unsqueeze(1)
+        most = picture_most.index_select(0, image_of)
+        images = ({name: pictures[name] for name in _KEY}, {name: pictures[name] for name in _QUERY})
+        crowded = torch.zeros(len(picture_most), dtype=torch.bool, device=text.device)
+        bounds = _MentionBounds.of(matcher, mentions)
+        return cls(
+            mentions, text, cross_modal, most, bounds, size + most.abs(), images, image_of, picture_most, crowded
         )
+
+    def __len__(self) -> int:
+        return len(self.mentions)
+
+    def margin(self, extent: Tensor) -> Tensor:
+        """How far rounding may move the scores and bounds of entities of an extent, (M, 1)."""
+        most, offset, local = extent
+        return _SLACK * (self.size + most + offset + self.bounds.cap * local / 6)
+
+
+def _different(images: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Different ones of B pictures' features, and the number of each picture's, (B,): what has no picture has the same
+    blank one. Some that are equal may be told apart."""
+    stats = next(tensor for name, tensor in images.items() if name.endswith("stats"))
+    numbers, number_of = stats[:, 0].unique(return_inverse=True)
+    count, every = len(stats), torch.arange(len(stats), device=stats.device)
+    first = every.new_full((len(numbers),), count).scatter_reduce(0, number_of, every, "amin")
+    if len(first) == count:
+        return images, every
+    again = (every != first[number_of]).nonzero().squeeze(1)
+    same = torch.ones_like(again, dtype=torch.bool)
+    for tensor in images.values():
+        pair = tensor.index_select(0, again), tensor.index_select(0, first[number_of[again]])
+        same &= (pair[0] == pair[1]).all(dim=1)
+    # Those that only look the same by that number stay on their own.
+    alone = again[~same]
+    chosen = torch.cat([first, alone])
+    number_of[alone] = torch.arange(len(first), len(chosen), device=stats.device)
+    return _rows(images, chosen), number_of
+
+
+@dataclass
+class _Block:
+    """Bounds of the pairs of M mentions with rows `start` to `stop`."""
+
+    start: int
+    high: Tensor  # (M, N) upper bounds of the totals, but for the most that the mention's side of the image unit adds
+    gap: Tensor  # (M, N) what of them is the bound of the attention's c . w
+    most: Tensor  # (N,) the most that the entity's side of the image unit adds
+    known: Tensor  # (M,) whether the score of the image unit's first direction is in `high` in the place of its bound
+    margin: Tensor  # (M, 1)
+
+    @property
+    def width(self) -> int:
+        return self.high.shape[1]
+
+
+@dataclass
+class _Pairs:
+    """Some pairs of a block, in the order of mentions; each tensor has the shape (pairs,)."""
+
+    mention_rows: Tensor
+    columns: Tensor
+    lower: Tensor  # bounds of the total
+    upper: Tensor
+
+    def __getitem__(self, which: Tensor) -> _Pairs:
+        return _Pairs(self.mention_rows[which], self.columns[which], self.lower[which], self.upper[which])
+
+    def __len__(self) -> int:
+        return len(self.columns)
 
 
 def _balls(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Centres (M, count, d) and radii (M, count) of balls that hold each of M sets of points (M, L, d).
+    """Centres (M, count, d) and radii (M, count, 1) of balls that hold each of M sets of points (M, L, d).
 
     The points nearest to each of `count` of them that are far apart (each the farthest from those before) make a ball
     around their mean. Padding and function words lie close together, so that a few small balls hold them.
@@ -150,47 +302,46 @@ def _balls(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     radii = ((points.unsqueeze(2) - centres.unsqueeze(1)).norm(dim=-1) * member).amax(dim=1)
     # An empty ball, of points that are all the same, must not lower a bound: it repeats the first.
     empty = member.sum(dim=1) == 0
-    return torch.where(empty.unsqueeze(-1), centres[:, :1], centres), torch.where(empty, radii[:, :1], radii)
+    radii = torch.where(empty, radii[:, :1], radii).unsqueeze(-1)
+    return torch.where(empty.unsqueeze(-1), centres[:, :1], centres), radii
 
 
-def _hull_distance(points: Tensor, steps: int = 200) -> Tensor:
+def _hull_distance(points: Tensor, steps: int = 100) -> Tensor:
     """A lower bound (M, 1) of the squared distance of the origin from the hull of each of M sets of points (M, L, d).
 
-    Frank-Wolfe with exact steps on `min |x|^2`, x in the hull. At any x the distance squared is at least
-    `|x|^2 - gap` with the duality gap `2 <x, x - v>`, v the point with the smallest `<x, v>`; and, as any hull point's
-    dot product with x is at least `<x, v>`, it is also at least `(<x, v> / |x|)^2` where that product is positive.
+    Pairwise Frank-Wolfe with exact steps on `min |x|^2`, x in the hull: weight moves from the point with the largest
+    `<x, v>` to that with the smallest. At any x the distance squared is at least `|x|^2 - gap` with the duality gap
+    `2 <x, x - v>`, v the point with the smallest `<x, v>`; and, as any hull point's dot product with x is at least
+    `<x, v>`, it is also at least `(<x, v> / |x|)^2` where that product is positive.
     """
     gram = points @ points.transpose(1, 2)
-    weights = torch.full(points.shape[:2], 1 / points.shape[1], dtype=points.dtype, device=points.device)
-    best = torch.zeros(points.shape[0], dtype=points.dtype, device=points.device)
+    squares = gram.diagonal(dim1=1, dim2=2)
     rows = torch.arange(points.shape[0], device=points.device)
+    tiny = torch.finfo(points.dtype).tiny
+    weights = torch.zeros(points.shape[:2], dtype=points.dtype, device=points.device)
+    weights[rows, squares.argmin(dim=1)] = 1
+    best = torch.zeros(points.shape[0], dtype=points.dtype, device=points.device)
     for step in range(steps):
         products = (gram @ weights.unsqueeze(-1)).squeeze(-1)  # <x, u_j>
         square = (weights * products).sum(dim=1)
-        smallest, vertex = products.min(dim=1)
+        smallest, to = products.min(dim=1)
         gap = 2 * (square - smallest)
         positive = smallest.clamp(min=0)
-        bound = positive * (positive / square.clamp(min=torch.finfo(points.dtype).tiny))
+        bound = positive * (positive / square.clamp(min=tiny))
         best = torch.maximum(best, torch.maximum(square - gap, bound))
-        if step % 20 == 19 and bool((square - best <= 1e-3 * square + 1e-12).all()):
+        if step % 10 == 9 and bool((square - best <= 1e-3 * square + 1e-12).all()):
             break
-        # |x + t (v - x)|^2 is smallest at t = <x, x - v> / |x - v|^2.
-        distance = (square - 2 * smallest + gram[rows, vertex, vertex]).clamp(min=torch.finfo(points.dtype).tiny)
-        move = ((square - smallest) / distance).clamp(0, 1).unsqueeze(1)
-        weights = weights * (1 - move)
-        weights[rows, vertex] += move.squeeze(1)
+        largest, away = products.masked_fill(weights <= 0, -torch.inf).max(dim=1)
+        # |x + t (to - away)|^2 is smallest at t = <x, away - to> / |to - away|^2.
+        distance = squares[rows, to] + squares[rows, away] - 2 * gram[rows, to, away]
+        move = ((largest - smallest) / distance.clamp(min=tiny)).clamp(min=0).minimum(weights[rows, away])
+        weights[rows, to] += move
+        weights[rows, away] -= move
     # The sums above are rounded: keep clear of it.
-    return (best * (1 - 1e-4) - 1e-6 * gram.diagonal(dim1=1, dim2=2).amax(dim=1)).clamp(min=0).unsqueeze(1)
+    return (best * (1 - 1e-4) - 1e-6 * squares.amax(dim=1)).clamp(min=0).unsqueeze(1)
 
 
-def _base_scores(matcher: _Matcher, mention: dict[str, Tensor], entity: dict[str, Tensor]) -> Tensor:
-    """The total score (M, N) without the attention's c . w part, exactly."""
-    text = matcher.tglu.global_score(mention, entity) + entity["text_bias"]
-    return (text / 2 + matcher.vdlu.score(mention, entity) + matcher.cmfu.score(mention, entity)) / 3
-
-
-def _slack(scores: Tensor) -> Tensor:
-    return _SLACK * (1 + scores.abs())
+# --- Exact scores of given pairs ----------------------------------------------------------------------------------
 
 
 def score_pairs(
@@ -203,19 +354,73 @@ def score_pairs(
 ) -> MimicOutput:
     """Exact scores of given pairs, each tensor of shape (pairs,)."""
     device = mention_rows.device
-    length, width = mentions.tensors["text_key"].shape[1:]
-    chunk = max(1, block_bytes // (4 * length * (length + 4 * width)))
-    parts = []
-    for start in range(0, len(mention_rows), chunk):
-        picked = slice(start, start + chunk)
-        entities = blocks.full(entity_rows[picked], device)
-        parts.append(matcher.score_pairs(mentions[mention_rows[picked]], entities))
-    if not parts:
+    if not len(mention_rows):
         empty = torch.empty(0, device=device)
         return MimicOutput(logits=empty, text_logits=empty, image_logits=empty, cross_modal_logits=empty)
+    local = _local_scores(matcher, mentions, mention_rows, blocks, entity_rows, block_bytes)
+    light = {name: tensor for name, tensor in mentions.tensors.items() if name not in _MENTION_TOKENS}
+    width = sum(tensor[:1].numel() for tensor in light.values())
+    parts = []
+    for picked in torch.arange(len(mention_rows), device=device).split(max(1, block_bytes // (16 * width))):
+        entities = EntityFeatures(
+            blocks.gather(entity_rows[picked], ("text_embed", "cross_modal", *_QUERY, *_KEY), device)
+        )
+        some = MentionFeatures(_rows(light, mention_rows[picked]))
+        parts.append(matcher.score_pairs(some, entities, local[picked]))
     if len(parts) == 1:
         return parts[0]
     return MimicOutput(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _local_scores(
+    matcher: _Matcher,
+    mentions: MentionFeatures,
+    mention_rows: Tensor,
+    blocks: EntityBlocks,
+    entity_rows: Tensor,
+    block_bytes: int,
+) -> Tensor:
+    """The attention's part of given pairs, of shape (pairs,)."""
+    owners, table, valid = _grouped(mention_rows)
+    device, width = mention_rows.device, table.shape[1]
+    tensors = {name: mentions.tensors[name] for name in _MENTION_TOKENS if name in mentions.tensors}
+    length, size = tensors["text_key"].shape[1:]
+    if device.type == "cpu":
+        block_bytes = min(block_bytes, _CACHE_BYTES)
+    result = torch.empty(len(mention_rows), device=device)
+    for groups in torch.arange(len(table), device=device).split(
+        max(1, block_bytes // (4 * length * (2 * size + width * (length + 2 * size))))
+    ):
+        flat = blocks.gather(entity_rows[table[groups]].flatten(), _ATTENTION, device)
+        entity = {name: tensor.unflatten(0, (len(groups), width)) for name, tensor in flat.items()}
+        scores = matcher.tglu.local_pairs(_rows(tensors, owners[groups]), entity)
+        result[table[groups][valid[groups]]] = scores[valid[groups]].to(result.dtype)
+    return result
+
+
+def _grouped(mention_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs in groups of one mention and W pairs each.
+
+    Returns:
+        each group's mention (G,), the numbers of its pairs (G, W), and which of these are there, not only to fill it.
+    """
+    order = mention_rows.argsort(stable=True)
+    owners, counts = mention_rows[order].unique_consecutive(return_counts=True)
+    # Filling up costs as much as a pair; a mention's keys and values, copied for each group, about half as much.
+    groups_of = {width: (counts + width - 1) // width for width in (1, 2, 4, 8, 16)}
+    width = min(groups_of, key=lambda width: float(groups_of[width].sum()) * (width + 0.5))
+    groups = groups_of[width]
+    numbers = torch.arange(len(order), device=order.device)
+    numbers = numbers - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    group = (groups.cumsum(0) - groups).repeat_interleave(counts) + numbers // width
+    table = torch.zeros((int(groups.sum()), width), dtype=torch.long, device=order.device)
+    valid = torch.zeros_like(table, dtype=torch.bool)
+    table[group, numbers % width] = order
+    valid[group, numbers % width] = True
+    return owners.repeat_interleave(groups), table, valid
+
+
+# --- The search ---------------------------------------------------------------------------------------------------
 
 
 class _TopK:
@@ -241,6 +446,20 @@ class _TopK:
         self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
 
 
+class _Places:
+    """The answers of M mentions, and how many other entities are known to score above them, or as much."""
+
+    def __init__(self, answers: Tensor, gold: Tensor) -> None:
+        self.answers = answers  # (M,) rows
+        self.gold = gold  # (M, 1) their scores
+        self.above, self.equal = torch.zeros_like(answers), torch.zeros_like(answers)
+
+    def hide_answers(self, scores: Tensor, start: int) -> None:
+        """Of a block of scores (M, N) whose first row is `start`, hides those of the answers themselves."""
+        rows = ((self.answers >= start) & (self.answers < start + scores.shape[1])).nonzero().squeeze(1)
+        scores[rows, self.answers[rows] - start] = -torch.inf
+
+
 @dataclass
 class Searcher:
     """Finds the best entities, and the ranks of given ones, for blocks of mentions.
@@ -249,29 +468,53 @@ class Searcher:
         matcher: the model's matcher, in float32, on the device where the work is done.
         blocks: the entities.
         block_bytes: memory that the tensors of one block of pairs may take.
+        sub_block: rows of entities that get their first look in one go, so that its tensors stay in a CPU's cache.
     """
 
     matcher: _Matcher
     blocks: EntityBlocks
     block_bytes: int = 128 * 2**20
-    # Rows of entities whose cheap scores are made in one go: their tensors stay in a CPU's cache.
     sub_block: int = 1024
     stats: SearchStats = field(default_factory=SearchStats)
 
     def top_k(self, mentions: MentionFeatures, k: int, exhaustive: bool, advance: Callable[[int], Any]) -> _TopK:
         """The k best entities of each mention; `advance` is told of each block's number of pairs."""
-        device = mentions.tensors["text_embed"].device
-        top = _TopK(len(mentions), k, device)
-        bounds = None if exhaustive else _MentionBounds.of(self.matcher, mentions)
+        top = _TopK(len(mentions), k, mentions.tensors["text_embed"].device)
+        query = _Query.of(self.matcher, mentions)
         for start, stop in self._super_blocks(len(mentions)):
             pairs = len(mentions) * (stop - start)
             with self._counted(pairs):
-                if bounds is None:
-                    self._exhaustive_block(mentions, start, stop, top)
+                if exhaustive:
+                    self._exhaustive_block(query, start, stop, top)
                 else:
-                    self._certified_block(mentions, bounds, start, stop, top)
+                    self._certified_block(query, start, stop, top)
             advance(pairs)
         return top
+
+    def ranks(
+        self, mentions: MentionFeatures, answers: Tensor, exhaustive: bool, advance: Callable[[int], Any]
+    ) -> tuple[Tensor, Tensor]:
+        """How many entities score above each mention's answer, and how many tie with it (itself left out).
+
+        Args:
+            answers (`torch.LongTensor` of shape `(M,)`): the row of each mention's answer.
+
+        Returns:
+            two `torch.LongTensor` of shape `(M,)`.
+        """
+        every = torch.arange(len(mentions), device=answers.device)
+        gold = score_pairs(self.matcher, mentions, every, self.blocks, answers, self.block_bytes).logits.unsqueeze(1)
+        places = _Places(answers, gold)
+        query = _Query.of(self.matcher, mentions)
+        for start, stop in self._super_blocks(len(mentions)):
+            pairs = len(mentions) * (stop - start)
+            with self._counted(pairs):
+                if exhaustive:
+                    self._rank_exhaustive(query, start, stop, places)
+                else:
+                    self._rank_certified(query, start, stop, places)
+            advance(pairs)
+        return places.above, places.equal
 
     @contextmanager
     def _counted(self, pairs: int) -> Iterator[None]:
@@ -290,101 +533,257 @@ class Searcher:
         for start in range(0, len(self.blocks), rows):
             yield start, min(start + rows, len(self.blocks))
 
-    def _all_scores(self, mentions: MentionFeatures, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Scores (M, rows) of all pairs of a block, part by part; of removed entities -inf."""
+    # --- Every pair
+
+    def _all_scores(self, query: _Query, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Scores (M, rows) of all pairs of a block, part by part, of removed entities -inf; and what rounding may
+        move them by, (M, 1)."""
+        mentions = query.mentions
+        device = mentions.tensors["text_embed"].device
         tokens = mentions.tensors["text_key"].shape[1] ** 2
-        rows = max(1, min(4096, self.block_bytes // (4 * tokens * len(mentions))))
+        most = self.block_bytes if device.type != "cpu" else min(self.block_bytes, _CACHE_BYTES)
+        rows = max(1, min(4096, most // (4 * tokens * len(mentions))))
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
-            entities = self.blocks.full(slice(first, last), mentions.tensors["text_embed"].device)
+            entities = self.blocks.full(slice(first, last), device)
             scores = self.matcher(mentions, entities).logits
             self.stats.exact_pairs += scores.numel()
             self._hide_removed(scores, first, last)
-            yield first, scores
+            yield first, scores, query.margin(_FirstLook.of(entities.tensors).extent())
 
-    def _exhaustive_block(self, mentions: MentionFeatures, start: int, stop: int, top: _TopK) -> None:
-        for first, scores in self._all_scores(mentions, start, stop):
+    def _exhaustive_block(self, query: _Query, start: int, stop: int, top: _TopK) -> None:
+        for first, scores, margin in self._all_scores(query, start, stop):
             floor, k = top.threshold, top.scores.shape[1]
             if scores.shape[1] >= k:
-                last = scores.topk(k, dim=1).values[:, -1:]
-                floor = torch.maximum(floor, last - _slack(last))
+                floor = torch.maximum(floor, scores.topk(k, dim=1).values[:, -1:] - margin)
             # All that may tie with the k-th best, however many: of equals the first rows are the answer.
-            width = int((scores + _slack(scores) >= floor).sum(dim=1).max())
-            best = scores.topk(width, dim=1)
-            self._score_into(mentions, best.indices, best.values + _slack(best.values) >= floor, first, top)
+            hopeful = (scores >= floor - margin) & (scores > -torch.inf)
+            best = scores.topk(int(hopeful.sum(dim=1).max()), dim=1)
+            self._score_into(query, best.indices, hopeful.gather(1, best.indices), first, top)
 
     def _hide_removed(self, scores: Tensor, start: int, stop: int) -> None:
         alive = self.blocks.alive(start, stop)
         if alive is not None:
             scores.masked_fill_(~alive.to(scores.device), -torch.inf)
 
-    def _cheap(
-        self, mentions: MentionFeatures, bounds: _MentionBounds, start: int, stop: int, lower: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For a block, of shape (M, rows): scores without the attention's part, and the balls' bounds of the total."""
-        device = mentions.tensors["text_embed"].device
-        shape = (len(mentions), stop - start)
-        base, high = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        low = torch.empty(shape, device=device) if lower else None
+    # --- The three looks
+
+    def _first_look(self, query: _Query, start: int, stop: int) -> _Block:
+        device = query.text.device
+        shape = (len(query), stop - start)
+        high, gap = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        most, extent = torch.empty(shape[1], device=device), torch.zeros(3, device=device)
+        dense = bool(query.crowded.any())
         for first in range(start, stop, self.sub_block):
             last = min(first + self.sub_block, stop)
-            entity = self.blocks.light(first, last, device)
+            look = _FirstLook.of(self.blocks.gather(slice(first, last), _FIRST_LOOK, device))
             place = slice(first - start, last - start)
-            scores = _base_scores(self.matcher, mentions.tensors, entity)
-            local = entity["text_local"]
-            smallest, largest = bounds.ball(local, local.norm(dim=-1))
-            base[:, place] = scores
-            high[:, place] = torch.add(scores, largest, alpha=1 / 6)
-            if low is not None:
-                low[:, place] = torch.add(scores, smallest, alpha=1 / 6)
+            scores = torch.addmm(look.offset, query.text, look.text.T)
+            scores.addmm_(query.cross_modal, look.cross_modal.T)
+            if dense:
+                scores += self._image_change(query, query.crowded, slice(first, last), look.most)
+            bound = query.bounds.ball(look.local).div_(6)
+            gap[:, place] = bound
+            torch.add(scores, bound, out=high[:, place])
+            most[place] = look.most
+            extent = torch.maximum(extent, look.extent())
         self._hide_removed(high, start, stop)
-        if low is not None:
-            self._hide_removed(low, start, stop)
-        return base, high, low
+        if query.first < 0:
+            query.first = self._telling(query, most, start)
+        known = query.crowded.index_select(0, query.image_of)
+        return _Block(start, high, gap, most, known, query.margin(extent))
 
-    def _hull(
-        self, bounds: _MentionBounds, start: int, stop: int, base: Tensor, wanted: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The hull's bounds of the total for the pairs that `wanted` (M, rows) marks.
+    def _telling(self, query: _Query, most: Tensor, start: int) -> int:
+        """The direction of the image unit that is further below the most that it may add, for some of the entities."""
+        places = torch.arange(0, len(most), max(1, len(most) // _FEW), device=most.device)[:_FEW]
+        every = torch.arange(len(query.crowded), device=most.device)
+        less = [
+            self._direction(query, side, every, self.blocks.gather(places + start, _SIDES[side], most.device))
+            for side in (_ENT2MEN, _MEN2ENT)
+        ]
+        return int((less[_MEN2ENT] - query.picture_most).sum() < (less[_ENT2MEN] - most[places]).sum())
+
+    def _left(self, query: _Query, block: _Block, floor: Tensor) -> _Pairs | None:
+        """The pairs of a block whose total may reach `floor` (M, 1), or `None` if bounding them does not pay."""
+        wanted = self._may_reach(query, block, floor)
+        left = torch.zeros(len(query.crowded), dtype=torch.long, device=wanted.device)
+        left.index_add_(0, query.image_of, wanted.count_nonzero(dim=1))
+        crowded = left > (_CROWDED if len(left) > _FEW else _FEW_CROWDED) * block.width
+        crowded &= ~query.crowded
+        if bool(crowded.any()):
+            self._image_scores_of_all(query, block, crowded)
+            wanted = self._may_reach(query, block, floor)
+        pairs = self._hull(query, block, self._second_look(query, block, wanted, floor))
+        pairs = pairs[self._reach(block, pairs, floor)]
+        if len(pairs) > _EXHAUSTIVE_FRACTION * wanted.numel() and wanted.numel() > 4096:
+            return None
+        return pairs
+
+    @staticmethod
+    def _may_reach(query: _Query, block: _Block, floor: Tensor) -> Tensor:
+        """Which pairs may reach a score, by the block's bounds, (M, N)."""
+        # What is hidden is below any number.
+        lowest = torch.finfo(block.high.dtype).min
+        return block.high >= (floor - block.margin - query.most).clamp(min=lowest)
+
+    @staticmethod
+    def _reach(block: _Block, pairs: _Pairs, floor: Tensor) -> Tensor:
+        return pairs.upper >= (floor - block.margin)[pairs.mention_rows, 0]
+
+    def _image_scores_of_all(self, query: _Query, block: _Block, crowded: Tensor) -> None:
+        """Puts the scores of the image unit's first direction in the place of their bound, for all pairs of mentions
+        with some pictures (G,); in the blocks that follow the first look does that."""
+        for first in range(0, block.width, self.sub_block):
+            last = min(first + self.sub_block, block.width)
+            rows = slice(block.start + first, block.start + last)
+            block.high[:, first:last] += self._image_change(query, crowded, rows, block.most[first:last])
+        query.crowded |= crowded
+        block.known = query.crowded.index_select(0, query.image_of)
+
+    def _image_change(self, query: _Query, chosen: Tensor, rows: slice, most: Tensor) -> Tensor:
+        """How much less than it may the image unit's first direction adds to the totals of some rows, (M, rows); 0 for
+        mentions whose picture is not chosen."""
+        numbers = chosen.nonzero().squeeze(1)
+        entities = self.blocks.gather(rows, _SIDES[query.first], most.device)
+        entity_of = None
+        if len(numbers) > _FEW:  # beside them, telling the entities' pictures apart takes little time
+            entities, entity_of = _different(entities)
+        scores = self._direction(query, query.first, numbers, entities)
+        if entity_of is not None:
+            scores = scores.index_select(1, entity_of)
+        scores -= most if query.first == _ENT2MEN else query.picture_most[numbers]
+        change = scores.new_zeros(len(chosen), scores.shape[1]).index_copy_(0, numbers, scores)
+        return change.index_select(0, query.image_of)
+
+    def _direction(self, query: _Query, direction: int, pictures: Tensor, entities: dict[str, Tensor]) -> Tensor:
+        """What a direction of the image unit adds to the totals of some of the mentions' pictures (P,) with entities,
+        (P, N)."""
+        images, entities = _bare(_rows(query.images[direction], pictures)), _bare(entities)
+        if direction == _ENT2MEN:
+            scores = self.matcher.vdlu.dual_ent2men.score(entities, images).T.contiguous()
+        else:
+            scores = self.matcher.vdlu.dual_men2ent.score(images, entities)
+        self.stats.image_pairs += scores.numel()
+        return scores.div_(6)
+
+    def _second_look(
+        self, query: _Query, block: _Block, wanted: Tensor, floor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores the image unit for the pairs that `wanted` (M, N) marks.
 
         Returns:
-            mention rows, block columns, lower and upper bounds, each of shape (pairs,), in the order of mentions.
+            mention rows, block columns, and the totals without the attention's c . w, of shape (pairs,), of the pairs
+            that may still reach `floor`; in the order of mentions.
         """
-        mention_rows, columns = wanted.nonzero(as_tuple=True)
+        # The entities' features of each part are kept for a while.
+        size = 4 * sum(tensor[:1].numel() for tensor in query.images[query.first].values())
+        rows = min(block.width, int(wanted.count_nonzero()))
+        step = -(-block.width // max(1, -(-rows * size // (self.block_bytes // 4))))
+        limit = floor - block.margin
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        for first in range(0, block.width, step):
+            mention_rows, columns = wanted[:, first : first + step].nonzero(as_tuple=True)
+            columns += first
+            upper = block.high[mention_rows, columns] + query.most[mention_rows, 0]
+            for direction in (query.first, 1 - query.first):
+                upper += self._image_scores_less_most(query, block, direction, mention_rows, columns)
+                left = (upper >= limit[mention_rows, 0]).nonzero().squeeze(1)
+                mention_rows, columns, upper = mention_rows[left], columns[left], upper[left]
+            kept.append((mention_rows, columns, upper - block.gap[mention_rows, columns]))
+        mention_rows, columns, base = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        order = mention_rows.argsort(stable=True)
+        return mention_rows[order], columns[order], base[order]
+
+    def _image_scores_less_most(
+        self, query: _Query, block: _Block, direction: int, mention_rows: Tensor, columns: Tensor
+    ) -> Tensor:
+        """How much less than it may a direction of the image unit adds to the totals of given pairs, (pairs,); 0 where
+        that is in the block's bounds already."""
+        result = torch.zeros(len(columns), device=columns.device)
+        new = (~block.known[mention_rows]).nonzero().squeeze(1) if direction == query.first else None
+        if new is not None:
+            if not len(new):
+                return result
+            mention_rows, columns = mention_rows[new], columns[new]
+        images = query.image_of.index_select(0, mention_rows)
+        most = block.most[columns] if direction == _ENT2MEN else query.picture_most[images, 0]
+        scores = self._image_scores(query, direction, images, columns + block.start) - most
+        return scores if new is None else result.index_copy_(0, new, scores)
+
+    def _image_scores(self, query: _Query, direction: int, images: Tensor, entity_rows: Tensor) -> Tensor:
+        """What a direction of the image unit adds to the totals of pairs of a mention's picture and an entity,
+        (pairs,)."""
+        result = torch.empty(len(images), device=images.device)
+        names = _SIDES[direction]
+        if len(query.crowded) <= _FEW:
+            # Products of one picture with all of its entities.
+            for number in images.unique():
+                pairs = (images == number).nonzero().squeeze(1)
+                used, places = entity_rows[pairs].unique(return_inverse=True)
+                scores = [
+                    self._direction(query, direction, number.unsqueeze(0), self.blocks.gather(some, names, some.device))
+                    for some in used.split(_PAIRS_AT_ONCE)
+                ]
+                result[pairs] = torch.cat(scores, dim=1)[0, places]
+            return result
+        self.stats.image_pairs += len(images)
+        used, places = entity_rows.unique(return_inverse=True)
+        entities = self.blocks.gather(used, names, used.device)
+        unit = self.matcher.vdlu
+        for pairs in torch.arange(len(images), device=images.device).split(_PAIRS_AT_ONCE):
+            mention = _bare(_rows(query.images[direction], images[pairs]))
+            entity = _bare(_rows(entities, places[pairs]))
+            if direction == _ENT2MEN:
+                result[pairs] = unit.dual_ent2men.score_pairs(entity, mention)
+            else:
+                result[pairs] = unit.dual_men2ent.score_pairs(mention, entity)
+        return result.div_(6)
+
+    def _hull(self, query: _Query, block: _Block, found: tuple[Tensor, Tensor, Tensor]) -> _Pairs:
+        """The hull's bounds of the totals of given pairs, in the order of mentions."""
+        mention_rows, columns, base = found
         self.stats.hull_pairs += len(columns)
-        counts = torch.bincount(mention_rows, minlength=len(wanted)).tolist()
         used, places = columns.unique(return_inverse=True)
-        local = self.blocks.local(used + start, base.device)
-        lows, highs = [], []
+        local = self.blocks.gather(used + block.start, ("text_local",), base.device)["text_local"]
+        counts = torch.bincount(mention_rows, minlength=len(query)).tolist()
+        lower, upper = base.clone(), base.clone()
+        first = 0
         for row, part in enumerate(places.split(counts)):
             if len(part):
-                low, high = bounds.hull(row, local[part])
-                lows.append(low)
-                highs.append(high)
-        picked = base[mention_rows, columns]
-        if not lows:
-            return mention_rows, columns, picked, picked
-        return mention_rows, columns, picked + torch.cat(lows) / 6, picked + torch.cat(highs) / 6
+                place = slice(first, first + len(part))
+                low, high = query.bounds.hull(row, local.index_select(0, part))
+                lower[place] += low / 6
+                upper[place] += high / 6
+                first += len(part)
+        return _Pairs(mention_rows, columns, lower, upper)
 
-    def _certified_block(
-        self, mentions: MentionFeatures, bounds: _MentionBounds, start: int, stop: int, top: _TopK
-    ) -> None:
-        base, high, _ = self._cheap(mentions, bounds, start, stop, lower=False)
-        # A good threshold first: the exact scores of the pairs that promise most.
-        seeds = high.topk(min(top.scores.shape[1] + _SEEDS, stop - start), dim=1)
-        hopeful = seeds.values + _slack(seeds.values) >= top.threshold
-        self._score_into(mentions, seeds.indices, hopeful, start, top)
-        high.scatter_(1, seeds.indices, -torch.inf)
-        wanted = high + _slack(high) >= top.threshold
-        wanted &= high > -torch.inf
-        mention_rows, columns, _, upper = self._hull(bounds, start, stop, base, wanted)
-        open_ = upper + _slack(upper) >= top.threshold[mention_rows, 0]
-        if int(open_.sum()) > _EXHAUSTIVE_FRACTION * high.numel() and high.numel() > 4096:
+    # --- The best k
+
+    def _certified_block(self, query: _Query, start: int, stop: int, top: _TopK) -> None:
+        block = self._first_look(query, start, stop)
+        if bool((top.threshold == -torch.inf).any()):
+            self._score_seeds(query, block, top)
+        pairs = self._left(query, block, top.threshold)
+        if pairs is None:
             # The seeds will come again.
             self._forget(top, start, stop)
-            self._exhaustive_block(mentions, start, stop, top)
-            return
-        self._best_first(mentions, mention_rows[open_], columns[open_], upper[open_], start, top)
+            self._exhaustive_block(query, start, stop, top)
+        else:
+            self._best_first(query, block, pairs, top)
+
+    def _score_seeds(self, query: _Query, block: _Block, top: _TopK) -> None:
+        """Scores a few pairs that promise most, so that all others have a good score to reach."""
+        k = top.scores.shape[1]
+        seeds = block.high.topk(min(k + _SEEDS, block.width), dim=1)
+        mention_rows, places = (seeds.values > -torch.inf).nonzero(as_tuple=True)
+        columns = seeds.indices[mention_rows, places]
+        less = [self._image_scores_less_most(query, block, direction, mention_rows, columns) for direction in (0, 1)]
+        upper = seeds.values.clone()
+        upper[mention_rows, places] += less[0] + less[1] + query.most[mention_rows, 0]
+        best = upper.topk(min(k, block.width), dim=1)
+        columns = seeds.indices.gather(1, best.indices)
+        self._score_into(query, columns, best.values > -torch.inf, block.start, top)
+        block.high.scatter_(1, columns, -torch.inf)  # they must not come again
 
     def _forget(self, top: _TopK, start: int, stop: int) -> None:
         inside = (top.rows >= start) & (top.rows < stop)
@@ -393,141 +792,62 @@ class Searcher:
         order = top.scores.argsort(dim=1, descending=True, stable=True)
         top.scores, top.rows = top.scores.gather(1, order), top.rows.gather(1, order)
 
-    def _best_first(
-        self,
-        mentions: MentionFeatures,
-        mention_rows: Tensor,
-        columns: Tensor,
-        upper: Tensor,
-        start: int,
-        top: _TopK,
-    ) -> None:
-        """Scores open pairs exactly in the order of their bound, as long as a bound is above the k-th best score."""
-        count = len(mentions)
-        while len(columns):
-            order = upper.argsort(descending=True, stable=True)
-            order = order[mention_rows[order].argsort(stable=True)]
-            mention_rows, columns, upper = mention_rows[order], columns[order], upper[order]
-            counts = torch.bincount(mention_rows, minlength=count)
-            position = torch.arange(len(columns), device=columns.device)
-            position = position - (counts.cumsum(0) - counts)[mention_rows]
+    def _best_first(self, query: _Query, block: _Block, pairs: _Pairs, top: _TopK) -> None:
+        """Scores pairs exactly in the order of their bound, as long as a bound is above the k-th best score."""
+        while len(pairs):
+            order = pairs.upper.argsort(descending=True, stable=True)
+            pairs = pairs[order[pairs.mention_rows[order].argsort(stable=True)]]
+            counts = torch.bincount(pairs.mention_rows, minlength=len(query))
+            position = torch.arange(len(pairs), device=counts.device)
+            position = position - (counts.cumsum(0) - counts)[pairs.mention_rows]
             now = position < _ROUND
-            width = int(counts.max().clamp(max=_ROUND))
-            table = torch.zeros((count, width), dtype=torch.long, device=columns.device)
-            valid = torch.zeros((count, width), dtype=torch.bool, device=columns.device)
-            table[mention_rows[now], position[now]] = columns[now]
-            valid[mention_rows[now], position[now]] = True
-            self._score_into(mentions, table, valid, start, top)
-            left = ~now & (upper + _slack(upper) >= top.threshold[mention_rows, 0])
-            mention_rows, columns, upper = mention_rows[left], columns[left], upper[left]
+            table = torch.zeros((len(query), int(counts.max().clamp(max=_ROUND))), dtype=torch.long, device=now.device)
+            valid = torch.zeros_like(table, dtype=torch.bool)
+            table[pairs.mention_rows[now], position[now]] = pairs.columns[now]
+            valid[pairs.mention_rows[now], position[now]] = True
+            self._score_into(query, table, valid, block.start, top)
+            pairs = pairs[~now & self._reach(block, pairs, top.threshold)]
 
-    def _score_into(self, mentions: MentionFeatures, columns: Tensor, valid: Tensor, start: int, top: _TopK) -> None:
+    def _score_into(self, query: _Query, columns: Tensor, valid: Tensor, start: int, top: _TopK) -> None:
         """Scores the valid pairs of (M, n) columns exactly and merges them."""
         rows, places = valid.nonzero(as_tuple=True)
         entity_rows = columns[rows, places] + start
-        exact = score_pairs(self.matcher, mentions, rows, self.blocks, entity_rows, self.block_bytes).logits
+        exact = score_pairs(self.matcher, query.mentions, rows, self.blocks, entity_rows, self.block_bytes).logits
         self.stats.exact_pairs += len(rows)
         scores = torch.full(columns.shape, -torch.inf, device=columns.device)
         scores[rows, places] = exact
         top.merge(scores, torch.where(valid, columns + start, -1))
 
-    def ranks(
-        self, mentions: MentionFeatures, answers: Tensor, exhaustive: bool, advance: Callable[[int], Any]
-    ) -> tuple[Tensor, Tensor]:
-        """How many entities score above each mention's answer, and how many tie with it (itself left out).
+    # --- Ranks
 
-        Args:
-            answers (`torch.LongTensor` of shape `(M,)`): the row of each mention's answer.
+    def _rank_exhaustive(self, query: _Query, start: int, stop: int, places: _Places) -> None:
+        for first, scores, margin in self._all_scores(query, start, stop):
+            places.hide_answers(scores, first)
+            surely = scores > places.gold + margin
+            rows, columns = (~surely & (scores >= places.gold - margin)).nonzero(as_tuple=True)
+            places.above += surely.sum(dim=1)
+            self._compare(query, rows, columns + first, places)
 
-        Returns:
-            two `torch.LongTensor` of shape `(M,)`.
-        """
-        device = mentions.tensors["text_embed"].device
-        count = len(mentions)
-        every = torch.arange(count, device=device)
-        gold = score_pairs(self.matcher, mentions, every, self.blocks, answers, self.block_bytes).logits.unsqueeze(1)
-        above = torch.zeros(count, dtype=torch.long, device=device)
-        equal = torch.zeros(count, dtype=torch.long, device=device)
-        bounds = None if exhaustive else _MentionBounds.of(self.matcher, mentions)
-        for start, stop in self._super_blocks(count):
-            pairs = count * (stop - start)
-            with self._counted(pairs):
-                if bounds is None:
-                    self._rank_exhaustive(mentions, answers, gold, start, stop, above, equal)
-                else:
-                    self._rank_certified(mentions, bounds, answers, gold, start, stop, above, equal)
-            advance(pairs)
-        return above, equal
-
-    def _rank_exhaustive(
-        self,
-        mentions: MentionFeatures,
-        answers: Tensor,
-        gold: Tensor,
-        start: int,
-        stop: int,
-        above: Tensor,
-        equal: Tensor,
-    ) -> None:
-        margin = _slack(gold)
-        for first, scores in self._all_scores(mentions, start, stop):
-            _hide_answers(scores, answers, first, first + scores.shape[1], -torch.inf)
-            surely = scores > gold + margin
-            rows, columns = (~surely & (scores >= gold - margin)).nonzero(as_tuple=True)
-            above += surely.sum(dim=1)
-            self._compare(mentions, rows, columns + first, gold, above, equal)
-
-    def _compare(
-        self,
-        mentions: MentionFeatures,
-        mention_rows: Tensor,
-        entity_rows: Tensor,
-        gold: Tensor,
-        above: Tensor,
-        equal: Tensor,
-    ) -> None:
-        """Counts the pairs whose exact score is above their mention's answer's, or ties with it."""
-        pairs = score_pairs(self.matcher, mentions, mention_rows, self.blocks, entity_rows, self.block_bytes)
-        self.stats.exact_pairs += len(mention_rows)
-        gold = gold[mention_rows, 0]
-        tie = (pairs.logits - gold).abs() <= _TIE * (1 + gold.abs())
-        above += torch.bincount(mention_rows[~tie & (pairs.logits > gold)], minlength=len(above))
-        equal += torch.bincount(mention_rows[tie], minlength=len(equal))
-
-    def _rank_certified(
-        self,
-        mentions: MentionFeatures,
-        bounds: _MentionBounds,
-        answers: Tensor,
-        gold: Tensor,
-        start: int,
-        stop: int,
-        above: Tensor,
-        equal: Tensor,
-    ) -> None:
-        base, high, low = self._cheap(mentions, bounds, start, stop, lower=True)
-        assert low is not None
-        for tensor in (high, low):
-            _hide_answers(tensor, answers, start, stop, -torch.inf)
-        margin = _slack(gold)
-        above_here = low > gold + margin
-        wanted = ~above_here & (high >= gold - margin)
-        mention_rows, columns, lower, upper = self._hull(bounds, start, stop, base, wanted)
-        pair_gold, pair_margin = gold[mention_rows, 0], margin[mention_rows, 0]
-        surely = lower > pair_gold + pair_margin
-        open_ = ~surely & (upper >= pair_gold - pair_margin)
-        if int(open_.sum()) > _EXHAUSTIVE_FRACTION * base.numel() and base.numel() > 4096:
-            self._rank_exhaustive(mentions, answers, gold, start, stop, above, equal)
+    def _rank_certified(self, query: _Query, start: int, stop: int, places: _Places) -> None:
+        block = self._first_look(query, start, stop)
+        places.hide_answers(block.high, start)
+        pairs = self._left(query, block, places.gold)
+        if pairs is None:
+            self._rank_exhaustive(query, start, stop, places)
             return
-        above += above_here.sum(dim=1)
-        above += torch.bincount(mention_rows[surely], minlength=len(above))
-        self._compare(mentions, mention_rows[open_], columns[open_] + start, gold, above, equal)
+        surely = pairs.lower > (places.gold + block.margin)[pairs.mention_rows, 0]
+        places.above += torch.bincount(pairs.mention_rows[surely], minlength=len(query))
+        pairs = pairs[~surely]
+        self._compare(query, pairs.mention_rows, pairs.columns + start, places)
 
-
-def _hide_answers(scores: Tensor, answers: Tensor, start: int, stop: int, value: float) -> None:
-    inside = (answers >= start) & (answers < stop)
-    rows = inside.nonzero().squeeze(1)
-    scores[rows, answers[rows] - start] = value
+    def _compare(self, query: _Query, mention_rows: Tensor, entity_rows: Tensor, places: _Places) -> None:
+        """Counts the pairs whose exact score is above their mention's answer's, or ties with it."""
+        pairs = score_pairs(self.matcher, query.mentions, mention_rows, self.blocks, entity_rows, self.block_bytes)
+        self.stats.exact_pairs += len(mention_rows)
+        gold = places.gold[mention_rows, 0]
+        tie = (pairs.logits - gold).abs() <= _TIE * (1 + gold.abs())
+        places.above += torch.bincount(mention_rows[~tie & (pairs.logits > gold)], minlength=len(query))
+        places.equal += torch.bincount(mention_rows[tie], minlength=len(query))
 
 
 __all__ = ["SearchStats", "Searcher", "score_pairs"]

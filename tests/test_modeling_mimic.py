@@ -290,6 +290,23 @@ def test_dual_unit_where_vectors_cancel(given: Cancelling) -> None:
         assert_accurate(pairs.view(given.case.mentions, given.case.entities), plain, exact, unavoidable)
 
 
+@settings(properties, max_examples=100)
+@given(given=cancelling)
+def test_no_key_scores_more_than_the_most(given: Cancelling) -> None:
+    """Of any query; and a key that is the query itself, where nothing else counts, scores nearly that."""
+    unit, q, k, Z = cancelling_unit(given)
+    with torch.no_grad():
+        query, key = unit.query_features(q), unit.key_features(k, Z)
+        most = query["stats"][:, _DualUnit.QUERY_STATS.index("most")]
+        rounding = 1e-5 * (most.abs() + query["m"].norm(dim=1) * q.shape[1] ** 0.5)
+        assert (unit.score(query, key) <= (most + rounding).unsqueeze(1)).all()
+        unit.gate_fc.weight.zero_()
+        unit.gate_fc.bias.zero_()
+        key["k"] = 1e3 * query["m"] / query["m"].norm(dim=1, keepdim=True)
+        key["stats"] = unit.key_stats(key, key["stats"][:, -1])
+        assert ((unit.score_pairs(query, key) - most).abs() <= 10 * rounding).all()
+
+
 def test_gradients_where_vectors_cancel() -> None:
     """The pairs that are computed again pass their gradients on: as the transcription's in float64."""
     case = Case(3, 3, 1, 2, 8, 1.0, 1.0, 0.0, 1.0, False, False, seed=5)

@@ -23,10 +23,19 @@ from tiny import index_of, mention_features, random_encoded
 from tiny_clip import tiny_model
 from torch import Tensor
 
-from mimic_el import index_mimic
+from mimic_el import index_mimic, search_mimic
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MentionFeatures, MimicModel
-from mimic_el.search_mimic import Searcher, _hull_distance, _MentionBounds, score_pairs
+from mimic_el.search_mimic import (
+    _ENT2MEN,
+    _MEN2ENT,
+    Searcher,
+    _different,
+    _grouped,
+    _hull_distance,
+    _MentionBounds,
+    score_pairs,
+)
 
 CPU = torch.device("cpu")
 ENTITIES, MENTIONS = 120, 20
@@ -56,12 +65,17 @@ def make_case(
     noise: float = 0.3,
     seed: int = 0,
     repeat: int = 1,
+    pictures: int | None = None,
     **config: Any,
 ) -> Case:
-    """With `repeat`, each entity is there that many times."""
+    """With `repeat`, each entity is there that many times; with `pictures`, there are no more than so many of them."""
     model = tiny_model(seed, **config)
     encoded, mask = random_encoded(model.config, entities, 1, clusters, noise)
     mention, mention_mask = random_encoded(model.config, mentions, 2, clusters, noise)
+    if pictures is not None:
+        for side in (encoded, mention):
+            for name in ("image_embeds", "image_tokens"):
+                side[name] = side[name][torch.arange(len(side[name])) % pictures]
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     masks = (mention_mask, mask) if model.config.mask_text_padding else (None, None)
     plain = oracle.scores(
@@ -130,6 +144,48 @@ def test_small_blocks_many_shards_and_every_precision(dtype: str, mask: bool, mo
     assert (scores - case.expected).abs().max() <= allowed * case.expected.abs().max()
 
 
+@pytest.mark.parametrize("crowded", [-1, 2], ids=["pictures-for-all", "pictures-for-what-is-left"])
+@pytest.mark.parametrize("few", [0, 10**6], ids=["many-pictures", "few-pictures"])
+@pytest.mark.parametrize("pictures", [None, 9, 1])
+@pytest.mark.parametrize("first", [_ENT2MEN, _MEN2ENT])
+def test_every_way_of_scoring_pictures(
+    crowded: int, few: int, pictures: int | None, first: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The image unit is scored for all pairs or for those that are left, by picture or by pair, in either order of its
+    directions, and pictures that several have once."""
+    monkeypatch.setattr(search_mimic, "_CROWDED", crowded)
+    monkeypatch.setattr(search_mimic, "_FEW_CROWDED", crowded)
+    monkeypatch.setattr(search_mimic, "_FEW", few)
+    monkeypatch.setattr(Searcher, "_telling", lambda *_: first)
+    case = make_case(entities=2 * ENTITIES, clusters=40, pictures=pictures, shards=3)
+    small_blocks(case.index, monkeypatch, block_bytes=30_000, sub_block=13)
+    check(case, 7, case.expected)
+    answers = [f"e{row}" for row in range(MENTIONS)]
+    expected = [oracle.realistic_rank(case.expected[row], row) for row in range(MENTIONS)]
+    np.testing.assert_array_equal(case.index.rank(case.mentions, answers).ranks, expected)
+
+
+@pytest.mark.parametrize("constant", ["dual_men2ent", "dual_ent2men"])
+def test_the_direction_that_tells_more_comes_first(constant: str, monkeypatch: pytest.MonkeyPatch):
+    """A direction that gives every pair the most that it may leaves out none."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.matcher.vdlu.get_submodule(constant).layer_norm.weight.zero_()
+    index = index_of(model, *random_encoded(model.config, ENTITIES, 1))
+    mentions = mention_features(model, *random_encoded(model.config, MENTIONS, 2))
+    chosen = []
+    telling = Searcher._telling
+
+    def told(*args: Any) -> int:
+        chosen.append(telling(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(Searcher, "_telling", told)
+    certified = index.search(mentions, 5)
+    assert set(chosen) == {_ENT2MEN if constant == "dual_men2ent" else _MEN2ENT}
+    assert certified.entity_ids == index.search(mentions, 5, exact="exhaustive").entity_ids
+
+
 @pytest.mark.parametrize("k", [1, ENTITIES - 1, ENTITIES, ENTITIES + 7])
 def test_any_number_of_entities(k: int):
     case = make_case(clusters=12)
@@ -192,6 +248,34 @@ def test_bounds_that_are_tight(repeat: int):
     answers = [f"e{3 * row}" for row in range(MENTIONS)]
     ranks = index.rank(mentions, answers).ranks
     np.testing.assert_array_equal(ranks, index.rank(mentions, answers, exact="exhaustive").ranks)
+
+
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1], [40], [3, 0, 17, 1, 64], [2] * 30], ids=str)
+def test_groups_hold_every_pair_once(counts: list[int]):
+    generator = torch.Generator().manual_seed(0)
+    mention_rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    mention_rows = mention_rows[torch.randperm(len(mention_rows), generator=generator)]
+    owners, table, valid = _grouped(mention_rows)
+    assert sorted(table[valid].tolist()) == list(range(len(mention_rows)))
+    assert torch.equal(mention_rows[table[valid]], owners.unsqueeze(1).expand_as(table)[valid])
+
+
+def test_different_pictures_are_told_apart():
+    """By all of their numbers, not by the one that they are sorted by."""
+    generator = torch.Generator().manual_seed(0)
+    stats, vectors = (torch.randn(4, size, generator=generator) for size in (7, 3))
+    same_number = vectors[:1] + torch.eye(3)[:1]
+    images = {
+        "image_key_z": torch.cat([vectors, vectors[:2], same_number, vectors[1:2]]),
+        "image_key_stats": torch.cat([stats, stats[:2], stats[:1], stats[1:2]]),
+    }
+    different, number_of = _different(images)
+    assert len(different["image_key_z"]) == 5
+    for name, tensor in images.items():
+        assert torch.equal(different[name][number_of], tensor)
+    alone, number_of = _different({name: tensor[:4] for name, tensor in images.items()})
+    assert number_of.tolist() == [0, 1, 2, 3]
+    assert torch.equal(alone["image_key_z"], vectors)
 
 
 def test_a_pair_scores_the_same_in_any_company():
@@ -514,12 +598,13 @@ def test_bounds_hold_for_any_attention(values: Tensor, seed: int, scale: float):
     norm = local.norm(dim=1)
     # No part of the score is larger than |w| sqrt(d); rounding is small beside that.
     slack = 1e-5 * norm.double() * math.sqrt(size) + 1e-30
-    for low, high in (bounds.ball(local, norm), bounds.hull(0, local)):
-        low, high = low.reshape(-1).double(), high.reshape(-1).double()
-        assert torch.isfinite(low).all()
-        assert torch.isfinite(high).all()
-        assert (exact >= low - slack).all()
-        assert (exact <= high + slack).all()
+    low, high = bounds.hull(0, local)
+    ball = bounds.ball(torch.cat([local, norm.unsqueeze(1)], dim=1))[0]
+    for bound in (low, high, ball):
+        assert torch.isfinite(bound).all()
+    assert (exact >= low.double() - slack).all()
+    assert (exact <= high.double() + slack).all()
+    assert (exact <= ball.double() + slack).all()
 
 
 def nearest_to_the_origin(sets: Tensor, steps: int = 2000) -> Tensor:

@@ -184,11 +184,9 @@ def test_rows_come_as_asked_for(rows: Any, store: _Store, model: MimicModel, fea
     assert full.keys() == features.tensors.keys()
     for name, tensor in full.items():
         assert torch.equal(tensor, _restored(stored, name)[rows]), name
-    if isinstance(rows, Tensor):
-        assert torch.equal(store.local(rows, CPU), _restored(stored, "text_local")[rows])
-    else:
-        light = store.light(rows.start, rows.stop, CPU)
-        assert light.keys() == features.tensors.keys() - {"text_query"}
+    some = store.gather(rows, ["text_local", "nothing"], CPU)
+    assert some.keys() == {"text_local"}
+    assert torch.equal(some["text_local"], _restored(stored, "text_local")[rows])
 
 
 def test_records_and_removed_rows(store: _Store):
