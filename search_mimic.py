@@ -39,16 +39,17 @@ from .modeling_mimic import EntityFeatures, MentionFeatures, MimicOutput, _DualU
 # score in any company, up to _TIE of the score.
 _SLACK = 2e-5
 _TIE = 1e-6
-# Pairs of each mention from which the best k are scored exactly at first, and those that are scored before the others'
-# bounds are looked at again.
+# Pairs of each mention from which the best k are scored exactly at first; those that are scored before the others'
+# bounds are looked at again; and how often that is done before counting what is left.
 _SEEDS = 32
 _ROUND = 16
+_PATIENCE = 4
 _BALLS = 4
 # Where more than this fraction of a picture's pairs are left, the image unit is cheaper for all of them at once; beside
 # few pictures, where its products have few rows, it is so later.
 _CROWDED, _FEW_CROWDED = 0.07, 0.4
 _FEW = 16
-# Where more than this fraction of a block's pairs would be scored exactly, the bound does not pay.
+# Where more than this fraction of a mention's pairs in a block would be scored exactly, bounding them does not pay.
 _EXHAUSTIVE_FRACTION = 0.2
 # Pairs whose vectors are gathered in one go, and bytes of attention made in one go: they stay in a CPU's cache.
 _PAIRS_AT_ONCE = 2048
@@ -445,6 +446,19 @@ class _TopK:
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.scores.shape[1]]
         self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
 
+    def part(self, mention_rows: Tensor) -> _TopK:
+        """The same for some of the mentions."""
+        part = _TopK(len(mention_rows), self.scores.shape[1], self.scores.device)
+        part.scores, part.rows = self.scores[mention_rows], self.rows[mention_rows]
+        return part
+
+    def forget(self, start: int, stop: int) -> None:
+        """Leaves out the rows from `start` to `stop`."""
+        inside = (self.rows >= start) & (self.rows < stop)
+        scores, rows = self.scores.masked_fill(inside, -torch.inf), self.rows.masked_fill(inside, -1)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
+
 
 class _Places:
     """The answers of M mentions, and how many other entities are known to score above them, or as much."""
@@ -603,8 +617,8 @@ class Searcher:
         ]
         return int((less[_MEN2ENT] - query.picture_most).sum() < (less[_ENT2MEN] - most[places]).sum())
 
-    def _left(self, query: _Query, block: _Block, floor: Tensor) -> _Pairs | None:
-        """The pairs of a block whose total may reach `floor` (M, 1), or `None` if bounding them does not pay."""
+    def _left(self, query: _Query, block: _Block, floor: Tensor) -> _Pairs:
+        """The pairs of a block whose total may reach `floor` (M, 1)."""
         wanted = self._may_reach(query, block, floor)
         left = torch.zeros(len(query.crowded), dtype=torch.long, device=wanted.device)
         left.index_add_(0, query.image_of, wanted.count_nonzero(dim=1))
@@ -614,10 +628,14 @@ class Searcher:
             self._image_scores_of_all(query, block, crowded)
             wanted = self._may_reach(query, block, floor)
         pairs = self._hull(query, block, self._second_look(query, block, wanted, floor))
-        pairs = pairs[self._reach(block, pairs, floor)]
-        if len(pairs) > _EXHAUSTIVE_FRACTION * wanted.numel() and wanted.numel() > 4096:
-            return None
-        return pairs
+        return pairs[self._reach(block, pairs, floor)]
+
+    @staticmethod
+    def _hopeless(query: _Query, block: _Block, pairs: _Pairs) -> tuple[_Pairs, Tensor]:
+        """Of pairs that would be scored exactly, those of mentions of which that is not most; and the others' rows."""
+        left = torch.bincount(pairs.mention_rows, minlength=len(query))
+        hopeless = left > max(_EXHAUSTIVE_FRACTION * block.width, _ROUND)
+        return pairs[~hopeless[pairs.mention_rows]], hopeless.nonzero().squeeze(1)
 
     @staticmethod
     def _may_reach(query: _Query, block: _Block, floor: Tensor) -> Tensor:
@@ -764,12 +782,15 @@ class Searcher:
         if bool((top.threshold == -torch.inf).any()):
             self._score_seeds(query, block, top)
         pairs = self._left(query, block, top.threshold)
-        if pairs is None:
-            # The seeds will come again.
-            self._forget(top, start, stop)
-            self._exhaustive_block(query, start, stop, top)
-        else:
-            self._best_first(query, block, pairs, top)
+        # The first pairs of a mention may leave few others that reach its best ones.
+        pairs = self._best_first(query, block, pairs, top, _PATIENCE)
+        pairs, hopeless = self._hopeless(query, block, pairs)
+        self._best_first(query, block, pairs, top)
+        if len(hopeless):
+            some = top.part(hopeless)
+            some.forget(start, stop)  # they all come again
+            self._exhaustive_block(_Query.of(self.matcher, query.mentions[hopeless]), start, stop, some)
+            top.scores[hopeless], top.rows[hopeless] = some.scores, some.rows
 
     def _score_seeds(self, query: _Query, block: _Block, top: _TopK) -> None:
         """Scores a few pairs that promise most, so that all others have a good score to reach."""
@@ -785,16 +806,11 @@ class Searcher:
         self._score_into(query, columns, best.values > -torch.inf, block.start, top)
         block.high.scatter_(1, columns, -torch.inf)  # they must not come again
 
-    def _forget(self, top: _TopK, start: int, stop: int) -> None:
-        inside = (top.rows >= start) & (top.rows < stop)
-        top.scores = top.scores.masked_fill(inside, -torch.inf)
-        top.rows = top.rows.masked_fill(inside, -1)
-        order = top.scores.argsort(dim=1, descending=True, stable=True)
-        top.scores, top.rows = top.scores.gather(1, order), top.rows.gather(1, order)
-
-    def _best_first(self, query: _Query, block: _Block, pairs: _Pairs, top: _TopK) -> None:
-        """Scores pairs exactly in the order of their bound, as long as a bound is above the k-th best score."""
-        while len(pairs):
+    def _best_first(self, query: _Query, block: _Block, pairs: _Pairs, top: _TopK, rounds: int | None = None) -> _Pairs:
+        """Scores pairs exactly in the order of their bound, as long as a bound is above the k-th best score, or for
+        some rounds. Returns the pairs that are left."""
+        while len(pairs) and rounds != 0:
+            rounds = None if rounds is None else rounds - 1
             order = pairs.upper.argsort(descending=True, stable=True)
             pairs = pairs[order[pairs.mention_rows[order].argsort(stable=True)]]
             counts = torch.bincount(pairs.mention_rows, minlength=len(query))
@@ -807,6 +823,7 @@ class Searcher:
             valid[pairs.mention_rows[now], position[now]] = True
             self._score_into(query, table, valid, block.start, top)
             pairs = pairs[~now & self._reach(block, pairs, top.threshold)]
+        return pairs
 
     def _score_into(self, query: _Query, columns: Tensor, valid: Tensor, start: int, top: _TopK) -> None:
         """Scores the valid pairs of (M, n) columns exactly and merges them."""
@@ -832,13 +849,16 @@ class Searcher:
         block = self._first_look(query, start, stop)
         places.hide_answers(block.high, start)
         pairs = self._left(query, block, places.gold)
-        if pairs is None:
-            self._rank_exhaustive(query, start, stop, places)
-            return
         surely = pairs.lower > (places.gold + block.margin)[pairs.mention_rows, 0]
-        places.above += torch.bincount(pairs.mention_rows[surely], minlength=len(query))
-        pairs = pairs[~surely]
+        above = torch.bincount(pairs.mention_rows[surely], minlength=len(query))
+        pairs, hopeless = self._hopeless(query, block, pairs[~surely])
         self._compare(query, pairs.mention_rows, pairs.columns + start, places)
+        if len(hopeless):
+            some = _Places(places.answers[hopeless], places.gold[hopeless])
+            self._rank_exhaustive(_Query.of(self.matcher, query.mentions[hopeless]), start, stop, some)
+            above[hopeless] = some.above
+            places.equal[hopeless] += some.equal
+        places.above += above
 
     def _compare(self, query: _Query, mention_rows: Tensor, entity_rows: Tensor, places: _Places) -> None:
         """Counts the pairs whose exact score is above their mention's answer's, or ties with it."""

@@ -165,6 +165,31 @@ def test_every_way_of_scoring_pictures(
     np.testing.assert_array_equal(case.index.rank(case.mentions, answers).ranks, expected)
 
 
+@pytest.mark.parametrize("fraction", [0, 0.02])
+def test_mentions_for_which_bounds_do_not_pay(fraction: float, monkeypatch: pytest.MonkeyPatch):
+    """All of their pairs are scored, some others' not: both lists are right."""
+    monkeypatch.setattr(search_mimic, "_EXHAUSTIVE_FRACTION", fraction)
+    monkeypatch.setattr(search_mimic, "_ROUND", 2)
+    monkeypatch.setattr(search_mimic, "_PATIENCE", 1)
+    case = make_case(entities=4 * ENTITIES, clusters=60, shards=3)
+    small_blocks(case.index, monkeypatch, block_bytes=60_000, sub_block=50)
+    scored: list[int] = []
+    all_scores = Searcher._all_scores
+
+    def watched(self: Searcher, query: Any, *rest: int) -> Any:
+        scored.append(len(query))
+        return all_scores(self, query, *rest)
+
+    monkeypatch.setattr(Searcher, "_all_scores", watched)
+    found = case.index.search(case.mentions, 5)
+    assert found.entity_ids == best(case.expected, 5)
+    answers = [f"e{(7 * row) % ENTITIES}" for row in range(MENTIONS)]
+    ranks = case.index.rank(case.mentions, answers).ranks
+    expected = [oracle.realistic_rank(case.expected[row], (7 * row) % ENTITIES) for row in range(MENTIONS)]
+    np.testing.assert_array_equal(ranks, expected)
+    assert any(0 < count < MENTIONS for count in scored), "no block had mentions of both kinds"
+
+
 @pytest.mark.parametrize("constant", ["dual_men2ent", "dual_ent2men"])
 def test_the_direction_that_tells_more_comes_first(constant: str, monkeypatch: pytest.MonkeyPatch):
     """A direction that gives every pair the most that it may leaves out none."""
