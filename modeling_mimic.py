@@ -763,16 +763,22 @@ class MimicModel(MimicPreTrainedModel):
         if block_bytes is None:
             on_cpu = mentions.tensors["text_key"].device.type == "cpu"
             block_bytes = _SCORE_BLOCK_BYTES if on_cpu else _SCORE_BLOCK_BYTES_GPU
-        parts = [
-            [self.matcher(mentions[rows], entities[columns]) for columns in column_blocks]
-            for rows, column_blocks in _pair_blocks(mentions, entities, block_bytes)
-        ]
-        if len(parts) == 1 and len(parts[0]) == 1:
-            return parts[0][0]
-        names = ("logits", "text_logits", "image_logits", "cross_modal_logits")
-        return MimicOutput(
-            **{name: torch.cat([torch.cat([p[name] for p in row], dim=1) for row in parts]) for name in names}
-        )
+        shape = (len(mentions), len(entities))
+        whole: dict[str, Tensor] = {}
+        if 0 in shape:
+            names = ("logits", "text_logits", "image_logits", "cross_modal_logits")
+            whole = {name: _wide(mentions.tensors["text_embed"]).new_empty(shape) for name in names}
+        for rows, column_blocks in _pair_blocks(mentions, entities, block_bytes):
+            for columns in column_blocks:
+                part = self.matcher(mentions[rows], entities[columns])
+                if part.logits.shape == shape:
+                    return part
+                # Into one place: kept one by one, they would scatter what the blocks leave free of the memory.
+                for name, scores in part.items():
+                    if name not in whole:
+                        whole[name] = scores.new_empty(shape)
+                    whole[name][rows, columns] = scores
+        return MimicOutput(**whole)
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """How large an index is, how fast it opens, and what each precision costs in ranking.
 
+The memory of opening is the process's own; pages of the memory-mapped files are the system's (Linux).
+
 python benchmarks/index_size.py --data_dir MELBENCH --entities 20000
 """
 
@@ -13,14 +15,14 @@ import torch
 from bench_data import built_index, machine, mention_features, parser, trained_model
 
 OPEN = """
-import resource, sys, time
+import re, sys, time
 from pathlib import Path
 from mimic_el import EntityIndex
-resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-before = resident()
+own = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+before = own()
 start = time.perf_counter()
 index = EntityIndex.from_pretrained(sys.argv[1])
-print(time.perf_counter() - start, (resident() - before) / 2**20)
+print(time.perf_counter() - start, own() - before)
 """
 
 

@@ -517,6 +517,8 @@ def test_the_parts_make_the_whole(model: MimicModel) -> None:
             output = model.score(mentions, entities, block_bytes=block_bytes)
             for name in LOGITS:
                 torch.testing.assert_close(output[name], whole[name], rtol=1e-5, atol=1e-5)
+        for some, few in ((0, 7), (5, 0)):
+            assert model.score(mentions[:some], entities[:few]).cross_modal_logits.shape == (some, few)
         rows, columns = torch.tensor([4, 0, 4]), torch.tensor([6, 6, 1])
         aligned = model.matcher.score_pairs(mentions[rows], entities[columns])
         for name in LOGITS:
