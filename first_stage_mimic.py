@@ -1,7 +1,7 @@
 """An approximate first stage for knowledge bases where even one cheap pass over all entities is too long.
 
 Two parts of a score are dot products: of the pooled texts, and of the cross-modal vectors. `faiss` finds the entities
-with the largest sum of the two, and only those are scored, exactly. Entities that only their picture or the attention
+with the largest sum of the two, and only those are searched, exactly. Entities that only their picture or the attention
 speaks for can be missed: the recall against the exact answer depends on the model and must be measured.
 """
 

@@ -48,7 +48,7 @@ from .configuration_mimic import MimicConfig
 from .first_stage_mimic import FirstStage
 from .modeling_mimic import MentionFeatures, MimicModel, _Matcher
 from .processing_mimic import MimicImageError, MimicProcessor, first_image
-from .search_mimic import Searcher, SearchStats, score_pairs
+from .search_mimic import ChosenRows, Searcher, SearchStats, score_pairs
 from .store_mimic import (
     EntityIndexError,
     UnknownEntityError,
@@ -82,6 +82,8 @@ _SHARD_ENTITIES = 8192
 _LOCK_SECONDS = 10.0
 _MENTION_BLOCK = 256
 _CANDIDATE_BYTES = 64 * 2**20
+# Of so many candidates, bounding their scores takes less time than scoring them all.
+_MANY_CANDIDATES = 2048
 _OPENINGS = 10
 _RECORDS_AT_ONCE = 512
 _PART = re.compile(r"(shard|removed|matcher|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
@@ -476,25 +478,30 @@ class EntityIndex:
                 top = searcher.top_k(part, rows.shape[1], exact == "exhaustive", progress.update)
                 rows[picked] = top.rows
             for row in chosen:
-                found = self._among(mentions, row, cast(Sequence[str], candidates[row]), searcher)
-                rows[row, : len(found)] = found[: rows.shape[1]]
+                found = self._among(mentions, row, cast(Sequence[str], candidates[row]), rows.shape[1], searcher)
+                rows[row, : len(found)] = found
             return self._result(mentions, rows, searcher)
 
-    def _among(self, mentions: MentionFeatures, row: int, ids: Sequence[str], searcher: Searcher) -> Tensor:
-        """Rows of given candidates, best first."""
+    def _among(self, mentions: MentionFeatures, row: int, ids: Sequence[str], k: int, searcher: Searcher) -> Tensor:
+        """Rows of the best of given candidates, best first."""
         if isinstance(ids, str):
             raise ValueError(f"Candidates must be a list of entity ids for each mention, got the string {ids!r}.")
-        return self._sorted_rows(mentions, row, sorted(set(self._required_rows(ids))), searcher)
+        return self._best_of(mentions, row, sorted(set(self._required_rows(ids))), k, searcher)
 
-    def _sorted_rows(self, mentions: MentionFeatures, row: int, rows: list[int], searcher: Searcher) -> Tensor:
-        """Rows of entities, scored exactly against one mention, best first."""
+    def _best_of(self, mentions: MentionFeatures, row: int, rows: list[int], k: int, searcher: Searcher) -> Tensor:
+        """Rows of the k best of some entities for one mention, best first."""
         device = mentions.tensors["text_embed"].device
-        wanted = torch.tensor(rows, dtype=torch.long, device=device)
+        wanted = torch.tensor(rows, dtype=torch.long)
+        if len(rows) > max(_MANY_CANDIDATES, k):
+            among = dataclasses.replace(searcher, blocks=ChosenRows(self._store, wanted))  # with the same stats
+            found = among.top_k(mentions[row : row + 1], k, exhaustive=False, advance=lambda _: None).rows[0]
+            return wanted[found.cpu()].to(device)
+        wanted = wanted.to(device)
         mention_rows = torch.full_like(wanted, row)
         scores = score_pairs(self._matcher_on(device), mentions, mention_rows, self._store, wanted, _CANDIDATE_BYTES)
         searcher.stats.pairs += len(wanted)
         searcher.stats.exact_pairs += len(wanted)
-        return wanted[scores.logits.argsort(descending=True, stable=True)]
+        return wanted[scores.logits.argsort(descending=True, stable=True)][:k]
 
     def build_first_stage(self, factory: str | None = None, *, show_progress: bool = True) -> None:
         """Makes the approximate first stage of [`search`], and stores it beside the index.
@@ -533,7 +540,7 @@ class EntityIndex:
         for row, candidates in zip(chosen, found.tolist(), strict=True):
             alive = sorted(number for number in candidates if number >= 0 and not self._store.removed[number])
             before = searcher.stats.pairs
-            best = self._sorted_rows(mentions, row, alive, searcher)[: rows.shape[1]]
+            best = self._best_of(mentions, row, alive, rows.shape[1], searcher)
             searcher.stats.pairs = before
             rows[row, : len(best)] = best
 

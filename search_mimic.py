@@ -86,6 +86,26 @@ class EntityBlocks(Protocol):
 
 
 @dataclass
+class ChosenRows:
+    """Some rows of an index, none of them removed, as if there were no others."""
+
+    blocks: EntityBlocks
+    rows: Tensor  # on the CPU
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, rows: Tensor | slice, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        return self.blocks.gather(self.rows[rows.cpu() if isinstance(rows, Tensor) else rows], names, device)
+
+    def full(self, rows: Tensor | slice, device: torch.device) -> EntityFeatures:
+        return self.blocks.full(self.rows[rows.cpu() if isinstance(rows, Tensor) else rows], device)
+
+    def alive(self, start: int, stop: int) -> Tensor | None:
+        return None
+
+
+@dataclass
 class SearchStats:
     """How much work a search was.
 
@@ -870,4 +890,4 @@ class Searcher:
         places.equal += torch.bincount(mention_rows[tie], minlength=len(query))
 
 
-__all__ = ["SearchStats", "Searcher", "score_pairs"]
+__all__ = ["ChosenRows", "SearchStats", "Searcher", "score_pairs"]

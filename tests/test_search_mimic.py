@@ -369,10 +369,12 @@ def test_scores_of_the_units():
 # --- Candidates
 
 
-def test_candidates_restrict_the_answer():
-    case = make_case(clusters=12)
+@pytest.mark.parametrize("many", [0, 10**6], ids=["bounded", "all-scored"])
+def test_candidates_restrict_the_answer(many: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index_mimic, "_MANY_CANDIDATES", many)
+    case = make_case(clusters=12, shards=3)
     candidates = [
-        None if row % 3 == 0 else [f"e{(7 * row + step) % ENTITIES}" for step in range(row % 5)]
+        None if row % 3 == 0 else [f"e{(7 * row + step) % ENTITIES}" for step in range(11 * (row % 5))]
         for row in range(MENTIONS)
     ]
     found = case.index.search(case.mentions, 3, candidates=candidates)
