@@ -25,14 +25,13 @@ The image unit's part, `|m| sqrt(d)` at most in each direction, comes from the l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .modeling_mimic import EntityFeatures, MentionFeatures, MimicOutput, _DualUnit, _Matcher, _wide
+from .modeling_mimic import EntityFeatures, MentionFeatures, MimicOutput, _DualUnit, _Matcher, _wide, _with_prefix
 
 # Rounding differs with the shape of a matrix product. Relative to the largest terms of a mention's scores, bounds and
 # block-wise scores are trusted up to _SLACK; what is closer is decided by `score_pairs`, which gives a pair the same
@@ -60,10 +59,12 @@ _BIAS, _MOST = (_DualUnit.QUERY_STATS.index(name) for name in ("beta.n", "most")
 _MENTION_TOKENS = ("text_key", "text_value", "text_mask")
 _ATTENTION = ("text_query", "text_local", "text_bias", "text_mask")
 _FIRST_LOOK = ("text_embed", "cross_modal", "text_local", "text_bias", "image_query_stats")
-_QUERY = tuple(f"image_query_{name}" for name in ("q", "a", "m", "stats"))
-_KEY = tuple(f"image_key_{name}" for name in ("z", "a", "k", "stats"))
-# Directions of the image unit: the entity's picture is the query, or the mention's is. Features of the entity's side.
+# Directions of the image unit: the entity's picture is the query, or the mention's is. Features of the entity's side;
+# the mention's are those of the other direction.
 _ENT2MEN, _MEN2ENT = 0, 1
+_PREFIXES = ("image_query_", "image_key_")
+_QUERY = tuple(_PREFIXES[0] + name for name in ("q", "a", "m", "stats"))
+_KEY = tuple(_PREFIXES[1] + name for name in ("z", "a", "k", "stats"))
 _SIDES = (_QUERY, _KEY)
 
 
@@ -125,11 +126,6 @@ class SearchStats:
     def exact_fraction(self) -> float:
         """Share of the pairs that were scored exactly."""
         return self.exact_pairs / self.pairs if self.pairs else 0.0
-
-
-def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Features of one side of the image unit by the names that the unit has for them."""
-    return {name.removeprefix("image_query_").removeprefix("image_key_"): tensor for name, tensor in tensors.items()}
 
 
 def _rows(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -515,14 +511,7 @@ class Searcher:
         """The k best entities of each mention; `advance` is told of each block's number of pairs."""
         top = _TopK(len(mentions), k, mentions.tensors["text_embed"].device)
         query = _Query.of(self.matcher, mentions)
-        for start, stop in self._super_blocks(len(mentions)):
-            pairs = len(mentions) * (stop - start)
-            with self._counted(pairs):
-                if exhaustive:
-                    self._exhaustive_block(query, start, stop, top)
-                else:
-                    self._certified_block(query, start, stop, top)
-            advance(pairs)
+        self._each_block(query, self._exhaustive_block if exhaustive else self._certified_block, top, advance)
         return top
 
     def ranks(
@@ -540,32 +529,25 @@ class Searcher:
         gold = score_pairs(self.matcher, mentions, every, self.blocks, answers, self.block_bytes).logits.unsqueeze(1)
         places = _Places(answers, gold)
         query = _Query.of(self.matcher, mentions)
-        for start, stop in self._super_blocks(len(mentions)):
-            pairs = len(mentions) * (stop - start)
-            with self._counted(pairs):
-                if exhaustive:
-                    self._rank_exhaustive(query, start, stop, places)
-                else:
-                    self._rank_certified(query, start, stop, places)
-            advance(pairs)
+        self._each_block(query, self._rank_exhaustive if exhaustive else self._rank_certified, places, advance)
         return places.above, places.equal
 
-    @contextmanager
-    def _counted(self, pairs: int) -> Iterator[None]:
-        """Counts a block's pairs; one that is scored twice counts once."""
-        before = self.stats.exact_pairs
-        yield
-        self.stats.pairs += pairs
-        self.stats.exact_pairs = min(self.stats.exact_pairs, before + pairs)
-
-    def _super_blocks(self, count: int) -> Iterator[tuple[int, int]]:
+    def _each_block(
+        self, query: _Query, work: Callable[[_Query, int, int, Any], None], found: Any, advance: Callable[[int], Any]
+    ) -> None:
+        """Does some work for one block of rows after the other, and counts its pairs."""
         # Two float32 tensors of the block's shape are kept, a few more are made for a while. With few mentions, the
         # entities' vectors that the hull's bounds need weigh more.
         width = self.matcher.tglu.fc_cls.out_features
-        rows = max(self.sub_block, self.block_bytes // max(16 * count, 8 * width))
-        rows -= rows % self.sub_block  # the same sub-blocks whatever the number of mentions, so that they can be kept
+        rows = max(self.sub_block, self.block_bytes // max(16 * len(query), 8 * width))
+        rows -= rows % self.sub_block  # so that only the last sub-block is cut short
         for start in range(0, len(self.blocks), rows):
-            yield start, min(start + rows, len(self.blocks))
+            stop = min(start + rows, len(self.blocks))
+            pairs, before = len(query) * (stop - start), self.stats.exact_pairs
+            work(query, start, stop, found)
+            self.stats.pairs += pairs
+            self.stats.exact_pairs = min(self.stats.exact_pairs, before + pairs)  # one scored twice counts once
+            advance(pairs)
 
     # --- Every pair
 
@@ -652,7 +634,8 @@ class Searcher:
 
     @staticmethod
     def _hopeless(query: _Query, block: _Block, pairs: _Pairs) -> tuple[_Pairs, Tensor]:
-        """Of pairs that would be scored exactly, those of mentions of which that is not most; and the others' rows."""
+        """Parts pairs that would be scored exactly: those of mentions that have few of them, and the rows of the other
+        mentions, for which all entities are better scored."""
         left = torch.bincount(pairs.mention_rows, minlength=len(query))
         hopeless = left > max(_EXHAUSTIVE_FRACTION * block.width, _ROUND)
         return pairs[~hopeless[pairs.mention_rows]], hopeless.nonzero().squeeze(1)
@@ -696,13 +679,20 @@ class Searcher:
     def _direction(self, query: _Query, direction: int, pictures: Tensor, entities: dict[str, Tensor]) -> Tensor:
         """What a direction of the image unit adds to the totals of some of the mentions' pictures (P,) with entities,
         (P, N)."""
-        images, entities = _bare(_rows(query.images[direction], pictures)), _bare(entities)
-        if direction == _ENT2MEN:
-            scores = self.matcher.vdlu.dual_ent2men.score(entities, images).T.contiguous()
-        else:
-            scores = self.matcher.vdlu.dual_men2ent.score(images, entities)
+        unit, queries, keys = self._sides(direction, _rows(query.images[direction], pictures), entities)
+        scores = unit.score(queries, keys)
         self.stats.image_pairs += scores.numel()
-        return scores.div_(6)
+        return (scores.T.contiguous() if direction == _ENT2MEN else scores).div_(6)
+
+    def _sides(
+        self, direction: int, mention: dict[str, Tensor], entity: dict[str, Tensor]
+    ) -> tuple[_DualUnit, dict[str, Tensor], dict[str, Tensor]]:
+        """A direction's unit, its queries and its keys."""
+        mention, entity = _with_prefix(_PREFIXES[1 - direction], mention), _with_prefix(_PREFIXES[direction], entity)
+        unit = self.matcher.vdlu
+        if direction == _ENT2MEN:
+            return unit.dual_ent2men, entity, mention
+        return unit.dual_men2ent, mention, entity
 
     def _second_look(
         self, query: _Query, block: _Block, wanted: Tensor, floor: Tensor
@@ -767,14 +757,10 @@ class Searcher:
         self.stats.image_pairs += len(images)
         used, places = entity_rows.unique(return_inverse=True)
         entities = self.blocks.gather(used, names, used.device)
-        unit = self.matcher.vdlu
         for pairs in torch.arange(len(images), device=images.device).split(_PAIRS_AT_ONCE):
-            mention = _bare(_rows(query.images[direction], images[pairs]))
-            entity = _bare(_rows(entities, places[pairs]))
-            if direction == _ENT2MEN:
-                result[pairs] = unit.dual_ent2men.score_pairs(entity, mention)
-            else:
-                result[pairs] = unit.dual_men2ent.score_pairs(mention, entity)
+            mention, entity = _rows(query.images[direction], images[pairs]), _rows(entities, places[pairs])
+            unit, queries, keys = self._sides(direction, mention, entity)
+            result[pairs] = unit.score_pairs(queries, keys)
         return result.div_(6)
 
     def _hull(self, query: _Query, block: _Block, found: tuple[Tensor, Tensor, Tensor]) -> _Pairs:
