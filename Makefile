@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m mimic_el.demo
+	$(BIN)/python -m mimic_el.scripts.demo
 
 test: lint types
 	$(BIN)/python -m pytest --numprocesses 2

@@ -1,38 +1,92 @@
-"""MIMIC for multimodal entity linking: the model, its pipeline, its index of entities.
+"""MIMIC for multimodal entity linking: the model, its pipeline, its index of entities, its training.
 
-What is imported from here is the public interface. Importing the package also makes transformers know the model
-("mimic") and the task ("multimodal-entity-linking"), so that `AutoModel` and `pipeline` need no remote code.
+`__all__` is the public interface. Names are loaded when they are first used, so that `import mimic_el` costs next to
+nothing. It also makes transformers know the model ("mimic") and the task ("multimodal-entity-linking"): `AutoModel` and
+`pipeline` then need no remote code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.pipelines import PIPELINE_REGISTRY
+from __future__ import annotations
 
-from .configuration_mimic import _PIPELINE_TASK, MimicConfig
-from .index_mimic import EntityIndex, EntityIndexError, RankResult, SearchResult, UnknownEntityError
-from .modeling_mimic import EntityFeatures, MentionFeatures, MimicModel, MimicOutput
-from .pipeline_mimic import MultimodalEntityLinkingPipeline
-from .processing_mimic import MimicImageError, MimicProcessor
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register(MimicConfig.model_type, MimicConfig, exist_ok=True)
-AutoModel.register(MimicConfig, MimicModel, exist_ok=True)
-AutoProcessor.register(MimicConfig, MimicProcessor, exist_ok=True)
-if _PIPELINE_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-    PIPELINE_REGISTRY.register_pipeline(
-        _PIPELINE_TASK, pipeline_class=MultimodalEntityLinkingPipeline, pt_model=AutoModel, type="multimodal"
+from .registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from .configuration_mimic import MimicConfig
+    from .errors_mimic import EntityIndexError, MimicError, MimicImageError, UnknownEntityError
+    from .index_mimic import EntityIndex, RankResult, SearchResult
+    from .modeling_mimic import EntityFeatures, MentionFeatures, MimicModel, MimicOutput
+    from .pipeline_mimic import MultimodalEntityLinkingPipeline
+    from .processing_mimic import MimicProcessor
+    from .training import (
+        KnowledgeBase,
+        MentionEntityCollator,
+        MimicTrainer,
+        MimicTrainingArguments,
+        RankedMentions,
+        mel_ranking,
+        rank_mentions,
     )
+
+# Where each public name is defined.
+_HOMES = {
+    "configuration_mimic": ["MimicConfig"],
+    "errors_mimic": ["EntityIndexError", "MimicError", "MimicImageError", "UnknownEntityError"],
+    "index_mimic": ["EntityIndex", "RankResult", "SearchResult"],
+    "modeling_mimic": ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput"],
+    "pipeline_mimic": ["MultimodalEntityLinkingPipeline"],
+    "processing_mimic": ["MimicProcessor"],
+    "training": [
+        "KnowledgeBase",
+        "MentionEntityCollator",
+        "MimicTrainer",
+        "MimicTrainingArguments",
+        "RankedMentions",
+        "mel_ranking",
+        "rank_mentions",
+    ],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("mimic-el")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "EntityFeatures",
     "EntityIndex",
     "EntityIndexError",
+    "KnowledgeBase",
+    "MentionEntityCollator",
     "MentionFeatures",
     "MimicConfig",
+    "MimicError",
     "MimicImageError",
     "MimicModel",
     "MimicOutput",
     "MimicProcessor",
+    "MimicTrainer",
+    "MimicTrainingArguments",
     "MultimodalEntityLinkingPipeline",
     "RankResult",
+    "RankedMentions",
     "SearchResult",
     "UnknownEntityError",
+    "mel_ranking",
+    "rank_mentions",
 ]

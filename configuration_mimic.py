@@ -7,7 +7,14 @@ from typing import Any
 
 from transformers import CLIPConfig, PreTrainedConfig
 
-_PIPELINE_TASK = "multimodal-entity-linking"
+PIPELINE_TASK = "multimodal-entity-linking"
+_CUSTOM_PIPELINES = {
+    PIPELINE_TASK: {
+        "impl": "pipeline_mimic.MultimodalEntityLinkingPipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
 
 
 class MimicConfig(PreTrainedConfig):
@@ -91,7 +98,14 @@ class MimicConfig(PreTrainedConfig):
         self.default_index = default_index
         self.default_index_revision = default_index_revision
         self._check()
+        if not __name__.startswith("transformers_modules."):
+            # The installed package has registered the task; only code that a checkpoint brings must be found by name.
+            kwargs.pop("custom_pipelines", None)
         super().__init__(**kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: it tells transformers where the pipeline's code is, too."""
+        return {**super().to_diff_dict(), "custom_pipelines": _CUSTOM_PIPELINES}
 
     def _check(self) -> None:
         sizes = ("image_hidden_size", "tglu_hidden_size", "vdlu_hidden_size", "cmfu_hidden_size", "text_max_length")
@@ -139,7 +153,7 @@ class MimicConfig(PreTrainedConfig):
         Raises:
             ValueError: if the checkpoint is not a CLIP model.
         """
-        hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         if isinstance(backbone, CLIPConfig):
             return cls(backbone_config=backbone, **kwargs)
         config_dict, _ = PreTrainedConfig.get_config_dict(backbone, **hub_kwargs)
@@ -151,7 +165,7 @@ class MimicConfig(PreTrainedConfig):
         return cls(backbone_config=CLIPConfig.from_dict(config_dict), **kwargs)
 
 
-_HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
 def _as_clip_config(value: CLIPConfig | dict[str, Any] | None) -> CLIPConfig:

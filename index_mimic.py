@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,15 +43,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .card_mimic import _index_card, _TableFacts
 from .configuration_mimic import MimicConfig
-from .first_stage_mimic import FirstStage
-from .modeling_mimic import MentionFeatures, MimicModel, _Matcher
-from .processing_mimic import MimicImageError, MimicProcessor, first_image
+from .errors_mimic import EntityIndexError, MimicImageError, UnknownEntityError
+from .images_mimic import first_image
+from .index_card_mimic import _index_card, _TableFacts
+from .matching_mimic import Matcher, MentionFeatures
+from .modeling_mimic import MimicModel
+from .processing_mimic import MimicProcessor
 from .search_mimic import ChosenRows, Searcher, SearchStats, score_pairs
+from .shortlist_mimic import FirstStage
 from .store_mimic import (
-    EntityIndexError,
-    UnknownEntityError,
     _check_shards,
     _file_facts,
     _layout,
@@ -67,10 +68,6 @@ from .store_mimic import (
     _write_atomically,
     _write_shard,
 )
-
-if TYPE_CHECKING:
-    # As in modeling_mimic: so that older versions of transformers bring it along.
-    from .pipeline_mimic import MultimodalEntityLinkingPipeline  # noqa: F401
 
 _FORMAT = "mimic-entity-index"
 _VERSION = 1
@@ -130,7 +127,7 @@ class RankResult:
 # --- Which model ----------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(config: Any, matcher: _Matcher) -> str:
+def _fingerprint(config: Any, matcher: Matcher) -> str:
     """What tells models apart: the configuration, and the weights of the matcher."""
     digest = hashlib.sha256(json.dumps(_model_config(config), sort_keys=True).encode())
     for name, tensor in sorted(matcher.state_dict().items()):
@@ -336,7 +333,7 @@ class EntityIndex:
     """
 
     def __init__(
-        self, matcher: _Matcher, manifest: dict[str, Any], store: _Store, directory: Path | None = None
+        self, matcher: Matcher, manifest: dict[str, Any], store: _Store, directory: Path | None = None
     ) -> None:
         self._matcher = matcher.eval().requires_grad_(False)
         self._manifest = manifest
@@ -501,7 +498,7 @@ class EntityIndex:
         scores = score_pairs(self._matcher_on(device), mentions, mention_rows, self._store, wanted, _CANDIDATE_BYTES)
         searcher.stats.pairs += len(wanted)
         searcher.stats.exact_pairs += len(wanted)
-        return wanted[scores.logits.argsort(descending=True, stable=True)][:k]
+        return wanted[scores.total.argsort(descending=True, stable=True)][:k]
 
     def build_first_stage(self, factory: str | None = None, *, show_progress: bool = True) -> None:
         """Makes the approximate first stage of [`search`], and stores it beside the index.
@@ -556,7 +553,7 @@ class EntityIndex:
             _CANDIDATE_BYTES,
         )
         arrays = []
-        for part in (scores.logits, scores.text_logits, scores.image_logits, scores.cross_modal_logits):
+        for part in (scores.total, scores.text, scores.image, scores.cross_modal):
             full = torch.full(rows.shape, torch.nan, device=rows.device)
             full[mention_rows, places] = part
             arrays.append(full.cpu().numpy())
@@ -633,7 +630,7 @@ class EntityIndex:
         # A CPU's cache holds the tensors of some 10^5 pairs; a GPU wants more at a time.
         return Searcher(self._matcher_on(device), self._store, sub_block=1024 if device.type == "cpu" else 8192)
 
-    def _matcher_on(self, device: torch.device) -> _Matcher:
+    def _matcher_on(self, device: torch.device) -> Matcher:
         return self._matcher.to(device)
 
     # --- Build
@@ -1349,7 +1346,7 @@ def _reopened(kind: type[EntityIndex], directory: Path, read_only: bool) -> Enti
     return index
 
 
-def _publish(directory: Path, manifest: dict[str, Any], store: _Store, matcher: _Matcher | None = None) -> None:
+def _publish(directory: Path, manifest: dict[str, Any], store: _Store, matcher: Matcher | None = None) -> None:
     """Makes a list of files the index: what it lacks is written, it is replaced in one step, and what it no longer
     names is deleted after that."""
     if matcher is not None:
@@ -1468,25 +1465,25 @@ def _read_removed(directory: Path, name: str | None, count: int) -> Tensor | Non
     return removed
 
 
-def _copy_of(matcher: _Matcher, config: Any) -> _Matcher:
-    copy = _Matcher(config)
+def _copy_of(matcher: Matcher, config: Any) -> Matcher:
+    copy = Matcher(config)
     copy.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in matcher.state_dict().items()})
     return copy
 
 
-def _write_matcher(directory: Path, matcher: _Matcher) -> str:
+def _write_matcher(directory: Path, matcher: Matcher) -> str:
     weights = {name: t.detach().float().cpu().contiguous() for name, t in matcher.state_dict().items()}
     name = f"matcher-{secrets.token_hex(6)}"
     _write_atomically(directory / _shard_files(name)[0], lambda path: save_file(weights, path))
     return name
 
 
-def _read_matcher(directory: Path, manifest: Mapping[str, Any]) -> _Matcher:
+def _read_matcher(directory: Path, manifest: Mapping[str, Any]) -> Matcher:
     path = directory / _shard_files(manifest["matcher"])[0]
     try:
         # Without memory for its weights until they are read: a list of files may claim any size.
         with torch.device("meta"):
-            matcher = _Matcher(MimicConfig.from_dict(manifest["model"]["config"]))
+            matcher = Matcher(MimicConfig.from_dict(manifest["model"]["config"]))
         weights = {name: tensor.float() for name, tensor in load_file(path).items()}
         matcher.load_state_dict(weights, assign=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:

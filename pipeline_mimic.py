@@ -5,22 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
-from .configuration_mimic import _PIPELINE_TASK, MimicConfig
-from .index_mimic import EntityIndex, EntityIndexError, _undecoded
+from .configuration_mimic import PIPELINE_TASK, MimicConfig
+from .errors_mimic import EntityIndexError
+from .images_mimic import ImageInput
+from .index_mimic import EntityIndex, _undecoded
 from .modeling_mimic import MimicModel
-from .processing_mimic import ImageInput, MimicProcessor
-
-if TYPE_CHECKING:
-    # As in modeling_mimic: so that older versions of transformers bring them along.
-    from .card_mimic import _index_card  # noqa: F401
-    from .first_stage_mimic import FirstStage  # noqa: F401
-    from .search_mimic import Searcher  # noqa: F401
-    from .store_mimic import UnknownEntityError  # noqa: F401
+from .processing_mimic import MimicProcessor
 
 _BAR_FROM_ENTITIES = 500
 
@@ -132,7 +127,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise TypeError(
-                f"The pipeline {_PIPELINE_TASK} has no parameter {', '.join(sorted(unknown))}; it takes top_k, "
+                f"The pipeline {PIPELINE_TASK} has no parameter {', '.join(sorted(unknown))}; it takes top_k, "
                 "candidates and exact."
             )
         if isinstance(candidates, str):

@@ -2,142 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
-import urllib.parse
-import urllib.request
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature, CLIPConfig, CLIPImageProcessorPil, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 
-from .configuration_mimic import _HUB_KWARGS, MimicConfig
+from .configuration_mimic import HUB_KWARGS, MimicConfig
+from .errors_mimic import MimicImageError
+from .images_mimic import ImageInput, first_image, load_image
 
-# A picture: a PIL image, a path, an http(s) URL, the bytes of a file, or what `datasets` gives for one it did not
-# decode; `None` where there is none.
-ImageInput = Image.Image | str | os.PathLike[str] | bytes | Mapping[str, Any] | None
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
-_MAX_PIXELS = 90_000_000
-_MAX_DOWNLOAD_BYTES = 64 * 2**20
-_DOWNLOAD_SECONDS = 20.0
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "max_memory", "quantization_config")
-
-
-class MimicImageError(ValueError):
-    """A picture that cannot be read, with what was wrong and where."""
-
-
-def load_image(
-    source: ImageInput, max_pixels: int = _MAX_PIXELS, correct: bool = True, allow_urls: bool = True
-) -> Image.Image | None:
-    """Reads a picture of any source into RGB.
-
-    Args:
-        source: a PIL image, a path, an `http(s)` URL, the bytes of an image file, a dict with `bytes` or `path` (an
-            undecoded image of `datasets`), or `None`.
-        max_pixels: larger pictures are refused before they are decoded.
-        correct: whether the orientation that a camera recorded is applied, transparency shows white, and 16-bit
-            values are scaled to 8 bits. If not, the picture is only converted to RGB, as in the published code.
-        allow_urls: whether an `http(s)` URL is fetched.
-
-    Returns:
-        `PIL.Image.Image` of mode "RGB", or `None` for no source.
-
-    Raises:
-        MimicImageError: if there is no such file, it is no image, is broken, or is too large.
-    """
-    if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path")
-    if source is None or (isinstance(source, str) and not source):
-        return None
-    if isinstance(source, Image.Image):
-        where, opened = "the given PIL image", source
-    elif isinstance(source, bytes):
-        where, opened = "the given bytes", _open(io.BytesIO(source), "the given bytes")
-    elif isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        if not allow_urls:
-            raise MimicImageError(f"The image {source} is a URL, and URLs are not fetched here.")
-        where, opened = source, _open(io.BytesIO(_download(source)), source)
-    elif isinstance(source, str | os.PathLike):
-        where = os.fspath(source)
-        if os.path.isdir(where):
-            raise MimicImageError(f"The image {where} is a directory.")
-        if not os.path.exists(where):
-            raise MimicImageError(f"There is no image file {where}.")
-        opened = _open(where, where)
-    else:
-        raise MimicImageError(
-            f"An image must be a PIL image, a path, a URL, bytes or None, got {type(source).__name__}."
-        )
-    width, height = opened.size
-    if width * height > max_pixels:
-        raise MimicImageError(
-            f"The image {where} has {width} x {height} pixels, more than the {max_pixels:,} that are read."
-        )
-    try:
-        return _to_rgb(opened, correct)
-    except Exception as error:  # decoders raise many kinds for broken files
-        raise MimicImageError(f"The image {where} cannot be decoded: {error}") from error
-
-
-def _open(file: str | io.BytesIO, where: str) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            # Our own limit on pixels follows, before anything is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(file, formats=_known_formats())
-    except Image.DecompressionBombError as error:
-        raise MimicImageError(f"The image {where} is too large to be read: {error}") from error
-    except Exception as error:
-        raise MimicImageError(f"{where} is not an image that can be read: {error}") from error
-
-
-def _known_formats() -> list[str]:
-    """Those that this Pillow reads: it takes the name of another for an error of the file's."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "mimic-el"})
-    try:
-        with urllib.request.urlopen(request, timeout=_DOWNLOAD_SECONDS) as response:
-            # A redirect may lead to another scheme, such as file:.
-            if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
-                raise MimicImageError(f"The image {url} redirects to {response.url}, which is not http(s).")
-            data = response.read(_MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, MimicImageError):
-            raise
-        raise MimicImageError(f"The image {url} cannot be fetched: {error}") from error
-    if len(data) > _MAX_DOWNLOAD_BYTES:
-        raise MimicImageError(f"The image {url} is larger than {_MAX_DOWNLOAD_BYTES >> 20} MiB.")
-    return data
-
-
-def _to_rgb(image: Image.Image, correct: bool) -> Image.Image:
-    if not correct:
-        return image.convert("RGB")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # PIL's own conversion clips these instead of scaling them.
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        top = max(255.0, float(values.max()) if values.max() <= 65535 else 65535.0)
-        top = 65535.0 if top > 255 else 255.0
-        return Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(background, image).convert("RGB")
-    return image.convert("RGB")
 
 
 class MimicProcessor(ProcessorMixin):
@@ -205,7 +83,7 @@ class MimicProcessor(ProcessorMixin):
             config: the model's configuration; read from the checkpoint if absent.
             **kwargs: what finds the checkpoint (`revision`, `cache_dir`, `token`, ...), and `correct_images`.
         """
-        hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         if config is None:
             config = MimicConfig.from_backbone(backbone, **hub_kwargs)
         tokenizer = AutoTokenizer.from_pretrained(backbone, **hub_kwargs)
@@ -350,11 +228,4 @@ def _image_settings(image_processor: Any) -> dict[str, Any]:
     return {name: settings[name] for name in (*names, "image_mean", "image_std") if name in settings}
 
 
-def first_image(images: Any) -> Any:
-    """The first of an entity's pictures, `None` if it has none; a single picture is its own first."""
-    if isinstance(images, list | tuple):
-        return images[0] if images else None
-    return images
-
-
-__all__ = ["MimicImageError", "MimicProcessor", "load_image"]
+__all__ = ["MimicProcessor"]

@@ -31,7 +31,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .modeling_mimic import EntityFeatures, MentionFeatures, MimicOutput, _DualUnit, _Matcher, _wide, _with_prefix
+from .matching_mimic import (
+    EntityFeatures,
+    Matcher,
+    MentionFeatures,
+    PairScores,
+    VisionDualDirection,
+    widened,
+    without_prefix,
+)
 
 # Rounding differs with the shape of a matrix product. Relative to the largest terms of a mention's scores, bounds and
 # block-wise scores are trusted up to _SLACK; what is closer is decided by `score_pairs`, which gives a pair the same
@@ -53,7 +61,7 @@ _EXHAUSTIVE_FRACTION = 0.2
 # Pairs whose vectors are gathered in one go, and bytes of attention made in one go: they stay in a CPU's cache.
 _PAIRS_AT_ONCE = 2048
 _CACHE_BYTES = 16 * 2**20
-_BIAS, _MOST = (_DualUnit.QUERY_STATS.index(name) for name in ("beta.n", "most"))
+_BIAS, _MOST = (VisionDualDirection.QUERY_STATS.index(name) for name in ("beta.n", "most"))
 
 # Features of the attention, and those that each look needs.
 _MENTION_TOKENS = ("text_key", "text_value", "text_mask")
@@ -148,14 +156,14 @@ class _FirstLook:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> _FirstLook:
-        local = _wide(tensors["text_local"])
-        most = _wide(tensors["image_query_stats"][:, _MOST]) / 6
+        local = widened(tensors["text_local"])
+        most = widened(tensors["image_query_stats"][:, _MOST]) / 6
         return cls(
-            _wide(tensors["text_embed"]),
-            _wide(tensors["cross_modal"]),
+            widened(tensors["text_embed"]),
+            widened(tensors["cross_modal"]),
             torch.cat([local, local.norm(dim=-1, keepdim=True)], dim=1),
             most,
-            torch.add(most, _wide(tensors["text_bias"]), alpha=1 / 6),
+            torch.add(most, widened(tensors["text_bias"]), alpha=1 / 6),
         )
 
     def extent(self) -> Tensor:
@@ -174,8 +182,8 @@ class _MentionBounds:
     cap: Tensor  # (M, 1) the largest attention's part of a w of length 1
 
     @classmethod
-    def of(cls, matcher: _Matcher, mentions: MentionFeatures) -> _MentionBounds:
-        values = _wide(mentions.tensors["text_value"])
+    def of(cls, matcher: Matcher, mentions: MentionFeatures) -> _MentionBounds:
+        values = widened(mentions.tensors["text_value"])
         if matcher.tglu.mask_padding:
             mask = mentions.tensors["text_mask"]
             first = mask.int().argmax(dim=1)
@@ -218,18 +226,18 @@ class _Query:
     first: int = -1  # the direction of the image unit that is computed first, which tells more; -1 before that is known
 
     @classmethod
-    def of(cls, matcher: _Matcher, mentions: MentionFeatures) -> _Query:
+    def of(cls, matcher: Matcher, mentions: MentionFeatures) -> _Query:
         tensors = mentions.tensors
-        text, cross_modal = _wide(tensors["text_embed"]) / 6, _wide(tensors["cross_modal"]) / 3
+        text, cross_modal = widened(tensors["text_embed"]) / 6, widened(tensors["cross_modal"]) / 3
         size = torch.ones(len(mentions), 1, device=text.device)
         for vectors, norm in ((text, matcher.text_cls_layernorm), (cross_modal, matcher.cmfu.gate_layer_norm)):
             # No entity's vector is longer than a layer norm's output can be; a tenth more for how it is stored.
             longest = norm.weight.abs().amax() * norm.normalized_shape[0] ** 0.5 + norm.bias.norm()
             size = size + 1.1 * longest * vectors.norm(dim=1, keepdim=True)
         pictures, image_of = _different({name: tensors[name] for name in (*_KEY, *_QUERY)})
-        vector, stats = _wide(pictures["image_query_m"]), _wide(pictures["image_query_stats"])
+        vector, stats = widened(pictures["image_query_m"]), widened(pictures["image_query_stats"])
         # From the vectors: of features in half precision the stored number is rounded.
-        picture_most = (_DualUnit.most(vector, stats[:, _BIAS]) / 6).unsqueeze(1)
+        picture_most = (VisionDualDirection.most(vector, stats[:, _BIAS]) / 6).unsqueeze(1)
         most = picture_most.index_select(0, image_of)
         images = ({name: pictures[name] for name in _KEY}, {name: pictures[name] for name in _QUERY})
         crowded = torch.zeros(len(picture_most), dtype=torch.bool, device=text.device)
@@ -362,18 +370,18 @@ def _hull_distance(points: Tensor, steps: int = 100) -> Tensor:
 
 
 def score_pairs(
-    matcher: _Matcher,
+    matcher: Matcher,
     mentions: MentionFeatures,
     mention_rows: Tensor,
     blocks: EntityBlocks,
     entity_rows: Tensor,
     block_bytes: int,
-) -> MimicOutput:
+) -> PairScores:
     """Exact scores of given pairs, each tensor of shape (pairs,)."""
     device = mention_rows.device
     if not len(mention_rows):
         empty = torch.empty(0, device=device)
-        return MimicOutput(logits=empty, text_logits=empty, image_logits=empty, cross_modal_logits=empty)
+        return PairScores(empty, empty, empty, empty)
     local = _local_scores(matcher, mentions, mention_rows, blocks, entity_rows, block_bytes)
     light = {name: tensor for name, tensor in mentions.tensors.items() if name not in _MENTION_TOKENS}
     width = sum(tensor[:1].numel() for tensor in light.values())
@@ -386,11 +394,13 @@ def score_pairs(
         parts.append(matcher.score_pairs(some, entities, local[picked]))
     if len(parts) == 1:
         return parts[0]
-    return MimicOutput(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return PairScores(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("total", "text", "image", "cross_modal"))
+    )
 
 
 def _local_scores(
-    matcher: _Matcher,
+    matcher: Matcher,
     mentions: MentionFeatures,
     mention_rows: Tensor,
     blocks: EntityBlocks,
@@ -501,7 +511,7 @@ class Searcher:
         sub_block: rows of entities that get their first look in one go, so that its tensors stay in a CPU's cache.
     """
 
-    matcher: _Matcher
+    matcher: Matcher
     blocks: EntityBlocks
     block_bytes: int = 128 * 2**20
     sub_block: int = 1024
@@ -526,7 +536,7 @@ class Searcher:
             two `torch.LongTensor` of shape `(M,)`.
         """
         every = torch.arange(len(mentions), device=answers.device)
-        gold = score_pairs(self.matcher, mentions, every, self.blocks, answers, self.block_bytes).logits.unsqueeze(1)
+        gold = score_pairs(self.matcher, mentions, every, self.blocks, answers, self.block_bytes).total.unsqueeze(1)
         places = _Places(answers, gold)
         query = _Query.of(self.matcher, mentions)
         self._each_block(query, self._rank_exhaustive if exhaustive else self._rank_certified, places, advance)
@@ -562,7 +572,7 @@ class Searcher:
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
             entities = self.blocks.full(slice(first, last), device)
-            scores = self.matcher(mentions, entities).logits
+            scores = self.matcher(mentions, entities).total
             self.stats.exact_pairs += scores.numel()
             self._hide_removed(scores, first, last)
             yield first, scores, query.margin(_FirstLook.of(entities.tensors).extent())
@@ -686,9 +696,12 @@ class Searcher:
 
     def _sides(
         self, direction: int, mention: dict[str, Tensor], entity: dict[str, Tensor]
-    ) -> tuple[_DualUnit, dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[VisionDualDirection, dict[str, Tensor], dict[str, Tensor]]:
         """A direction's unit, its queries and its keys."""
-        mention, entity = _with_prefix(_PREFIXES[1 - direction], mention), _with_prefix(_PREFIXES[direction], entity)
+        mention, entity = (
+            without_prefix(_PREFIXES[1 - direction], mention),
+            without_prefix(_PREFIXES[direction], entity),
+        )
         unit = self.matcher.vdlu
         if direction == _ENT2MEN:
             return unit.dual_ent2men, entity, mention
@@ -835,7 +848,7 @@ class Searcher:
         """Scores the valid pairs of (M, n) columns exactly and merges them."""
         rows, places = valid.nonzero(as_tuple=True)
         entity_rows = columns[rows, places] + start
-        exact = score_pairs(self.matcher, query.mentions, rows, self.blocks, entity_rows, self.block_bytes).logits
+        exact = score_pairs(self.matcher, query.mentions, rows, self.blocks, entity_rows, self.block_bytes).total
         self.stats.exact_pairs += len(rows)
         scores = torch.full(columns.shape, -torch.inf, device=columns.device)
         scores[rows, places] = exact
@@ -871,8 +884,8 @@ class Searcher:
         pairs = score_pairs(self.matcher, query.mentions, mention_rows, self.blocks, entity_rows, self.block_bytes)
         self.stats.exact_pairs += len(mention_rows)
         gold = places.gold[mention_rows, 0]
-        tie = (pairs.logits - gold).abs() <= _TIE * (1 + gold.abs())
-        places.above += torch.bincount(mention_rows[~tie & (pairs.logits > gold)], minlength=len(query))
+        tie = (pairs.total - gold).abs() <= _TIE * (1 + gold.abs())
+        places.above += torch.bincount(mention_rows[~tie & (pairs.total > gold)], minlength=len(query))
         places.equal += torch.bincount(mention_rows[tie], minlength=len(query))
 
 

@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .card_mimic import _TableFacts
-from .modeling_mimic import EntityFeatures, MimicEncoderOutput, _Matcher
+from .errors_mimic import EntityIndexError
+from .index_card_mimic import _TableFacts
+from .matching_mimic import EntityFeatures, Matcher, MimicEncoderOutput
 
 _SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
 # Kept in float32 whatever the rest is stored in: a few numbers an entity, made from the stored vectors.
@@ -31,17 +32,6 @@ _EXACT = ("text_bias", "image_query_stats", "image_key_stats")
 
 
 # --- One shard ----------------------------------------------------------------------------------------------------
-
-
-class EntityIndexError(ValueError):
-    """An index that is damaged, unfinished, locked, of another model, or used in a way that it does not allow."""
-
-
-class UnknownEntityError(KeyError):
-    """An id that is not in an index."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # a KeyError would show it quoted
 
 
 class _Table:
@@ -224,7 +214,7 @@ def _file_facts(path: Path) -> dict[str, Any]:
 # --- Numbers ------------------------------------------------------------------------------------------------------
 
 
-def _quantised(features: EntityFeatures, matcher: _Matcher, dtype: torch.dtype) -> dict[str, Tensor]:
+def _quantised(features: EntityFeatures, matcher: Matcher, dtype: torch.dtype) -> dict[str, Tensor]:
     """Features as they are stored. What is made from vectors is made anew, from the vectors as they were rounded."""
     stored: dict[str, Tensor] = {}
     rounded: dict[str, Tensor] = {}
@@ -277,7 +267,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: (tensor.dim(), *tensor.shape[2 if name in _TOKENS else 1 :]) for name, tensor in tensors.items()}
 
 
-def _blank(matcher: _Matcher) -> tuple[MimicEncoderOutput, Tensor]:
+def _blank(matcher: Matcher) -> tuple[MimicEncoderOutput, Tensor]:
     """What an encoder gives for one item, all zeros, and its mask: for the shapes."""
     projected, hidden = matcher.tglu.fc_cls.in_features, matcher.tglu.fc_query.in_features
     image = matcher.vdlu.dual_ent2men.cls_fc.in_features
@@ -292,11 +282,11 @@ def _blank(matcher: _Matcher) -> tuple[MimicEncoderOutput, Tensor]:
     return MimicEncoderOutput(**zeros), torch.ones(1, 1, device=device)
 
 
-def _mention_layout(matcher: _Matcher) -> dict[str, tuple[int, ...]]:
+def _mention_layout(matcher: Matcher) -> dict[str, tuple[int, ...]]:
     return _layout(matcher.mention_features(*_blank(matcher)).tensors)
 
 
-def _check_shards(shards: Sequence[_Shard], matcher: _Matcher, dtype: torch.dtype, where: Path) -> None:
+def _check_shards(shards: Sequence[_Shard], matcher: Matcher, dtype: torch.dtype, where: Path) -> None:
     """Makes sure that the features of all shards are what the matcher scores."""
     expected = _quantised(matcher.entity_features(*_blank(matcher)), matcher, dtype)
     length = 0

@@ -31,11 +31,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.datasets_scripts.builders import BUILDERS, load_raw
 from mimic_el.index_mimic import EntityIndex
-from mimic_el.model_card import TrainingRun
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
 from mimic_el.processing_mimic import MimicProcessor
-from mimic_el.training_mimic import (
+from mimic_el.training import (
     INDEX_FOLDER,
     KnowledgeBase,
     MentionEntityCollator,
@@ -45,6 +44,7 @@ from mimic_el.training_mimic import (
     require_columns,
     undecoded,
 )
+from mimic_el.training.model_card import TrainingRun
 
 logger = logging.getLogger("mimic_el.train")
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from mimic_el.configuration_mimic import MimicConfig
-from mimic_el.modeling_mimic import MimicEncoderOutput, _Matcher
+from mimic_el.matching_mimic import Matcher, MimicEncoderOutput
 from mimic_el.tests import oracle
 
 LOGITS = {"logits": "total", "text_logits": "text", "image_logits": "image", "cross_modal_logits": "cross-modal"}
 
 
-def random_matcher(config: MimicConfig, scale: float) -> _Matcher:
+def random_matcher(config: MimicConfig, scale: float) -> Matcher:
     """Matrices as they are initialised, times `scale`; layer norms and biases that leave no term out."""
-    matcher = _Matcher(config)
+    matcher = Matcher(config)
     with torch.no_grad():
         for name, parameter in matcher.named_parameters():
             if parameter.dim() > 1:
@@ -51,7 +51,7 @@ def random_side(config: MimicConfig, count: int) -> dict[str, Tensor]:
 
 
 def differences(
-    matcher: _Matcher, mention: dict[str, Tensor], entity: dict[str, Tensor], dtype: torch.dtype
+    matcher: Matcher, mention: dict[str, Tensor], entity: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, tuple[float, float, float]]:
     """For each score: its largest size, and the largest errors of the factored and of the plain form."""
     matcher = matcher.to(dtype)
@@ -90,7 +90,7 @@ def main() -> None:
         state = random_matcher(config, scale).state_dict()
         sides = random_side(config, arguments.mentions), random_side(config, arguments.entities)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            matcher = _Matcher(config)
+            matcher = Matcher(config)
             matcher.load_state_dict(state)
             for name, (size, factored, plain) in differences(matcher, *sides, dtype).items():
                 precision = str(dtype).removeprefix("torch.")

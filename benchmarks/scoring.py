@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from bench_data import machine, parser, trained_model
 
-from mimic_el.modeling_mimic import MimicEncoderOutput, MimicModel
+from mimic_el.matching_mimic import MimicEncoderOutput
+from mimic_el.modeling_mimic import MimicModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import oracle

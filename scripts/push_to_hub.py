@@ -33,7 +33,8 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mimic_el.configuration_mimic import MimicConfig
-from mimic_el.index_mimic import EntityIndex, EntityIndexError
+from mimic_el.errors_mimic import EntityIndexError
+from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 
 # What a checkpoint's directory may hold that belongs on the Hub; training leaves more there.

@@ -15,7 +15,7 @@ from mimic_el.processing_mimic import MimicProcessor
 
 TASK = "multimodal-entity-linking"
 ROOT = Path(__file__).resolve().parents[1]
-CODE_FILES = {path.name for path in ROOT.glob("*_mimic.py")} - {"training_mimic.py"}
+CODE_FILES = {path.name for path in ROOT.glob("*_mimic.py")} - {"training.py"}
 
 
 def tiny_linker(seed: int = 0, **settings: Any) -> tuple[MimicModel, MimicProcessor]:

@@ -127,7 +127,7 @@ def clean_python(hub: Hub) -> ForkingPython:
 def own_python(hub: Hub) -> ForkingPython:
     """Processes that have this project installed, and use the test Hub; one for a run of the tests."""
     directory = Path(tempfile.mkdtemp(prefix="own-"))
-    preloaded = [*PRELOADED, "datasets", "mimic_el", "mimic_el.training_mimic"]
+    preloaded = [*PRELOADED, "datasets", "mimic_el", "mimic_el.training"]
     return _closed_at_exit(ForkingPython(sys.executable, preloaded, hub.env(), directory))
 
 

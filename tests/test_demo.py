@@ -13,9 +13,10 @@ import yaml
 from PIL import Image
 from transformers import AutoModel
 
-from mimic_el import demo, train
+from mimic_el import train
 from mimic_el.index_mimic import EntityIndex
-from mimic_el.training_mimic import KnowledgeBase
+from mimic_el.scripts import demo
+from mimic_el.training import KnowledgeBase
 
 ROOT = Path(__file__).parents[1]
 

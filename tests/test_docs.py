@@ -31,7 +31,7 @@ from toy_data import entities, write_dataset
 from transformers import HfArgumentParser, pipeline
 
 from mimic_el import train
-from mimic_el.training_mimic import MimicTrainingArguments
+from mimic_el.training import MimicTrainingArguments
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
 # Each kind of thing that a page may speak of, and the names that pages give it.

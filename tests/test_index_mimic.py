@@ -27,9 +27,10 @@ from tiny import encode_mentions, knowledge_base, mentions_of, once, picture, ti
 from tiny_clip import tiny_model
 
 from mimic_el import index_mimic, store_mimic
-from mimic_el.index_mimic import EntityIndex, EntityIndexError, UnknownEntityError
+from mimic_el.errors_mimic import EntityIndexError, MimicImageError, UnknownEntityError
+from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import EntityFeatures, MentionFeatures, MimicModel
-from mimic_el.processing_mimic import MimicImageError, MimicProcessor
+from mimic_el.processing_mimic import MimicProcessor
 
 COUNT = 18
 SMALL = {"batch_size": 4, "shard_entities": 7, "show_progress": False}

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import set_seed
 
-from mimic_el import model_card, train
-from mimic_el.model_card import PUBLISHED, TrainingRun, draw_curves
-from mimic_el.training_mimic import MimicTrainer, MimicTrainingArguments
+from mimic_el import train
+from mimic_el.training import MimicTrainer, MimicTrainingArguments, model_card
+from mimic_el.training.model_card import PUBLISHED, TrainingRun, draw_curves
 
 METRICS = {"hits@1": 0.875, "hits@3": 0.95, "hits@5": 1.0, "mrr": 0.9123456789, "mean_rank": 1.5, "mentions": 5169}
 LOG = [

@@ -25,17 +25,16 @@ from torch.nn import functional as F
 from transformers import AutoModel, BertConfig, CLIPModel
 
 from mimic_el.configuration_mimic import MimicConfig
-from mimic_el.modeling_mimic import (
+from mimic_el.matching_mimic import (
+    CrossModalFusionUnit,
     EntityFeatures,
+    Matcher,
     MentionFeatures,
     MimicEncoderOutput,
-    MimicModel,
-    MimicOutput,
-    _CrossModalUnit,
-    _DualUnit,
-    _Matcher,
-    _TextUnit,
+    TextGlobalLocalUnit,
+    VisionDualDirection,
 )
+from mimic_el.modeling_mimic import MimicModel, MimicOutput
 from mimic_el.tests import oracle
 from mimic_el.tests.tiny_clip import save_tiny_clip, tiny_clip_config, tiny_config, tiny_inputs, tiny_model
 
@@ -167,7 +166,7 @@ def in_both(function: Callable[..., Tensor], module: nn.Module, prefix: str, *in
 @properties
 @given(case=cases)
 def test_text_unit(case: Case) -> None:
-    draw, unit = Draw(case), _TextUnit(sized_config(case))
+    draw, unit = Draw(case), TextGlobalLocalUnit(sized_config(case))
     draw.fill(unit)
     t_m, T_m = draw.inputs(SAMPLE, case.size), draw.inputs(SAMPLE, case.tokens, case.size)
     t_e, T_e = draw.inputs(SAMPLE, case.size), draw.inputs(SAMPLE, case.tokens, case.size)
@@ -184,7 +183,7 @@ def test_text_unit(case: Case) -> None:
 @properties
 @given(case=cases)
 def test_dual_unit(case: Case) -> None:
-    draw, unit = Draw(case), _DualUnit(sized_config(case))
+    draw, unit = Draw(case), VisionDualDirection(sized_config(case))
     draw.fill(unit)
     q, k = draw.inputs(SAMPLE, case.size), draw.inputs(SAMPLE, case.size)
     Z = draw.tokens_of_image(SAMPLE)
@@ -197,7 +196,7 @@ def test_dual_unit(case: Case) -> None:
 @properties
 @given(case=cases)
 def test_cross_modal_unit(case: Case) -> None:
-    draw, unit = Draw(case), _CrossModalUnit(sized_config(case))
+    draw, unit = Draw(case), CrossModalFusionUnit(sized_config(case))
     draw.fill(unit)
     t_m, t_e = draw.inputs(SAMPLE, case.size), draw.inputs(SAMPLE, case.size)
     V_m, V_e = draw.tokens_of_image(SAMPLE), draw.tokens_of_image(SAMPLE)
@@ -232,10 +231,10 @@ cancelling = st.builds(
 )
 
 
-def cancelling_unit(given: Cancelling) -> tuple[_DualUnit, Tensor, Tensor, Tensor]:
+def cancelling_unit(given: Cancelling) -> tuple[VisionDualDirection, Tensor, Tensor, Tensor]:
     """A unit whose projections are the identity, with queries, keys and tokens such that row i cancels with row i."""
     case = replace(given.case, mean=0.0, spread=1.0)
-    draw, unit = Draw(case), _DualUnit(sized_config(case))
+    draw, unit = Draw(case), VisionDualDirection(sized_config(case))
     draw.fill(unit)
     size, count = case.size, SAMPLE
     with torch.no_grad():
@@ -258,7 +257,7 @@ def cancelling_unit(given: Cancelling) -> tuple[_DualUnit, Tensor, Tensor, Tenso
     return unit, q, k, Z
 
 
-def rounding_of_vectors(unit: _DualUnit, q: Tensor, k: Tensor, Z: Tensor, exact: Tensor) -> float:
+def rounding_of_vectors(unit: VisionDualDirection, q: Tensor, k: Tensor, Z: Tensor, exact: Tensor) -> float:
     """How far a score is off if only q', k' and z are rounded to float32, as every form in float32 rounds them."""
     weights, generator = weights_of(unit, "unit"), torch.Generator().manual_seed(0)
     z = Z.double().mean(dim=1, keepdim=True)
@@ -297,7 +296,7 @@ def test_no_key_scores_more_than_the_most(given: Cancelling) -> None:
     unit, q, k, Z = cancelling_unit(given)
     with torch.no_grad():
         query, key = unit.query_features(q), unit.key_features(k, Z)
-        most = query["stats"][:, _DualUnit.QUERY_STATS.index("most")]
+        most = query["stats"][:, VisionDualDirection.QUERY_STATS.index("most")]
         rounding = 1e-5 * (most.abs() + query["m"].norm(dim=1) * q.shape[1] ** 0.5)
         assert (unit.score(query, key) <= (most + rounding).unsqueeze(1)).all()
         unit.gate_fc.weight.zero_()
@@ -327,9 +326,9 @@ def test_gradients_where_vectors_cancel() -> None:
 # --- All units ----------------------------------------------------------------------------------------------------
 
 
-def random_sides(case: Case) -> tuple[_Matcher, list[dict[str, Tensor]], list[Tensor]]:
+def random_sides(case: Case) -> tuple[Matcher, list[dict[str, Tensor]], list[Tensor]]:
     """A matcher, what an encoder could give for mentions and entities, and their masks."""
-    draw, matcher = Draw(case), _Matcher(sized_config(case))
+    draw, matcher = Draw(case), Matcher(sized_config(case))
     draw.fill(matcher)
     sides, masks = [], []
     for _ in range(2):
@@ -346,7 +345,7 @@ def random_sides(case: Case) -> tuple[_Matcher, list[dict[str, Tensor]], list[Te
 
 
 def factored_scores(
-    matcher: _Matcher, sides: list[dict[str, Tensor]], masks: list[Tensor], cast: torch.dtype | None = None
+    matcher: Matcher, sides: list[dict[str, Tensor]], masks: list[Tensor], cast: torch.dtype | None = None
 ) -> MimicOutput:
     mentions = matcher.mention_features(MimicEncoderOutput(**sides[0]), masks[0])
     entities = matcher.entity_features(MimicEncoderOutput(**sides[1]), masks[1])

@@ -17,7 +17,9 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
 
 import mimic_el.processing_mimic as processing
-from mimic_el.processing_mimic import MimicImageError, MimicProcessor, first_image, load_image
+from mimic_el.errors_mimic import MimicImageError
+from mimic_el.images_mimic import first_image, load_image
+from mimic_el.processing_mimic import MimicProcessor
 from mimic_el.tests.tiny_clip import save_tiny_clip, tiny_clip_config, tiny_config, tiny_tokenizer
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from mimic_el import index_mimic, store_mimic
 from mimic_el.configuration_mimic import MimicConfig
-from mimic_el.index_mimic import EntityIndex, EntityIndexError
-from mimic_el.modeling_mimic import EntityFeatures, MimicModel, _Matcher
+from mimic_el.errors_mimic import EntityIndexError
+from mimic_el.index_mimic import EntityIndex
+from mimic_el.matching_mimic import EntityFeatures, Matcher
+from mimic_el.modeling_mimic import MimicModel
 from mimic_el.store_mimic import _make_shard, _quantised, _read_shard, _restored, _Store, _write_shard
 
 CPU = torch.device("cpu")
@@ -137,7 +139,7 @@ def test_values_beyond_float16_are_refused(model: MimicModel, features: EntityFe
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 10_500), ("int8", 5_500)])
 def test_bytes_of_an_entity_at_the_published_dimensions(dtype: str, limit: int, tmp_path: Path):
     config = MimicConfig()
-    matcher = _Matcher(config).requires_grad_(False)
+    matcher = Matcher(config).requires_grad_(False)
     stored = _quantised(matcher.entity_features(*random_encoded(config, 64)), matcher, DTYPES[dtype])
     shard = _make_shard("shard-1", stored, records(64))
     assert _Store([shard]).feature_bytes / 64 <= limit

@@ -23,7 +23,7 @@ from mimic_el import train
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
-from mimic_el.training_mimic import (
+from mimic_el.training import (
     KnowledgeBase,
     MentionEntityCollator,
     MimicTrainer,

@@ -12,7 +12,8 @@ from tiny_clip import tiny_tokenizer
 
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.index_mimic import EntityIndex
-from mimic_el.modeling_mimic import MentionFeatures, MimicEncoderOutput, MimicModel
+from mimic_el.matching_mimic import MentionFeatures, MimicEncoderOutput
+from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
 
 WORDS = ["Orange", "Georgia", "Turkey", "Apple", "Shell", "Jaguar", "Python", "Swift", "Mercury", "Java"]

@@ -8,7 +8,7 @@ import datasets
 import yaml
 from PIL import Image
 
-from mimic_el.training_mimic import KnowledgeBase
+from mimic_el.training import KnowledgeBase
 
 COLOURS = ("red", "green", "blue", "yellow")
 NAMES = ("Orange", "Georgia", "Swift")

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from mimic_el import EntityIndex, EntityIndexError, MentionFeatures, MimicConfig
-from mimic_el.first_stage_mimic import first_stage_vectors
 from mimic_el.index_mimic import _Store
-from mimic_el.modeling_mimic import MimicEncoderOutput, _Matcher
+from mimic_el.matching_mimic import Matcher, MimicEncoderOutput
+from mimic_el.shortlist_mimic import first_stage_vectors
 from mimic_el.store_mimic import _make_shard, _quantised
 
 ENTITIES, MENTIONS = 400, 6
@@ -33,7 +33,7 @@ def encoded(count: int, config: MimicConfig) -> MimicEncoderOutput:
 def index() -> EntityIndex:
     torch.manual_seed(0)
     config = MimicConfig(**SIZES)
-    matcher = _Matcher(config).eval()
+    matcher = Matcher(config).eval()
     with torch.inference_mode():
         features = matcher.entity_features(encoded(ENTITIES, config), torch.ones(ENTITIES, 6))
         stored = _quantised(features, matcher, torch.float32)

@@ -40,10 +40,12 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
-from .index_mimic import EntityIndex
+from ..errors_mimic import MimicImageError
+from ..images_mimic import load_image
+from ..index_mimic import EntityIndex
+from ..modeling_mimic import MentionFeatures, MimicModel
+from ..processing_mimic import MimicProcessor
 from .model_card import TrainingRun
-from .modeling_mimic import MentionFeatures, MimicModel
-from .processing_mimic import MimicImageError, MimicProcessor, load_image
 
 HITS_AT = (1, 3, 5, 10, 20)
 INDEX_FOLDER = "index"
@@ -52,7 +54,7 @@ MISSING_ANSWERS = ("exclude", "miss", "error")
 _MENTIONS_AT_ONCE = 8192
 # Knowledge bases of fewer entities are encoded in memory during evaluation.
 _ENTITIES_IN_MEMORY = 10_000
-_METRIC = Path(__file__).parent / "metrics" / "mel_ranking"
+_METRIC = Path(__file__).parent.parent / "metrics" / "mel_ranking"
 
 
 @functools.cache
@@ -838,11 +840,16 @@ class MimicTrainer(Trainer):
 
 
 __all__ = [
+    "HITS_AT",
+    "INDEX_FOLDER",
     "KnowledgeBase",
     "MentionEntityCollator",
     "MimicTrainer",
     "MimicTrainingArguments",
     "RankedMentions",
     "in_batch_metrics",
+    "mel_ranking",
     "rank_mentions",
+    "require_columns",
+    "undecoded",
 ]

@@ -22,11 +22,11 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 
 from mimic_el import train
+from mimic_el.images_mimic import first_image, load_image
 from mimic_el.index_mimic import EntityIndex
-from mimic_el.processing_mimic import first_image, load_image
-from mimic_el.training_mimic import KnowledgeBase, MentionEntityCollator, rank_mentions
+from mimic_el.training import KnowledgeBase, MentionEntityCollator, rank_mentions
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "datasets_scripts" / "sample"
 CONFIG = ROOT / "configs" / "sample.yaml"
 OUTPUT_DIR = Path("runs/demo")

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 if TYPE_CHECKING:
-    from .training_mimic import MimicTrainer
+    from .trainer import MimicTrainer
 
 TASK = "multimodal-entity-linking"
 CURVES = "training_curves.png"

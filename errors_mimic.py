@@ -1,0 +1,25 @@
+"""The errors that a user can cause. Each says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class MimicError(Exception):
+    """What a user can cause and mend: the base of this package's own errors."""
+
+
+class MimicImageError(MimicError, ValueError):
+    """An image that cannot be read, with what was wrong and where."""
+
+
+class EntityIndexError(MimicError, ValueError):
+    """An index that is damaged, unfinished, locked, of another model, or used in a way that it does not allow."""
+
+
+class UnknownEntityError(MimicError, KeyError):
+    """An id that is not in an index."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show it quoted
+
+
+__all__ = ["EntityIndexError", "MimicError", "MimicImageError", "UnknownEntityError"]
