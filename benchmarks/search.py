@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from mimic_el import EntityIndex, MimicConfig, MimicModel
 from mimic_el.index_mimic import _write_json, _write_matcher
 from mimic_el.modeling_mimic import EntityFeatures
-from mimic_el.store_mimic import _make_shard, _quantised, _write_shard
+from mimic_el.store_mimic import make_shard, quantized, write_shard
 
 K = 10
 
@@ -43,12 +43,15 @@ def enlarged(args: Any, count: int) -> EntityIndex:
     if (place / "index_config.json").exists():
         return EntityIndex.from_pretrained(place)
     small = built_index(args, args.encode_at_most, args.dtype)
-    manifest = {**small._manifest, "shards": [], "removed": None}
+    manifest = {**small._contents.manifest, "shards": [], "removed": None}
     generator = torch.Generator().manual_seed(0)
     place.mkdir(parents=True, exist_ok=True)
+    first = small._contents.store.full(slice(0, min(8192, len(small))), torch.device("cpu"))
     means = {
         name: tensor.mean(dim=0, keepdim=True)
-        for name, tensor in small._store.full(slice(0, min(8192, len(small))), torch.device("cpu")).tensors.items()
+        for name, tensor in small._contents.store.full(
+            slice(0, min(8192, len(small))), torch.device("cpu")
+        ).tensors.items()
         if tensor.dtype != torch.bool
     }
     made = 0
@@ -56,20 +59,20 @@ def enlarged(args: Any, count: int) -> EntityIndex:
         while made < count:
             first = made % len(small)
             rows = slice(first, min(first + 8192, len(small), first + count - made))
-            features = small._store.full(rows, torch.device("cpu")).tensors
+            features = small._contents.store.full(rows, torch.device("cpu")).tensors
             if made >= len(small):
                 other = torch.randint(len(small), (rows.stop - rows.start,), generator=generator)
-                others = small._store.full(other, torch.device("cpu")).tensors
+                others = small._contents.store.full(other, torch.device("cpu")).tensors
                 for name, mean in means.items():
                     features[name] = mean + 0.8 * (features[name] - mean) + 0.6 * (others[name] - mean)
-            stored = _quantised(EntityFeatures(features), small._matcher, getattr(torch, args.dtype))
+            stored = quantized(EntityFeatures(features), small._matcher, getattr(torch, args.dtype))
             records = [
                 {"id": str(made + row), "name": "", "description": ""}
                 if made >= len(small)
-                else small._store.record(first + row)
+                else small._contents.store.record(first + row)
                 for row in range(rows.stop - first)
             ]
-            manifest["shards"].append(_write_shard(place, _make_shard(f"shard-{made:09d}", stored, records)))
+            manifest["shards"].append(write_shard(place, make_shard(f"shard-{made:09d}", stored, records)))
             made += rows.stop - first
             progress.update(rows.stop - first)
     manifest["matcher"] = _write_matcher(place, small._matcher)
@@ -105,7 +108,7 @@ def encoding_time() -> float:
 
 def first_stage(index: EntityIndex, mentions: Any, exact: list[list[str]], one: float, args: Any) -> None:
     """Time and recall of the approximate first stage."""
-    build, _ = timed(lambda: index.build_first_stage(show_progress=False))
+    build, _ = timed(lambda: index.build_shortlist(show_progress=False))
     print(
         f"\n{len(index):,} entities, faiss first stage, made in {build:.0f} s; certified search of one: {one:.0f} ms\n"
     )
@@ -159,8 +162,8 @@ def main() -> None:
             after, _ = best_of(2, lambda: transcribed(model, mention, entity))
         one = float(np.median([timed(lambda: index.search(mentions[n : n + 1], K))[0] for n in range(16)])) * 1e3  # noqa: B023
         few = mentions[: args.check]
-        slow, exhaustive = timed(lambda: index.search(few, K, exact="exhaustive"))  # noqa: B023
-        checked = index.rank(there[: args.check], theirs[: args.check], exact="exhaustive")
+        slow, exhaustive = timed(lambda: index.search(few, K, method="exhaustive"))  # noqa: B023
+        checked = index.rank(there[: args.check], theirs[: args.check], method="exhaustive")
         same = sum(a == b for a, b in zip(found.entity_ids, exhaustive.entity_ids, strict=False))
         same_ranks = int((ranks.ranks[: args.check] == checked.ranks).sum())
         pairs, ranked = len(mentions) * count, len(known) * count

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
 
-import mimic_el.processing_mimic as processing
+from mimic_el import images_mimic
 from mimic_el.errors_mimic import MimicImageError
 from mimic_el.images_mimic import first_image, load_image
 from mimic_el.processing_mimic import MimicProcessor
@@ -333,7 +333,7 @@ def test_other_things_are_no_pictures(tmp_path: Path) -> None:
 
 def test_a_warning_instead_of_an_error(processor: MimicProcessor) -> None:
     image = picture()
-    with pytest.warns(UserWarning, match=r"the given bytes.* It is left out"):
+    with pytest.warns(UserWarning, match=r"the given bytes.* It is encoded without an image"):
         inputs = processor.process_mentions(["a", "b"], ["c", "d"], [b"broken", image], on_image_error="warn")
     assert not inputs["pixel_values"][0].any()
     assert torch.equal(inputs["pixel_values"][1], processor.pixels([image])[0])
@@ -391,7 +391,7 @@ def test_urls(processor: MimicProcessor, web: str, monkeypatch: pytest.MonkeyPat
         load_image(f"{web}/to_file")
     with pytest.raises(MimicImageError, match="URLs are not fetched here"):
         load_image(f"{web}/photo.png", allow_urls=False)
-    monkeypatch.setattr(processing, "_MAX_DOWNLOAD_BYTES", 4000)
+    monkeypatch.setattr(images_mimic, "_MAX_DOWNLOAD_BYTES", 4000)
     with pytest.raises(MimicImageError, match="is larger than"):
         load_image(f"{web}/large")
 
