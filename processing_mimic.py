@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, BatchFeature, CLIPConfig, CLIPImageProcessorPil, ProcessorMixin
 from transformers.image_utils import PILImageResampling
+from transformers.utils import logging
 
 from .configuration_mimic import HUB_KWARGS, MimicConfig
 from .errors_mimic import MimicImageError
 from .images_mimic import ImageInput, first_image, load_image
+
+logger = logging.get_logger(__name__)
 
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "max_memory", "quantization_config")
 
@@ -241,13 +244,60 @@ class MimicProcessor(ProcessorMixin):
         made = self.image_processor([resized], do_resize=False, input_data_format="channels_first", return_tensors="pt")
         return made["pixel_values"][0].float()
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Plain texts and image_list, without a template; [`process_mentions`] and [`process_entities`] are what
-        linking needs."""
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        *,
+        mention: Sequence[str] | str | None = None,
+        name: Sequence[str] | str | None = None,
+        description: Sequence[str] | str | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """The model's inputs of mentions, of entities, or of texts that have their template already.
+
+        ```python
+        >>> processor(mention="Orange", text="Orange opened a shop.", images="photo.png")  # as process_mentions
+        >>> processor(name="Orange", description="A company.", images="logo.png")  # as process_entities
+        ```
+
+        Args:
+            images, text: as in [`~MimicProcessor.process_mentions`]; `text` alone is tokenized as it is.
+            mention: what each mention says.
+            name, description: of each entity.
+            return_tensors: "pt".
+
+        Raises:
+            ValueError: if mentions and entities are mixed, or nothing is given.
+        """
+        if return_tensors not in ("pt", None):
+            raise ValueError(
+                f'MimicProcessor makes PyTorch tensors: `return_tensors` must be "pt", got {return_tensors!r}.'
+            )
+        if mention is not None and (name is not None or description is not None):
+            raise ValueError(
+                "Give MimicProcessor mentions (`mention=`, `text=`) or entities (`name=`, `description=`)."
+            )
+        if mention is not None:
+            if text is None:
+                raise ValueError("A mention needs its text: processor(mention=..., text=..., images=...).")
+            return self.process_mentions(mention, text, images)
+        if name is not None:
+            if text is not None:
+                raise ValueError("An entity has a `description`, not a `text`: processor(name=..., description=...).")
+            if description is None:
+                description = "" if isinstance(name, str) else [""] * len(name)
+            return self.process_entities(name, description, images)
         if text is None and images is None:
-            raise ValueError("MimicProcessor needs `text` or `images`.")
+            raise ValueError(
+                "MimicProcessor needs `mention=` and `text=`, or `name=` and `description=`, or `images=`."
+            )
         inputs = BatchFeature({})
         if text is not None:
+            logger.warning_once(
+                "MimicProcessor: `text` without `mention` is tokenized as it is. The model was trained on texts with a "
+                "template: use processor(mention=..., text=...) or processor(name=..., description=...)."
+            )
             inputs.update(self.tokenize([text] if isinstance(text, str) else list(text)))
         if images is not None:
             several = isinstance(images, Sequence) and not isinstance(images, str | bytes)

@@ -506,6 +506,25 @@ def test_entities_alike_and_without_images_have_finite_gradients() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_features_are_returned_where_asked_for(model: MimicModel) -> None:
+    with torch.no_grad():
+        output = model(**both_sides(3, 4), return_features=True)
+        again = model.score(output.mention_features, output.entity_features)
+    for name in LOGITS:
+        assert torch.equal(again[name], output[name])
+    assert "mention_features" not in model(**both_sides(3, 4))
+
+
+def test_other_arguments_reach_the_backbone(model: MimicModel) -> None:
+    seen = []
+    part = model.encoder.clip.text_model
+    handle = part.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model(**both_sides(2, 2), output_hidden_states=True)
+    handle.remove()
+    assert [kwargs["output_hidden_states"] for kwargs in seen] == [True, True]
+
+
 def test_the_parts_make_the_whole(model: MimicModel) -> None:
     """Encode, join, pick and score by hand: as `forward`, whatever the size of a block."""
     inputs = both_sides(5, 7)

@@ -456,3 +456,32 @@ def test_bad_settings(processor: MimicProcessor) -> None:
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="has no padding token"):
         MimicProcessor(image_processor, tokenizer)
+
+
+def test_calling_the_processor_applies_the_template(processor: MimicProcessor) -> None:
+    image = picture()
+    for called, meant in (
+        (
+            processor(mention="a", text="b c", images=image),
+            processor.process_mentions("a", "b c", image),
+        ),
+        (processor(name=["a"], description=["d"], images=[image]), processor.process_entities(["a"], ["d"], [image])),
+        (processor(name=["a"]), processor.process_entities(["a"], [""])),
+    ):
+        assert called.keys() == meant.keys()
+        assert all(torch.equal(called[name], meant[name]) for name in meant)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mention": "a", "name": "b"}, "mentions .* or entities"),
+        ({"mention": "a"}, "A mention needs its text"),
+        ({"name": "a", "text": "b"}, "has a `description`, not a `text`"),
+        ({"mention": "a", "text": "b", "return_tensors": "np"}, '`return_tensors` must be "pt"'),
+        ({}, "needs `mention=` and `text=`"),
+    ],
+)
+def test_calls_that_are_refused(processor: MimicProcessor, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
