@@ -347,16 +347,20 @@ def _load(source: str, device: str | None) -> tuple[Any, Any]:
     """Model and processor; the package's own code, never a checkpoint's."""
     import torch
     from safetensors import SafetensorError
+    from transformers import PreTrainedConfig
 
     from .configuration_mimic import MimicConfig
     from .modeling_mimic import MimicModel
     from .processing_mimic import MimicProcessor
 
     try:
-        values, _ = MimicConfig.get_config_dict(source)
+        values, _ = PreTrainedConfig.get_config_dict(source)
         if values.get("model_type") != MimicConfig.model_type:
             raise CommandError(f"{source} is no MIMIC checkpoint: its model type is {values.get('model_type')!r}.")
-        model, processor = MimicModel.from_pretrained(source), MimicProcessor.from_pretrained(source)
+        # Without this, transformers would ask at the keyboard whether to run the code that the checkpoint brings.
+        own = {"trust_remote_code": False}
+        model = MimicModel.from_pretrained(source, **own)
+        processor = MimicProcessor.from_pretrained(source, **own)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, MimicError):
             raise

@@ -74,7 +74,7 @@ config, *options = cli._with_packaged_config(["sample"])
 assert Path(config).is_relative_to({str(wheel)!r})
 sample = Path({str(wheel)!r}) / "mimic_el" / "datasets_scripts" / "sample"
 assert len({{row["id"] for row in cli.read_entities(str(sample))}}) > 100
-print(mel_ranking().compute(predictions=[1, 2], references=[0, 0]))
+print(mel_ranking().compute(ranks=[1, 4], ks=[1]))
 """
     environment = {**os.environ, "PYTHONPATH": str(wheel), "HF_HOME": str(tmp_path / "home")}
     result = subprocess.run(
@@ -82,3 +82,4 @@ print(mel_ranking().compute(predictions=[1, 2], references=[0, 0]))
     )
     assert result.returncode == 0, result.stderr
     assert "--warmup_steps" in result.stdout
+    assert "'mrr': 0.625" in result.stdout
