@@ -173,7 +173,9 @@ def link(
 def _mentions_of(place: str) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
     """Number of the line, record, and what the pipeline is given of it, of each mention in a file."""
     for number, record in _json_lines(place):
-        inputs = {name: record[name] for name in ("mention", "text", "image", "candidates") if name in record}
+        inputs: dict[str, Any] = {
+            name: record[name] for name in ("mention", "text", "image", "candidates") if name in record
+        }
         inputs.setdefault("text", record.get("sentence"))
         for name in ("mention", "text"):
             if not isinstance(inputs.get(name), str) or not inputs[name].strip():
@@ -358,7 +360,7 @@ def _load(source: str, device: str | None) -> tuple[Any, Any]:
         if values.get("model_type") != MimicConfig.model_type:
             raise CommandError(f"{source} is no MIMIC checkpoint: its model type is {values.get('model_type')!r}.")
         # Without this, transformers would ask at the keyboard whether to run the code that the checkpoint brings.
-        own = {"trust_remote_code": False}
+        own: dict[str, Any] = {"trust_remote_code": False}
         model = MimicModel.from_pretrained(source, **own)
         processor = MimicProcessor.from_pretrained(source, **own)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

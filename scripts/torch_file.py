@@ -184,6 +184,7 @@ class TorchFile:
         assert self._archive is not None
         content = bytearray(entry.file_size)
         view, done = memoryview(content), 0
+        file: Any
         try:
             with self._archive.open(entry) as file:
                 while count := file.readinto(view[done : done + _CHUNK_BYTES]):
@@ -300,7 +301,7 @@ class TorchFile:
         place, size = self._places[key]
         self._file.seek(place)
         content = bytearray(size)
-        if self._file.readinto(content) != size:  # type: ignore[attr-defined]
+        if self._file.readinto(content) != size:
             raise ValueError("the file ends too early")
         return content
 
@@ -310,7 +311,8 @@ class TorchFile:
         """What the next pickle in a file makes, of inert nodes."""
         stack: list[Any] = []
         marks: list[int] = []
-        memo: dict[int, Any] = {}
+        memo: dict[Any, Any] = {}
+        argument: Any
 
         def since_mark() -> list[Any]:
             place = marks.pop()

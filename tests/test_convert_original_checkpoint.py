@@ -557,7 +557,7 @@ def test_clip_directory_with_few_positions(tmp_path: Path) -> None:
     common = ("--checkpoint", tmp_path / "weights.safetensors", "--clip", clip)
     for given, length in (((), 12), (("--text_max_length", 8), 8)):
         convert(*common, *given, "--output_dir", tmp_path / f"out{length}")
-        assert AutoModel.from_pretrained(tmp_path / f"out{length}").config.text_max_length == length
+        assert json.loads((tmp_path / f"out{length}" / "config.json").read_text())["text_max_length"] == length
 
 
 def test_flipped_bytes_never_crash(tmp_path: Path) -> None:
