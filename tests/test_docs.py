@@ -12,7 +12,7 @@ In a page, a comment before a block tells of exceptions, and is not shown:
 Of the commands in `bash` blocks, scripts, modules, targets of make, subcommands of mimic-el, options and configuration
 files must exist. A comment before a table says whose options its first column names:
 
-    <!-- test: options of push -->                 they exist: a subcommand of mimic-el, or
+    <!-- test: options of push -->                 they exist: a subcommand of mimic-el (index.build for two words), or
     <!-- test: options of EntityIndex.build -->    a public name of the package, called
     <!-- test: all options of linker -->           and there are no others
 """
@@ -157,27 +157,30 @@ def problems_of_subcommand(words: list[str]) -> list[str]:
     if not words or words[0].startswith("-"):
         return []
     try:
-        options = options_of_subcommand(words[0])
+        return problems_of_arguments(f"mimic-el {words[0]}", words[1:], options_of_subcommand(*words))
     except LookupError as error:
         return [str(error)]
-    return problems_of_arguments(f"mimic-el {words[0]}", words[1:], options)
 
 
-def options_of_subcommand(name: str) -> set[str]:
-    """The long options of `mimic-el NAME`, with those of the program that it hands its arguments to.
+def options_of_subcommand(*words: str) -> set[str]:
+    """The long options of the subcommand that the first words name, with those of the program that it stands for.
 
     Raises:
         LookupError: if there is no such subcommand.
     """
     from typer.main import get_command
 
-    commands = get_command(importlib.import_module("mimic_el.cli").app).commands  # type: ignore[attr-defined]
-    if name not in commands:
-        raise LookupError(f"mimic-el has no subcommand {name}")
-    command = commands[name]
+    name, command = "mimic-el", get_command(importlib.import_module("mimic_el.cli").app)
+    for word in words:
+        commands = getattr(command, "commands", None)  # of a group
+        if commands is None:
+            break
+        if word not in commands:
+            raise LookupError(f"{name} has no subcommand {word}")
+        name, command = f"{name} {word}", commands[word]
     options = {option for one in command.params for option in [*one.opts, *one.secondary_opts] if option[:2] == "--"}
-    if command.context_settings.get("ignore_unknown_options") and name in PROGRAMS:
-        options |= options_of(ROOT / PROGRAMS[name])
+    if command.context_settings.get("ignore_unknown_options") and words[0] in PROGRAMS:
+        options |= options_of(ROOT / PROGRAMS[words[0]])
     return options | {"--help"}
 
 
@@ -224,7 +227,7 @@ def options_of_owner(owner: str) -> set[str]:
         return set(inspect.signature(sanitize).parameters) - {"self", "unknown"}
     first, _, rest = owner.partition(".")
     if first not in mimic_el.__all__:
-        options = options_of_subcommand(owner)
+        options = options_of_subcommand(*owner.split("."))
         return options | {option[2:] for option in options}
     value = getattr(mimic_el, first)
     for part in filter(None, rest.split(".")):
@@ -433,6 +436,10 @@ def test_failures_are_told_with_their_line(python: ForkingPython, world: Path):
         ("CUDA_VISIBLE_DEVICES=0 python no.py", ["there is no script no.py"]),
         ("python -m mimic_el.nothing", ["there is no module mimic_el.nothing"]),
         ("make nothing", ["make has no target nothing"]),
+        ("mimic-el nothing", ["mimic-el has no subcommand nothing"]),
+        ("mimic-el index nothing", ["mimic-el index has no subcommand nothing"]),
+        ("mimic-el train configs/sample.yaml --seed 1 --no_such", ["mimic-el train has no option --no_such"]),
+        ("mimic-el index build --output_dir x --top_k 1", ["mimic-el index has no option --top_k"]),
         ("make test compat\npip install mimic-el --pre\ngit clone x", []),
         (
             "python scripts/push_to_hub.py --namespace alice --no-set_default_index --dryrun",
