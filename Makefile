@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	touch $(STAMP)
 
-demo: $(STAMP) ## train a small model on the sample, link with it, and draw docs/linked.png
+demo: $(STAMP) ## train a small model on the sample data set, and link with it
 	$(BIN)/python -m mimic_el.scripts.demo
 
 test: lint types contracts ## linter, types, import contracts, and all tests
