@@ -29,7 +29,6 @@ def upload_index(
     files: Mapping[str, Path | bytes],
     repo_id: str,
     *,
-    private: bool | None,
     token: str | bool | None,
     revision: str | None,
     commit_message: str,

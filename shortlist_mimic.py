@@ -41,7 +41,7 @@ def first_stage_vectors(tensors: dict[str, Tensor]) -> np.ndarray:
     """
     scales = (6**-0.5, 3**-0.5)
     parts = [tensors[name].float() * scale for name, scale in zip(_NAMES, scales, strict=True)]
-    return torch.cat(parts, dim=1).cpu().contiguous().numpy()
+    return torch.cat(parts, dim=1).detach().cpu().contiguous().numpy()
 
 
 class Shortlist:

@@ -436,7 +436,7 @@ def plan(args: argparse.Namespace, stack: ExitStack) -> list[Repository]:
         if license is None and source:
             license = _read_card(args.dataset_dir[0] / "README.md").data.to_dict().get("license")
         about = {"model_id": model_id, "license": license if isinstance(license, str) else None, "source": source}
-        files = stack.enter_context(index._for_hub(index_id, **about))
+        files = stack.enter_context(index.files_for_hub(index_id, **about))
         for path in files.values():
             if isinstance(path, Path):
                 refuse_links(path.parent, [path])
