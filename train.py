@@ -74,16 +74,16 @@ def write_predictions(path: Path, ranked: RankedMentions) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def unreadable_pictures(output_dir: Path) -> list[dict[str, str]]:
-    """The pictures that could not be read, each once."""
+def unreadable_images(output_dir: Path) -> list[dict[str, str]]:
+    """The images that could not be read, each once."""
     try:
-        lines = (output_dir / UNREADABLE_LOG).read_text(encoding="utf-8").splitlines()
+        lines = (output_dir / UNREADABLE_LOG).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return []
     found: dict[str, dict[str, str]] = {}
-    for line in lines:
+    for line in filter(None, lines):
         entry = json.loads(line)
-        found.setdefault(entry["picture"], entry)
+        found.setdefault(entry["image"], entry)
     return list(found.values())
 
 
@@ -95,7 +95,7 @@ def example_of(
     for row, mention in enumerate(mentions):
         try:
             linked = linker(dict(mention), top_k=min(3, len(index)))
-        except ValueError:  # an empty mention, a picture that cannot be read
+        except ValueError:  # an empty mention, a image that cannot be read
             continue
         shown = {name: mention[name] for name in ("mention", "sentence", "answer")}
         return {**shown, "row": row, "has_image": mention["image"] is not None, "linked": linked}
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if data_args.cache_pixels and train is not None:
         if data_args.streaming:
-            raise ValueError("--cache_pixels keeps all pictures in memory, which --streaming is there to avoid.")
+            raise ValueError("--cache_pixels keeps all images in memory, which --streaming is there to avoid.")
         train = collator.cache_pixels(train, os.cpu_count() or 1, show_progress=not args.disable_tqdm)
     trainer = MimicTrainer(
         model,
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.save_model(_internal_call=True)  # pushed, if at all, when everything is there
         trainer.save_state()
         metrics: dict[str, Any] = {**result.metrics, "train_mentions": len(train), "train_mentions_left_out": left_out}
-        metrics["unreadable_images"] = len(unreadable_pictures(output_dir))
+        metrics["unreadable_images"] = len(unreadable_images(output_dir))
         trainer.run.unreadable_images = metrics["unreadable_images"]
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
@@ -211,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if split == "test":
             write_predictions(output_dir / "predictions_test.jsonl", ranked)
             trainer.run.example = example_of(trained, processor, index, evaluated[split])
-    unreadable = unreadable_pictures(output_dir)
+    unreadable = unreadable_images(output_dir)
     if unreadable:
-        logger.warning("%d pictures could not be read; see %s.", len(unreadable), output_dir / UNREADABLE_LOG)
+        logger.warning("%d images could not be read; see %s.", len(unreadable), output_dir / UNREADABLE_LOG)
     if args.push_to_hub:
         trainer.push_to_hub()
     else:

@@ -211,7 +211,7 @@ def test_batch_joins_mentions_with_their_answers(processor: MimicProcessor) -> N
         torch.testing.assert_close(batch[f"entity_{name}"], tensor, rtol=0, atol=0)
     assert batch["labels"].tolist() == list(range(12))
     assert batch["entity_labels"].tolist() == [number % 9 for number in range(12)]
-    assert batch["return_loss"] is True
+    assert all(isinstance(value, torch.Tensor) for value in batch.values())
 
 
 def test_batch_with_merged_duplicates(model: MimicModel, processor: MimicProcessor) -> None:
@@ -259,7 +259,7 @@ def test_unreadable_pictures_are_warned_of_listed_and_left_out(processor: MimicP
     entities[2]["images"] = [str(tmp_path / "absent.png")]
     log = tmp_path / train.UNREADABLE_LOG
     collator = MentionEntityCollator(processor, entities, unreadable_log=log)
-    with pytest.warns(UserWarning, match="picture of (mention train-1|entity animal:orange, image 0) is left out"):
+    with pytest.warns(UserWarning, match="image of (mention train-1|entity animal:orange, image 0) is left out"):
         batch = collator(mentions)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -268,8 +268,8 @@ def test_unreadable_pictures_are_warned_of_listed_and_left_out(processor: MimicP
     assert not batch["pixel_values"][1].any()
     assert not batch["entity_pixel_values"][2].any()
     assert batch["pixel_values"][0].any()
-    listed = train.unreadable_pictures(tmp_path)
-    assert [entry["picture"] for entry in listed] == ["mention train-1", "entity animal:orange, image 0"]
+    listed = train.unreadable_images(tmp_path)
+    assert [entry["image"] for entry in listed] == ["mention train-1", "entity animal:orange, image 0"]
     assert "no image file" in listed[1]["error"]
 
 
@@ -297,7 +297,7 @@ def test_bad_knowledge_bases_are_refused(change: Callable[[list], Any], message:
 
 
 def test_knowledge_base_of_a_data_set_decodes_nothing() -> None:
-    assert [{**entity, "qid": None} for entity in toy_data.knowledge_base()] == toy_data.entities()
+    assert [{**entity, "qid": None} for entity in toy_data.knowledge_base().entities()] == toy_data.entities()
 
 
 # --- Evaluation

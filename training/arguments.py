@@ -74,7 +74,7 @@ class ModelArguments:
     )
     symmetric_loss: bool | None = _switch("Also rank the mentions for each entity. The published loss does not.")
     correct_images: bool | None = _switch(
-        "Apply a camera's orientation, show white behind transparency, scale 16-bit pictures (the default of new "
+        "Apply a camera's orientation, show white behind transparency, scale 16-bit images (the default of new "
         "models). The published preprocessing does none of it."
     )
 
@@ -122,7 +122,7 @@ class DataArguments:
     cache_pixels: bool = field(
         default=False,
         metadata={
-            "help": "Keep the training's pictures decoded and resized in memory: 150 kB each at 224 x 224. For small "
+            "help": "Keep the training's images decoded and resized in memory: 150 kB each at 224 x 224. For small "
             "data sets and many epochs."
         },
     )

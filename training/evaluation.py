@@ -77,6 +77,8 @@ class RankedMentions:
     def _metrics(ranks: np.ndarray, missing: str) -> dict[str, float]:
         metrics = dict(mel_ranking().compute(ranks=ranks, ks=list(HITS_AT), missing=missing))
         count, absent = metrics.pop("count"), metrics.pop("missing")
+        if math.isnan(metrics["mean_rank"]):  # no answer is in the knowledge base, and each counts as a miss
+            del metrics["mean_rank"]
         return {**metrics, "mentions": count, "missing_answers": absent}
 
     def records(self) -> Iterator[dict[str, Any]]:

@@ -91,6 +91,17 @@ class MimicTrainer(Trainer):
         self.run = TrainingRun(base_model=model.name_or_path or None)
         self.collator = data_collator
         self.knowledge_base = data_collator.knowledge_base
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor is not for MIMIC: the Trainer would smooth the loss of the total score and drop "
+                "those of the three units. Leave it 0."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would split batches in ways that MIMIC's loss "
+                f"cannot use. Start one process a GPU: `torchrun --nproc-per-node {args.n_gpu} -m mimic_el.train ...`, "
+                "or show one GPU alone: `CUDA_VISIBLE_DEVICES=0`."
+            )
         super().__init__(
             model,
             args,
@@ -120,7 +131,7 @@ class MimicTrainer(Trainer):
             return EntityIndex.build(
                 model,
                 self.collator.processor,
-                self.knowledge_base,
+                self.knowledge_base.entities(),
                 output_dir,
                 dtype=getattr(self.args, "index_dtype", "float32"),
                 batch_size=self.args.eval_batch_size,
