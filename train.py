@@ -21,6 +21,7 @@ import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
+from mimic_el.errors_mimic import MimicError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
@@ -48,6 +49,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
     parser = HfArgumentParser(kinds, description=__doc__)
     if argv and not argv[0].startswith("-"):
         path = Path(argv.pop(0))
+        packaged = Path(__file__).parent / "configs" / f"{path}.yaml"
+        if not path.is_file() and path.name == str(path) and packaged.is_file():
+            path = packaged
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -64,6 +68,13 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
                 raise ValueError(f"{path}: there is no option {name!r}.{hint}")
         # YAML reads 1e-5 as a string; argparse converts the defaults that are strings.
         parser.set_defaults(**settings)
+    known = list(parser._option_string_actions)
+    for word in argv:
+        option = word.partition("=")[0]
+        if option.startswith("--") and not any(name.startswith(option) for name in known):
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"There is no option {option!r}.{hint}")
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # type: ignore[return-value]
 
 
@@ -180,6 +191,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.save_state()
         metrics: dict[str, Any] = {**result.metrics, "train_mentions": len(train), "train_mentions_left_out": left_out}
         metrics["unreadable_images"] = len(unreadable_images(output_dir))
+        if trainer.seconds_before:  # the Trainer counts this session alone
+            share = metrics["train_runtime"] / (metrics["train_runtime"] + trainer.seconds_before)
+            metrics["train_runtime"] = round(metrics["train_runtime"] + trainer.seconds_before, 4)
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                metrics[name] = round(metrics[name] * share, 3)
         trainer.run.unreadable_images = metrics["unreadable_images"]
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
@@ -221,5 +237,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return results
 
 
+def run() -> None:
+    """The command: [`main`], but what the user can mend is one line and the exit status 2."""
+    try:
+        main()
+    except (MimicError, ValueError) as error:
+        print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 if __name__ == "__main__":
-    main()
+    run()

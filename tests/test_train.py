@@ -354,12 +354,12 @@ def test_ranking_in_batches_of_any_size_and_from_a_stream(model: MimicModel, pro
     parts = rank_mentions(model, collator, index, stream, top_k=20, batch_size=2, num_workers=1, show_progress=False)
     assert whole.ids == parts.ids == [f"val-{number}" for number in range(11)]
     np.testing.assert_array_equal(whole.ranks, parts.ranks)
-    assert [[entity for entity, _ in row] for row in whole.candidates or []] == [
-        [entity for entity, _ in row] for row in parts.candidates or []
+    assert [[found["entity_id"] for found in row] for row in whole.entities or []] == [
+        [found["entity_id"] for found in row] for row in parts.entities or []
     ]
     record = next(whole.records())
-    assert len(record["candidates"]) == 9
-    assert record["candidates"][int(record["rank"]) - 1]["entity_id"] == record["answer"] == "company:orange"
+    assert len(record["entities"]) == 9
+    assert record["entities"][int(record["rank"]) - 1]["entity_id"] == record["answer"] == "company:orange"
     assert whole.kinds == [mention["kind"] for mention in toy_data.mentions("val", 11)]
     with pytest.raises(ValueError, match="no mentions to rank"):
         rank_mentions(model, collator, index, [], show_progress=False)
@@ -434,8 +434,8 @@ def test_output_is_a_checkpoint_that_everything_loads(trained: Path, data_dir: P
     linker = pipeline("multimodal-entity-linking", model=str(trained), trust_remote_code=True)
     mention = datasets.load_dataset(str(data_dir), "mentions", split="test")[0]
     linked = linker(mention, top_k=9)
-    assert [row["entity_id"] for row in linked] == [row["entity_id"] for row in lines[0]["candidates"]]
-    assert [row["score"] for row in linked] == pytest.approx([r["score"] for r in lines[0]["candidates"]], abs=1e-4)
+    assert [row["entity_id"] for row in linked] == [row["entity_id"] for row in lines[0]["entities"]]
+    assert [row["score"] for row in linked] == pytest.approx([r["score"] for r in lines[0]["entities"]], abs=1e-4)
 
 
 def test_best_checkpoint_is_kept(trained: Path) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..datasets_scripts.builders import load_raw
 from .arguments import DataArguments, MimicTrainingArguments
-from .knowledge_base import KnowledgeBase, require_columns, undecoded
+from .knowledge_base import KnowledgeBase, clean_id, require_columns, undecoded
 
 logger = logging.getLogger("mimic_el.train")
 
@@ -55,7 +55,7 @@ class StreamedMentions(torch.utils.data.IterableDataset):
         self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return (mention for mention in self.stream if mention["answer"] in self.knowledge_base)
+        return (mention for mention in self.stream if _answer(mention) in self.knowledge_base)
 
 
 def load_data(data: DataArguments, cache_dir: str | None = None) -> tuple[dict[str, Any], KnowledgeBase]:
@@ -122,7 +122,7 @@ def training_mentions(
     kept: list[int] = []
     missing: list[dict[str, Any]] = []
     for row, mention in enumerate(rows):
-        if mention["answer"] in knowledge_base:
+        if _answer(mention) in knowledge_base:
             kept.append(row)
         else:
             missing.append({"split": "train", "row": row, **mention})
@@ -143,6 +143,10 @@ def training_mentions(
         stream = StreamedMentions(mentions, knowledge_base, len(kept), data.shuffle_buffer, args.seed)
         return stream, len(missing)
     return mentions.select(kept) if missing else mentions, len(missing)
+
+
+def _answer(mention: Mapping[str, Any]) -> str:
+    return clean_id(mention["answer"], f"The answer of mention {mention.get('id')!r}")
 
 
 def first(mentions: Any, count: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import (
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MentionFeatures, MimicModel
 from .collator import MentionEntityCollator, length
-from .knowledge_base import undecoded
+from .knowledge_base import clean_id, undecoded
 
 HITS_AT = (1, 3, 5, 10, 20)
 
@@ -48,14 +48,17 @@ class RankedMentions:
         ids, answers (`list[str]`): of the M mentions.
         kinds (`list[str]`, *optional*): the column `kind`, where the mentions have one.
         ranks (`numpy.ndarray` of shape `(M,)`, float64): from 1; NaN where the answer is not in the knowledge base.
-        candidates (`list[list[tuple[str, float]]]`, *optional*): the best entities and their scores, best first.
+        entities (`list[list[dict]]`, *optional*): the best entities, best first: `entity_id`, `name` and `score`.
+        mentions, texts (`list[str]`): what is linked, and the text that it stands in.
     """
 
     ids: list[str]
     answers: list[str]
     kinds: list[str] | None
     ranks: np.ndarray
-    candidates: list[list[tuple[str, float]]] | None = None
+    entities: list[list[dict[str, Any]]] | None = None
+    mentions: list[str | None] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
 
     def metrics(self, missing: str = "exclude") -> dict[str, float]:
         """`hits@k` for k in 1, 3, 5, 10, 20, `mrr` and `mean_rank`; `mentions`, the number that they are over, and
@@ -82,15 +85,19 @@ class RankedMentions:
         return {**metrics, "mentions": count, "missing_answers": absent}
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """For each mention a dict of `id`, `answer`, `rank` (`None` where the answer is not in the knowledge base),
-        `kind` where there is one, and `candidates`, a list of `entity_id` and `score`."""
+        """For each mention a dict of `id`, `mention`, `text`, `answer`, `rank` (`None` where
+        the answer is not in the knowledge base),
+        `kind` where there is one, and `entities`, a list of `entity_id`, `name` and `score`."""
         for row, (mention_id, answer) in enumerate(zip(self.ids, self.answers, strict=True)):
             rank = float(self.ranks[row])
-            record: dict[str, Any] = {"id": mention_id, "answer": answer, "rank": None if math.isnan(rank) else rank}
+            record: dict[str, Any] = {"id": mention_id}
+            if self.mentions:
+                record |= {"mention": self.mentions[row], "text": self.texts[row]}
+            record |= {"answer": answer, "rank": None if math.isnan(rank) else rank}
             if self.kinds is not None:
                 record["kind"] = self.kinds[row]
-            if self.candidates is not None:
-                record["candidates"] = [{"entity_id": i, "score": round(s, 5)} for i, s in self.candidates[row]]
+            if self.entities is not None:
+                record["entities"] = [{**found, "score": round(found["score"], 5)} for found in self.entities[row]]
             yield record
 
 
@@ -150,6 +157,8 @@ def rank_mentions(
                 waiting += named["answer"]
                 results.ids += named["id"]
                 results.kinds += named["kind"]
+                results.mentions += named["mention"]
+                results.texts += named["text"]
                 if len(waiting) >= _MENTIONS_AT_ONCE:
                     ranks.append(_rank(index, features, waiting, top_k, results, show_progress))
                     features, waiting = [], []
@@ -170,6 +179,12 @@ def _encoded_and_named(
     collator: MentionEntityCollator, mentions: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
     named = {name: [mention.get(name) for mention in mentions] for name in ("id", "answer", "kind")}
+    named["answer"] = [
+        clean_id(answer, f"The answer of mention {mention_id!r}")
+        for mention_id, answer in zip(named["id"], named["answer"], strict=True)
+    ]
+    named["mention"] = [mention["mention"] for mention in mentions]
+    named["text"] = [mention["sentence"] for mention in mentions]
     return collator.encode_mentions(mentions), named
 
 
@@ -183,10 +198,15 @@ def _rank(
 ) -> np.ndarray:
     joined = MentionFeatures.cat(features)
     results.answers += answers
-    if results.candidates is not None:
+    if results.entities is not None:
         found = index.search(joined, top_k=min(top_k, len(index)), show_progress=show_progress)
         for entity_ids, scores in zip(found.entity_ids, found.scores, strict=True):
-            results.candidates.append([(i, float(s)) for i, s in zip(entity_ids, scores, strict=False)])
+            results.entities.append(
+                [
+                    {"entity_id": entity_id, "name": index.entity(entity_id)["name"], "score": float(score)}
+                    for entity_id, score in zip(entity_ids, scores, strict=False)
+                ]
+            )
     return index.rank(joined, answers, show_progress=show_progress).ranks
 
 

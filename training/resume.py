@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import MimicTrainingArguments
@@ -16,6 +19,33 @@ logger = logging.getLogger("mimic_el.train")
 
 
 UNREADABLE_LOG = "unreadable_images.jsonl"
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; `None` if all that training needs is there and whole."""
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return "it has no trainer_state.json"
+    try:
+        if not isinstance(json.loads(state.read_text(encoding="utf-8")), dict):
+            return "its trainer_state.json holds no mapping"
+    except (OSError, ValueError) as error:
+        return f"its trainer_state.json cannot be read ({error})"
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not weights:
+        return "it has no weights (*.safetensors)"
+    for path in weights:
+        try:
+            with safe_open(path, framework="np"):  # compares the header with the file's size
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"its {path.name} is not whole ({error})"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        path = checkpoint / name
+        # The end of a zip archive lists what is in it: a file that was cut has none.
+        if path.exists() and not zipfile.is_zipfile(path):
+            return f"its {name} is not whole"
+    return None
 
 
 def checkpoint_to_resume(args: MimicTrainingArguments, overwrite: bool = False) -> str | None:
@@ -39,11 +69,12 @@ def checkpoint_to_resume(args: MimicTrainingArguments, overwrite: bool = False) 
             path.unlink(missing_ok=True)
         return None
     wanted = args.resume_from_checkpoint
-    # The state is written last: without it the checkpoint is not complete.
-    complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
+    faults = {path: fault_of(path) for path in checkpoints}
+    complete = [path for path in checkpoints if faults[path] is None]
     if wanted is not None and wanted.lower() not in ("last", "true"):
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise ValueError(f"{wanted} is no complete checkpoint of a training: it has no trainer_state.json.")
+        fault = fault_of(Path(wanted))
+        if fault is not None:
+            raise ValueError(f"{wanted} is no complete checkpoint of a training: {fault}.")
         return wanted
     if wanted is None and (directory / "train_results.json").is_file():
         raise ValueError(
@@ -54,5 +85,5 @@ def checkpoint_to_resume(args: MimicTrainingArguments, overwrite: bool = False) 
         raise ValueError(f"There is no complete checkpoint in {directory} to go on from.")
     for path in checkpoints:
         if path not in complete:
-            logger.warning("%s is not complete and is left out of account.", path)
+            logger.warning("%s is not complete and is left out of account: %s.", path, faults[path])
     return str(complete[-1]) if complete else None

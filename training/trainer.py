@@ -20,6 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from ..index_mimic import EntityIndex
@@ -49,6 +50,24 @@ class EvaluateEveryFewEpochs(TrainerCallback):
     ) -> None:
         if args.eval_strategy == "epoch" and state.global_step < state.max_steps:
             control.should_evaluate &= round(state.epoch or 0) % self.epochs == 0
+
+
+class SessionTime(TrainerCallback, ExportableState):
+    """Keeps in each checkpoint how many seconds training took up to it, so that sessions can be added up."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self._start: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: under `before`, the seconds of all sessions so far."""
+        now = 0.0 if self._start is None else time.monotonic() - self._start
+        return {"args": {}, "attributes": {"before": self.before + now}}
 
 
 class MimicTrainer(Trainer):
@@ -93,7 +112,7 @@ class MimicTrainer(Trainer):
         self.knowledge_base = data_collator.knowledge_base
         if args.label_smoothing_factor:
             raise ValueError(
-                "label_smoothing_factor is not for MIMIC: the Trainer would smooth the loss of the total score and drop "
+                "label_smoothing_factor is not for MIMIC: the Trainer would smooth the total score's loss and drop "
                 "those of the three units. Leave it 0."
             )
         if args.n_gpu > 1:
@@ -111,10 +130,16 @@ class MimicTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(SessionTime())
         if isinstance(args, MimicTrainingArguments):
             self.add_callback(EvaluateEveryFewEpochs(args.eval_epochs))
             if args.early_stopping_patience and args.eval_strategy != "no":
                 self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    @property
+    def seconds_before(self) -> float:
+        """Seconds that the sessions before this one trained, up to the checkpoint that it went on from."""
+        return next((item.before for item in self.callback_handler.callbacks if isinstance(item, SessionTime)), 0.0)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Everything but the parameters with "bias" in their name, as published: layer norm weights decay too."""
@@ -124,22 +149,16 @@ class MimicTrainer(Trainer):
         """The knowledge base encoded by the model as it is now; in memory, or in a directory that is emptied first."""
         if output_dir is not None:
             shutil.rmtree(output_dir, ignore_errors=True)
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        try:
-            return EntityIndex.build(
-                model,
-                self.collator.processor,
-                self.knowledge_base.entities(),
-                output_dir,
-                dtype=getattr(self.args, "index_dtype", "float32"),
-                batch_size=self.args.eval_batch_size,
-                num_workers=self.args.dataloader_num_workers,
-                show_progress=not self.args.disable_tqdm,
-            )
-        finally:
-            model.train(was_training)
+        return EntityIndex.build(
+            self.accelerator.unwrap_model(self.model),
+            self.collator.processor,
+            self.knowledge_base.entities(),
+            output_dir,
+            dtype=getattr(self.args, "index_dtype", "float32"),
+            batch_size=self.args.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            show_progress=not self.args.disable_tqdm,
+        )
 
     def rank(self, mentions: Any, index: EntityIndex | None = None, top_k: int = 0) -> RankedMentions:
         """Ranks the answers of mentions among the whole knowledge base: see [`rank_mentions`].
@@ -214,7 +233,12 @@ class MimicTrainer(Trainer):
         """Writes the card of `self.run` into the output directory; `model_name` is its title."""
         if self.is_world_process_zero():
             self.run.has_index = (Path(self.args.output_dir or ".") / INDEX_FOLDER).is_dir()
-            self.run.observe(self)
+            self.run.observe(
+                self,
+                entities=len(self.knowledge_base),
+                correct_images=self.collator.processor.correct_images,
+                seconds_before=self.seconds_before,
+            )
             self.run.write(self.args.output_dir or ".", kwargs.get("model_name"))
 
     def push_to_hub(
