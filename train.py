@@ -66,6 +66,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
                 near = difflib.get_close_matches(str(name), options, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(f"{path}: there is no option {name!r}.{hint}")
+        data = Path(__file__).parent / str(settings.get("dataset_name"))
+        if path.resolve().parent == Path(__file__).resolve().parent / "configs" and data.is_dir():
+            settings["dataset_name"] = str(data)  # a data set of the package, wherever the command runs
         # YAML reads 1e-5 as a string; argparse converts the defaults that are strings.
         parser.set_defaults(**settings)
     known = list(parser._option_string_actions)

@@ -31,6 +31,8 @@ from mimic_el.training import (
     in_batch_metrics,
     rank_mentions,
 )
+from mimic_el.training.data import MISSING_LOG
+from mimic_el.training.start import train_tokenizer
 
 # Its type knows the library's own tasks alone.
 pipeline: Any = transformers.pipeline
@@ -530,7 +532,7 @@ def test_mentions_without_entity_are_counted_and_named(tmp_path: Path, caplog: p
     assert (results["test_mentions"], results["test_missing_answers"]) == (4, 2)
     saved = json.loads((tmp_path / "out" / "train_results.json").read_text())
     assert (saved["train_mentions"], saved["train_mentions_left_out"]) == (16, 2)
-    listed = [json.loads(line) for line in (tmp_path / "out" / train.MISSING_LOG).read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "out" / MISSING_LOG).read_text().splitlines()]
     assert [(row["row"], row["id"], row["answer"]) for row in listed] == [(16, "lost-0", "Q1"), (17, "lost-1", "Q1")]
     assert "answers of 2 of 18 training mentions are not in the knowledge base" in caplog.text
     assert "answers of 2 test mentions" in caplog.text
@@ -668,8 +670,8 @@ def test_data_set_without_a_column_or_configuration(tmp_path: Path) -> None:
 
 def test_tokenizer_spells_every_text_and_is_the_same_every_time() -> None:
     texts = ["An orange is a fruit.", "Georgia [SEP] a country", "Swift"] * 3
-    tokenizer = train.train_tokenizer(texts, 600)
-    assert tokenizer.get_vocab() == train.train_tokenizer(texts, 600).get_vocab()
+    tokenizer = train_tokenizer(texts, 600)
+    assert tokenizer.get_vocab() == train_tokenizer(texts, 600).get_vocab()
     assert len(tokenizer) <= 600
     # CLIP pools at the first end of text, which must be the last token of any text; a 2 would pool elsewhere.
     assert tokenizer.eos_token_id == 1

@@ -28,7 +28,7 @@ def test_in_and_iteration_are_ids_and_integers_become_strings() -> None:
 
 @pytest.mark.parametrize("entity_id", [math.nan, True, None, ""], ids=["nan", "true", "none", "empty"])
 def test_what_is_no_id_is_refused(entity_id: Any) -> None:
-    with pytest.raises(ValueError, match="id of entity 1 .* must be a string"):
+    with pytest.raises(ValueError, match=r"id of entity 1 .* must be a string"):
         KnowledgeBase([entity("Q1"), entity(entity_id)])
 
 
