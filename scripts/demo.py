@@ -125,7 +125,7 @@ def draw_links(
         draw.text((gap + side + gap, top + 24), sentence, font=small, fill="#555555")
         for place, found in enumerate(entities):
             x = left + place * cell
-            entity = knowledge_base[knowledge_base.row(found["entity_id"])]
+            entity = knowledge_base.entity(found["entity_id"])
             _paste(sheet, first_image(entity["images"]), (x, top), side)
             if found["entity_id"] == mention["answer"]:
                 draw.rectangle((x - 3, top - 3, x + side + 2, top + side + 2), outline="#2e8b57", width=3)
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
     linker = load_pipeline("multimodal-entity-linking", model=str(args.output_dir), trust_remote_code=True)
     collator = MentionEntityCollator(linker.processor, knowledge_base)
     blind = EntityIndex.build(
-        linker.model, linker.processor, without_pictures(knowledge_base), dtype="float32", show_progress=False
+        linker.model, linker.processor, without_pictures(knowledge_base.entities()), dtype="float32", show_progress=False
     )
     ranked = rank_mentions(linker.model, collator, blind, without_pictures(mentions), show_progress=False)
     rows = {
