@@ -60,7 +60,8 @@ def model_name(model: MimicModel) -> str:
 
 def copy_of_matcher(model: MimicModel) -> Matcher:
     """The model's matcher, in float32 on the CPU: what scoring needs of the model."""
-    copy = Matcher(model.config)
+    config: Any = model.config
+    copy = Matcher(config)
     copy.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in model.matcher.state_dict().items()})
     return copy
 

@@ -254,7 +254,8 @@ class EntityIndex:
             show_progress=show_progress,
         )
         ids = [[contents.store.record(row)["id"] for row in rows if row >= 0] for rows in found.rows.tolist()]
-        return SearchResult(ids, *_arrays(found.scores), found.stats)
+        total, text, image, cross_modal = _arrays(found.scores)
+        return SearchResult(ids, total, text, image, cross_modal, found.stats)
 
     def _search(
         self,

@@ -298,13 +298,15 @@ class MimicModel(MimicPreTrainedModel):
             block_bytes = _SCORE_BLOCK_BYTES if on_cpu else _SCORE_BLOCK_BYTES_GPU
         shape = (len(mentions), len(entities))
         names = ("logits", "text_logits", "image_logits", "cross_modal_logits")
-        whole: dict[str, Tensor] = {}
+        whole: dict[str, Any] = {}
         if 0 in shape:
             whole = {name: widened(mentions.tensors["text_embed"]).new_empty(shape) for name in names}
         for rows, column_blocks in _pair_blocks(mentions, entities, block_bytes):
             for columns in column_blocks:
                 scores = self.matcher(mentions[rows], entities[columns])
-                part = dict(zip(names, (scores.total, scores.text, scores.image, scores.cross_modal), strict=True))
+                part: dict[str, Any] = dict(
+                    zip(names, (scores.total, scores.text, scores.image, scores.cross_modal), strict=True)
+                )
                 if scores.total.shape == shape:
                     return MimicOutput(**part)
                 # Into one place: kept one by one, they would scatter what the blocks leave free of the memory.

@@ -83,11 +83,11 @@ class Shortlist:
         faiss = _faiss()
         return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
 
-    def instead_of_all(self, store: Store, mentions: Any, allowed: list, count: int, probes: int) -> list:
+    def instead_of_all(self, store: Store, mentions: Any, allowed: list, count: int, nprobe: int) -> list:
         free = [row for row, rows in enumerate(allowed) if rows is None]
         if not free:
             return allowed
-        found = self.candidates(mentions[torch.tensor(free)].tensors, count, probes)
+        found = self.candidates(mentions[torch.tensor(free)].tensors, count, nprobe)
         result = list(allowed)
         for row, candidates in zip(free, found.tolist(), strict=True):
             result[row] = torch.tensor(
@@ -95,13 +95,13 @@ class Shortlist:
             )
         return result
 
-    def candidates(self, mentions: dict[str, Tensor], count: int, probes: int) -> Tensor:
+    def candidates(self, mentions: dict[str, Tensor], count: int, nprobe: int) -> Tensor:
         """Rows of the `count` entities that score highest for each of M mentions, (M, count); -1 where there are fewer.
 
-        `probes` is the number of an inverted file's lists that are looked at.
+        `nprobe` is the number of an inverted file's lists that are looked at.
         """
         if hasattr(self.index, "nprobe"):
-            self.index.nprobe = min(probes, self.index.nlist)
+            self.index.nprobe = min(nprobe, self.index.nlist)
         _, rows = self.index.search(first_stage_vectors(mentions), min(count, self.index.ntotal))
         return torch.from_numpy(rows)
 

@@ -184,7 +184,12 @@ def test_what_a_user_gets_wrong(made: Path, tmp_path: Path, refused: Any) -> Non
 def test_programs_get_their_arguments_untouched(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[Any] = []
     program = types.ModuleType(PROGRAMS[name])
-    program.main = lambda argv: given.append((argv, sys.argv[0])) or 3  # type: ignore[attr-defined]
+
+    def main(argv: list[str]) -> int:
+        given.append((argv, sys.argv[0]))
+        return 3
+
+    program.main = main  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, PROGRAMS[name], program)
     monkeypatch.setattr(sys, "argv", ["x"])
     arguments = ["--help", "-x", "--a=b", "c d", "--top_k", "3"]

@@ -88,14 +88,12 @@ def make_case(
     return Case(model, index, mention_features(model, mention, mention_mask), plain["logits"].repeat(1, repeat))
 
 
-def small_blocks(index: EntityIndex, monkeypatch: pytest.MonkeyPatch, block_bytes: int, sub_block: int) -> None:
-    """Makes the index search in blocks of few pairs."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch, block_bytes: int, sub_block: int) -> None:
+    """Makes searches work on few pairs at a time."""
     monkeypatch.setattr(
-        index,
+        search_mimic,
         "_searcher",
-        lambda device: Searcher(
-            index._matcher_on(device), index._contents.store, block_bytes=block_bytes, sub_block=sub_block
-        ),
+        lambda matcher, rows, device: Searcher(matcher, rows, block_bytes=block_bytes, sub_block=sub_block),
     )
 
 
@@ -138,7 +136,7 @@ def test_both_searches_find_what_the_plain_equations_find(mask: bool, clusters: 
 def test_small_blocks_many_shards_and_every_precision(dtype: str, mask: bool, monkeypatch: pytest.MonkeyPatch):
     """Blocks, sub-blocks and shards whose borders meet nowhere; compared with the stored features' own scores."""
     case = make_case(clusters=30, dtype=dtype, shards=7, mask_text_padding=mask)
-    small_blocks(case.index, monkeypatch, block_bytes=20_000, sub_block=13)
+    small_blocks(monkeypatch, block_bytes=20_000, sub_block=13)
     scores = case.stored_scores
     check(case, 10, scores)
     # What is rounded moves scores a little.
@@ -160,7 +158,7 @@ def test_every_way_of_scoring_pictures(
     monkeypatch.setattr(search_mimic, "_FEW", few)
     monkeypatch.setattr(Searcher, "_telling", lambda *_: first)
     case = make_case(entities=2 * ENTITIES, clusters=40, pictures=pictures, shards=3)
-    small_blocks(case.index, monkeypatch, block_bytes=30_000, sub_block=13)
+    small_blocks(monkeypatch, block_bytes=30_000, sub_block=13)
     check(case, 7, case.expected)
     answers = [f"e{row}" for row in range(MENTIONS)]
     expected = [oracle.realistic_rank(case.expected[row], row) for row in range(MENTIONS)]
@@ -174,7 +172,7 @@ def test_mentions_for_which_bounds_do_not_pay(fraction: float, monkeypatch: pyte
     monkeypatch.setattr(search_mimic, "_ROUND", 2)
     monkeypatch.setattr(search_mimic, "_PATIENCE", 1)
     case = make_case(entities=4 * ENTITIES, clusters=60, shards=3)
-    small_blocks(case.index, monkeypatch, block_bytes=60_000, sub_block=50)
+    small_blocks(monkeypatch, block_bytes=60_000, sub_block=50)
     scored: list[int] = []
     all_scores = Searcher._all_scores
 
@@ -239,7 +237,7 @@ def test_equals_come_in_the_order_of_entities(
     """Each of 4 entities is there 50 times: every score ties with 49 others, more than any allowance for ties."""
     case = make_case(entities=4, repeat=50, shards=3, dtype=dtype)
     if blocks:
-        small_blocks(case.index, monkeypatch, *blocks)
+        small_blocks(monkeypatch, *blocks)
     expected = [[f"e{4 * copy + int(row[0][1:]) % 4}" for copy in range(30)] for row in best(case.expected, 1)]
     assert case.index.search(case.mentions, 30).entity_ids == expected
     assert case.index.search(case.mentions, 30, method="exhaustive").entity_ids == expected
@@ -249,7 +247,7 @@ def test_equals_come_in_the_order_of_entities(
 def test_constant_scores(method: str, monkeypatch: pytest.MonkeyPatch):
     """Where all entities are equal, nothing can be left out: the first ones are the answer."""
     case = make_case(entities=1, repeat=300, mentions=5)
-    small_blocks(case.index, monkeypatch, block_bytes=8_000, sub_block=16)
+    small_blocks(monkeypatch, block_bytes=8_000, sub_block=16)
     found = case.index.search(case.mentions, 40, method=method)
     assert found.entity_ids == [[f"e{row}" for row in range(40)]] * 5
     ranks = case.index.rank(case.mentions, ["e7"] * 5, method=method).ranks
@@ -312,17 +310,17 @@ def test_a_pair_scores_the_same_in_any_company():
     mention_rows = torch.arange(MENTIONS).repeat_interleave(ENTITIES)
     entity_rows = torch.arange(ENTITIES).repeat(MENTIONS)
     matcher, store = case.index._matcher, case.index._contents.store
-    together = score_pairs(matcher, case.mentions, mention_rows, store, entity_rows, 2**30).logits
+    together = score_pairs(matcher, case.mentions, mention_rows, store, entity_rows, 2**30).total
     for size, block_bytes in ((1, 2**30), (7, 2**30), (300, 30_000)):
         some = torch.randperm(len(mention_rows), generator=generator)[:size]
-        alone = score_pairs(matcher, case.mentions, mention_rows[some], store, entity_rows[some], block_bytes).logits
+        alone = score_pairs(matcher, case.mentions, mention_rows[some], store, entity_rows[some], block_bytes).total
         torch.testing.assert_close(alone, together[some], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_removed_entities_are_not_found(dtype: str, monkeypatch: pytest.MonkeyPatch):
     case = make_case(clusters=12, dtype=dtype, shards=4)
-    small_blocks(case.index, monkeypatch, block_bytes=20_000, sub_block=13)
+    small_blocks(monkeypatch, block_bytes=20_000, sub_block=13)
     scores = case.stored_scores
     gone = sorted({int(row[0][1:]) for row in best(scores, 1)} | set(range(40, 95)))
     case.index.remove([f"e{row}" for row in gone])
@@ -413,7 +411,7 @@ def test_ranks_are_those_of_all_scores(method: str, mask: bool, monkeypatch: pyt
     case = make_case(
         entities=ENTITIES // 4, repeat=4, mentions=2 * MENTIONS, clusters=12, shards=3, mask_text_padding=mask
     )
-    small_blocks(case.index, monkeypatch, block_bytes=40_000, sub_block=13)
+    small_blocks(monkeypatch, block_bytes=40_000, sub_block=13)
     gone = list(range(5, 50, 3))
     case.index.remove([f"e{row}" for row in gone])
     kept = torch.tensor([row for row in range(ENTITIES) if row not in gone])
@@ -494,7 +492,7 @@ def test_memory_grows_with_the_block_and_not_with_the_knowledge_base(tmp_path: P
         place = tmp_path / str(entities)
         index_of(model, *random_encoded(model.config, entities, 1, 500, 0.1)).save_pretrained(place)
         index = EntityIndex.from_pretrained(place)
-        small_blocks(index, monkeypatch, block_bytes=block, sub_block=1024)
+        small_blocks(monkeypatch, block_bytes=block, sub_block=1024)
         index.search(mentions[:1], 3)
         for count in (1, 16):
             some = mentions[:count]
@@ -518,7 +516,7 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match=r"searched with MentionFeatures.* got EntityFeatures"):
         index.search(entities)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='"certified" or "exhaustive", got \'fast\''):
-        index.search(mentions, exact="fast")
+        index.search(mentions, method="fast")
     for k in (0, -1, 1.5, "3", None, True):
         with pytest.raises(ValueError, match="`top_k` must be a positive integer"):
             index.search(mentions, k)  # type: ignore[arg-type]

@@ -57,8 +57,8 @@ def test_candidates_are_those_with_the_largest_dot_products(index: EntityIndex, 
     mention = mentions.tensors
     # The text's dot product is half of one of three units, the cross-modal one a whole unit.
     products = mention["text_embed"] @ entity["text_embed"].T / 6 + mention["cross_modal"] @ entity["cross_modal"].T / 3
-    assert index._first_stage is not None
-    found = index._first_stage.candidates(mention, 20, nprobe=1)
+    assert index._shortlist is not None
+    found = index._shortlist[1].candidates(mention, 20, nprobe=1)
     for row in range(MENTIONS):
         assert set(found[row].tolist()) == set(products[row].topk(20).indices.tolist())
     together = first_stage_vectors(mention) @ first_stage_vectors(entity).T

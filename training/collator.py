@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors_mimic import MimicImageError
-from ..images_mimic import load_image
 from ..processing_mimic import MimicProcessor
 from .knowledge_base import KnowledgeBase, clean_id, listed
 
@@ -166,35 +165,23 @@ class MentionEntityCollator:
     def _inputs(self, heads: list[str], bodies: list[str], sources: list[Any], names: list[str]) -> dict[str, Tensor]:
         separator = self.processor.separator
         inputs = self.processor.tokenize([head + separator + body for head, body in zip(heads, bodies, strict=True)])
-        images = [self._read(source, name) for source, name in zip(sources, names, strict=True)]
-        # Images that were resized before are normalized here; rows without an image stay zero.
         size = self.processor.image_processor.size
-        pixel_values = torch.zeros(len(images), 3, size["height"], size["width"])
-        decoded = [row for row, image in enumerate(images) if image is not None and not isinstance(image, np.ndarray)]
-        if decoded:
-            made = self.processor.image_processor([images[row] for row in decoded], return_tensors="pt")
-            pixel_values[decoded] = made["pixel_values"].float()
-        for row, image in enumerate(images):
-            if isinstance(image, np.ndarray):
+        pixel_values = torch.zeros(len(sources), 3, size["height"], size["width"])
+        for row, (source, name) in enumerate(zip(sources, names, strict=True)):
+            image = self._resized(source, name)
+            if image is not None:
                 self._normalize(image, pixel_values[row])
         return {**inputs, "pixel_values": pixel_values}
 
-    def _read(self, source: Any, name: str) -> Any:
+    def _resized(self, source: Any, name: str) -> np.ndarray | None:
         if source is None or isinstance(source, float | np.ndarray):
-            # A number is what pandas gives for no image.
+            # Resized before; or NaN, which is what pandas gives for no image.
             return None if isinstance(source, float) else source
         try:
-            return load_image(source, correct=self.processor.correct_images)
+            return self.processor.resized(source)
         except MimicImageError as error:
             self._report(name, error)
             return None
-
-    def _resized(self, source: Any, name: str) -> np.ndarray | None:
-        image = self._read(source, name)
-        if image is None:
-            return None
-        resized = self.processor.image_processor([image], do_rescale=False, do_normalize=False, return_tensors="np")
-        return resized["pixel_values"][0]
 
     def _normalize(self, image: np.ndarray, out: Tensor) -> None:
         if self._normalized is None:
