@@ -98,9 +98,6 @@ class MimicConfig(PreTrainedConfig):
         self.default_index = default_index
         self.default_index_revision = default_index_revision
         self._check()
-        if not __name__.startswith("transformers_modules."):
-            # The installed package has registered the task; only code that a checkpoint brings must be found by name.
-            kwargs.pop("custom_pipelines", None)
         super().__init__(**kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:

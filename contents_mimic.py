@@ -52,9 +52,11 @@ class Contents:
     def row(self, entity_id: object) -> int | None:
         """The row of an entity, `None` where there is none of that id."""
         try:
-            return self.store.row(entity_id_of(entity_id))
+            known = entity_id_of(entity_id)
+            known.encode()
         except ValueError:  # no id at all, or no valid text
             return None
+        return self.store.row(known)
 
     def rows(self, entity_ids: Iterable[Any]) -> list[int]:
         """The rows of entities.

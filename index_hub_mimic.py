@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 
 from .directory_mimic import MANIFEST, Manifest, files_of, is_part, json_text, open_directory, read_manifest, save_copy
 from .errors_mimic import EntityIndexError
+from .hub_files_mimic import refuse_links
 from .index_card_mimic import card_of_index, hub_id
 from .matching_mimic import Matcher
 from .store_mimic import Store
@@ -74,6 +75,7 @@ def files_for_hub(
             save_copy(directory, manifest, store, matcher)
             store = open_directory(directory)[1]
         manifest = read_manifest(directory)
+        refuse_links(directory, [directory / name for name in files_of(manifest)])
         made_by = manifest["model"]["name"]
         model_id = model_id or hub_id(made_by)
         # A path on this machine is nothing to publish.

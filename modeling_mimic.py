@@ -3,16 +3,19 @@
 The model is that of Luo et al., "Multi-Grained Multimodal Interaction Network for Entity Linking" (KDD 2023). How pairs
 are scored is in matching_mimic; of indexes and searches it knows nothing.
 
+transformers brings along with this file what lines of this form name, and what those files name, wherever the line
+stands. So a checkpoint that is saved carries the pipeline's code too, which is not imported here:
+
+    from .pipeline_mimic import MultimodalEntityLinkingPipeline
+
 Shapes: M mentions, N entities, L text tokens, P image tokens (the class token and the patches).
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -417,12 +420,6 @@ class MimicModel(MimicPreTrainedModel):
                     reverse = reverse.masked_fill(not_rival_mentions, -torch.inf)
                 loss = loss + F.cross_entropy(reverse, own)
         return loss
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Saves weights, configuration and the code that `trust_remote_code=True` loads, the pipeline's too."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        for path in Path(__file__).parent.glob("*_mimic.py"):
-            shutil.copyfile(path, Path(save_directory) / path.name)
 
 
 def _pair_blocks(

@@ -36,7 +36,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.errors_mimic import MimicError
-from mimic_el.hub_files_mimic import REPLACED, hub_files, refuse_links
+from mimic_el.hub_files_mimic import REPLACED, hub_files
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 
@@ -437,9 +437,6 @@ def plan(args: argparse.Namespace, stack: ExitStack) -> list[Repository]:
             license = _read_card(args.dataset_dir[0] / "README.md").data.to_dict().get("license")
         about = {"model_id": model_id, "license": license if isinstance(license, str) else None, "source": source}
         files = stack.enter_context(index.files_for_hub(index_id, **about))
-        for path in files.values():
-            if isinstance(path, Path):
-                refuse_links(path.parent, [path])
         repositories.append(Repository("index", index_id, files))
     return repositories if model is None else [*repositories, model]
 

@@ -74,7 +74,7 @@ def test_links_as_the_pipeline_does(made: Path, tmp_path: Path, capsys: pytest.C
     model = MimicModel.from_pretrained(linker)
     processor = MimicProcessor.from_pretrained(linker, trust_remote_code=False)
     expected = MultimodalEntityLinkingPipeline(
-        model=model, processor=processor, entities=entities, index_kwargs={"dtype": "float32"}
+        model=model, processor=processor, entities=entities, build_kwargs={"dtype": "float32"}
     )(mentions, top_k=3)
 
     capsys.readouterr()

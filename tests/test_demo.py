@@ -115,7 +115,7 @@ def test_configuration_of_the_sample_is_read(tmp_path: Path) -> None:
     model_args, data_args, args = train.parse_args([str(demo.CONFIG), "--output_dir", str(tmp_path), "--use_cpu"])
     assert model_args.from_scratch
     assert model_args.correct_images is None  # the default: pictures are put right
-    assert Path(str(data_args.dataset_name)) == Path("datasets_scripts/sample")
+    assert Path(str(data_args.dataset_name)).resolve() == demo.SAMPLE.resolve()
     assert args.num_train_epochs > 0
     knowledge_base = toy_data.knowledge_base()
     model, processor = train.build_model(model_args, toy_data.mentions("train", 4), knowledge_base)

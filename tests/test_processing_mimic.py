@@ -443,7 +443,7 @@ def test_without_a_template(processor: MimicProcessor) -> None:
     assert torch.equal(inputs["pixel_values"], processor.pixels([image, None]))
     assert processor(text="orange")["input_ids"].shape == (1, 40)
     assert processor(images=image)["pixel_values"].shape == (1, 3, 24, 24)
-    with pytest.raises(ValueError, match="needs `text` or `images`"):
+    with pytest.raises(ValueError, match="needs `mention=` and `text=`"):
         processor()
 
 

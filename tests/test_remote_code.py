@@ -16,7 +16,6 @@ from huggingface_hub import HfApi
 from published import CODE_FILES, ROOT, TASK, entities_and_mentions, same_links, save_linker, tiny_linker
 from python_processes import ForkingPython, clean_python
 from transformers import pipeline
-from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from mimic_el import EntityIndex, MimicModel, MimicProcessor
 
@@ -89,14 +88,6 @@ def test_code_imports_nothing_else(name: str):
         elif isinstance(node, ast.ImportFrom):
             assert f"{node.module}.py" in CODE_FILES, f"line {node.lineno} imports a file that stays behind"
     assert imported <= REQUIRED | sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("name", ["configuration", "index", "modeling", "pipeline", "processing"])
-def test_one_step_of_imports_brings_all_the_code(name: str):
-    """Older versions of transformers follow one only, where code is loaded from a directory."""
-    file = ROOT / f"{name}_mimic.py"
-    direct = {f"{ROOT / module}.py" for module in get_relative_imports(file)} | {str(file)}
-    assert set(get_relative_import_files(file)) <= direct
 
 
 def test_checkpoint_brings_its_code(checkpoint: Path):
