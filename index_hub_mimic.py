@@ -59,6 +59,7 @@ def files_for_hub(
     store: Store,
     matcher: Matcher,
     *,
+    from_cache: bool = False,
     model_id: str | None = None,
     license: str | None = None,
     source: str | None = None,
@@ -67,6 +68,7 @@ def files_for_hub(
 
     Args:
         repo_id: the repository's id.
+        from_cache: whether the directory is one of the Hub's cache.
         model_id, license, source: as of [`EntityIndex.push_to_hub`].
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -75,7 +77,8 @@ def files_for_hub(
             save_copy(directory, manifest, store, matcher)
             store = open_directory(directory)[1]
         manifest = read_manifest(directory)
-        refuse_links(directory, [directory / name for name in files_of(manifest)])
+        if not from_cache:  # the files of the Hub's cache are links to its blobs
+            refuse_links(directory, [directory / name for name in files_of(manifest)])
         made_by = manifest["model"]["name"]
         model_id = model_id or hub_id(made_by)
         # A path on this machine is nothing to publish.

@@ -543,7 +543,15 @@ class EntityIndex:
         if not len(self):
             raise EntityIndexError("All entities of this index were removed: there is nothing to publish.")
         contents = self._contents
-        return files_for_hub(repo_id, contents.directory, contents.manifest, contents.store, self._matcher, **about)
+        return files_for_hub(
+            repo_id,
+            contents.directory,
+            contents.manifest,
+            contents.store,
+            self._matcher,
+            from_cache=contents.read_only,
+            **about,
+        )
 
     @classmethod
     def from_pretrained(
