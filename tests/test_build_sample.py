@@ -179,10 +179,10 @@ class TestShippedData:
             forms[row["form"]][row["answer"]] += 1
             count[row["answer"]] += 1
         for phrase, entities in phrases.items():
-            # No entity has a phrase to itself, and what comes with it most of the time comes with many others ("of the").
+            # No entity has a phrase to itself; what is in most of its texts ("of the") is in those of many others.
             assert entities.total() < 6 or len(entities) >= 3, phrase
             often = max((uses / count[id] for id, uses in entities.items() if count[id] >= 6), default=0)
-            assert often <= 0.5 or len(entities) >= 50, phrase
+            assert often <= 0.5 or len(entities) >= 20, phrase
         for form, entities in forms.items():
             assert entities.total() < 6 or len(entities) >= 3, form
 
@@ -195,39 +195,35 @@ class TestShippedData:
     def test_texts_are_written_as_english_is(self, mentions: DatasetDict) -> None:
         for row in (row for split in mentions.values() for row in split):
             text, chat = row["sentence"], row["form"] == row["form"].lower()
-            for article, word in re.findall(r"\b([Aa]n?) '?([\w-]+)", text):
-                vowel = re.match(r"(?i)[aeiou]|hour|honest|x-ray", word) and not re.match(
-                    r"(?i)uni|us[eu]|eu|one\b", word
-                )
-                assert (article.lower() == "an") == bool(vowel), text
+            for article, word in re.findall(r"\b(an?) '?([\w-]+)", text, re.IGNORECASE):
+                vowel = re.match(r"[aeiou]|hour|honest|x-ray", word.lower())
+                consonant = re.match(r"uni|us[eu]|eu|one\b", word.lower())
+                assert (article.lower() == "an") == bool(vowel and not consonant), text
             assert not re.search(r"\b([\w']+) \1\b", text, re.IGNORECASE), text
-            assert not re.search(
-                r"\b(?:a|an|the|some|these|this) (?:a|an|the|some|these|this)\b", text, re.IGNORECASE
-            ), text
+            determiner = "(?:a|an|the|some|these|this)"
+            assert not re.search(rf"\b{determiner} {determiner}\b", text, re.IGNORECASE), text
             assert text == " ".join(text.split())
             assert not re.search(r" [,.:;!?]|[,;:][^\s\d'\"]|\{|\}", text), text
             if chat:
                 assert text == text.lower()
                 continue
-            assert re.match(r"['\"]?[A-Z0-9£$€]|boAt|mailbox\.org", text), text
-            assert all(
-                word[:1] == word[:1].upper() for word in re.findall(r"[a-z][.!?] (?!mailbox\.org)(\w+)", text)
-            ), text
+            plain = text.replace(row["mention"], "M")
+            assert re.match(r"['\"]?[A-Z0-9£$€]", plain), text
+            assert not re.search(r"[a-z][.!?] [a-z]", plain), text
             # A headline, a caption or a line of a list has no full stop; two sentences have two.
-            assert text[-1] in ".!?)'" or not re.search(r"[a-z][.!?] ", text), text
+            assert text[-1] in ".!?)'" or not re.search(r"[a-z][.!?] ", plain), text
 
     def test_number_agrees(self, mentions: DatasetDict, kb: Dataset, entities: list[Entity]) -> None:
         nouns = {(e.id, n.text.lower()): n.noun for e in entities for n in (Name(e.name, e.noun), *e.aliases)}
         for row in (row for split in mentions.values() for row in split if row["kind"] != "image"):
             plural = nouns[row["answer"], row["mention"].lower()] == "plural"
-            after = re.search(re.escape(row["mention"]) + r" (\w+)", row["sentence"])
-            before = re.search(r"(\w+) " + re.escape(row["mention"]), row["sentence"])
-            if after:
-                wrong = {"is", "was", "has", "does"} if plural else {"are", "were"}
-                assert after[1].lower() not in wrong, row["sentence"]
-            if before:
-                wrong = {"a", "an", "this", "one", "every", "each"} if plural else {"these", "those", "many"}
-                assert before[1].lower() not in wrong, row["sentence"]
+            mention, text = re.escape(row["mention"]), row["sentence"]
+            # The verb of a mention that is not the subject belongs to another noun: "engineers at Shell are".
+            singular_verb = re.search(rf"{mention} (?:is|was|has|does)\b", text)
+            plural_verb = re.match(rf"(?:The |An? )?{mention} (?:are|were|have|do)\b", text, re.IGNORECASE)
+            assert not (singular_verb if plural else plural_verb), text
+            wrong = "an?|this|one|every|each" if plural else "these|those|many"
+            assert not re.search(rf"\b(?:{wrong}) {mention}\b", text, re.IGNORECASE), text
 
     def test_splits_share_no_image(self, mentions: DatasetDict, kb: Dataset) -> None:
         seen = {hashlib.sha256(image["bytes"]).hexdigest() for images in kb["images"] for image in images}
