@@ -31,7 +31,7 @@ SAMPLE = ROOT / "datasets_scripts" / "sample"
 CONFIG = ROOT / "configs" / "sample.yaml"
 OUTPUT_DIR = Path("runs/demo")
 PICTURE = "linked.png"
-KINDS = ("words", "picture", "both")
+KINDS = ("text", "image", "both")
 SHOWN = ("hits@1", "mrr")
 TOP_K = 3
 
@@ -98,7 +98,7 @@ def choose(mentions: Sequence[Mapping[str, Any]]) -> list[int]:
     chosen = [next(row for row, mention in enumerate(mentions) if mention["kind"] == kind) for kind in KINDS]
     first: dict[str, int] = {}
     for row, mention in enumerate(mentions):
-        if mention["kind"] != "picture" or row in chosen:
+        if mention["kind"] != "image" or row in chosen:
             continue
         other = first.setdefault(_folded(mention["mention"]), row)
         if mentions[other]["answer"] != mention["answer"]:
