@@ -195,6 +195,7 @@ def test_tar_refuses_hostile_members(tmp_path: Path) -> None:
         ("a.rar", b"", "broken_archive"),
         ("a.tar.gz", b"", "broken_archive"),
     ],
+    ids=["no_zip", "cut_zip", "no_tar", "rar", "empty_tar_gz"],
 )
 def test_broken_archives(tmp_path: Path, name: str, data: bytes, kind: str) -> None:
     (tmp_path / name).write_bytes(data)
