@@ -1,43 +1,56 @@
-# Two commands: `make demo` and `make test`. Each sets up all it needs in .venv.
+# What people and CI run. `make help` lists it. Each target sets up what it needs in .venv.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPAT := .venv-compat
+WORKERS ?= 2
+# The root's folder may have any name. Tools that look for a package find it here, under its own name.
+PACKAGE := $(VENV)/package
 
-.PHONY: demo test compat lint types install clean
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types contracts docs compat clean package
 
-install: $(STAMP)
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+install: $(STAMP) ## set up .venv with all that development needs
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	touch $(STAMP)
 
-demo: $(STAMP)
+demo: $(STAMP) ## train a small model on the sample data set, and link with it
 	$(BIN)/python -m mimic_el.scripts.demo
 
-test: lint types
-	$(BIN)/python -m pytest --numprocesses 2
+test: lint types contracts ## linter, types, import contracts, and all tests
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-# The tests with the oldest versions that pyproject.toml allows.
-compat: $(COMPAT)/.installed
-	$(COMPAT)/bin/python -m pytest --numprocesses 2
+lint: $(STAMP) ## format and lint, without changing anything
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: package ## check the types
+	cd $(PACKAGE) && $(abspath $(BIN))/mypy --config-file mimic_el/pyproject.toml -p mimic_el
+
+contracts: package ## check which file may import which (the contracts are in pyproject.toml)
+	cd $(PACKAGE) && PYTHONPATH=. $(abspath $(BIN))/lint-imports mimic_el/pyproject.toml
+
+docs: package ## build the pages and the API reference into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+package: $(STAMP)
+	mkdir -p $(PACKAGE)
+	ln -sfn ../.. $(PACKAGE)/mimic_el
+
+compat: $(COMPAT)/.installed ## all tests, with the oldest versions that pyproject.toml allows
+	$(COMPAT)/bin/python -m pytest --numprocesses $(WORKERS)
 
 $(COMPAT)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
 	touch $@
 
-lint: $(STAMP)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-
-# The root's folder may have any name; a link gives the checker the package's.
-types: $(STAMP)
-	mkdir -p $(VENV)/typecheck
-	ln -sfn ../.. $(VENV)/typecheck/mimic_el
-	cd $(VENV)/typecheck && ../bin/mypy --config-file mimic_el/pyproject.toml -p mimic_el
-
-clean:
+clean: ## delete what was built, the demo's results among it
 	rm -rf build dist *.egg-info runs

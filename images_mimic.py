@@ -31,7 +31,12 @@ _DOWNLOAD_SECONDS = 20.0
 
 
 def load_image(
-    source: ImageInput, max_pixels: int = MAX_PIXELS, correct: bool = True, allow_urls: bool = True
+    source: ImageInput,
+    max_pixels: int = MAX_PIXELS,
+    correct: bool = True,
+    allow_urls: bool = True,
+    resize: tuple[int, int] | None = None,
+    resample: int = Image.Resampling.LANCZOS,
 ) -> Image.Image | None:
     """Reads an image into RGB.
 
@@ -42,6 +47,8 @@ def load_image(
         correct: whether the orientation that a camera recorded is applied, transparency shows white, and 16-bit
             values are scaled to 8 bits. If not, the image is only converted to RGB.
         allow_urls: whether an `http(s)` URL is fetched.
+        resize: width and height to which the image is resized before it is made RGB, whatever its proportions.
+        resample: Pillow's filter for that.
 
     Returns:
         `PIL.Image.Image` of mode "RGB", or `None` for no source.
@@ -55,7 +62,7 @@ def load_image(
         return None
     opened, where = open_image(source, max_pixels, allow_urls)
     try:
-        return _to_rgb(opened, correct)
+        return _to_rgb(opened.resize(resize, Image.Resampling(resample)) if resize else opened, correct)
     except Exception as error:  # decoders raise many kinds for broken files
         raise MimicImageError(f"The image {where} cannot be decoded: {error}") from error
 

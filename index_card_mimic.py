@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .store_mimic import Store, TableFacts
 
 _TASK = "multimodal-entity-linking"
 _SIZES = ((10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7, "10M"), (10**8, "100M"))
-_KINDS = {kind: kind for kind in ("string", "bool", "int64", "float64")}
 _EXAMPLES = 3
 _CELL_CHARACTERS = 80
 _ROUNDED = {
@@ -22,54 +24,37 @@ _ROUNDED = {
 }
 
 
-@dataclass
-class _TableFacts:
-    """What a card says of a table of entities. Facts of several tables can be added."""
+def card_of_index(place: str, manifest: Mapping[str, Any], store: Store, **about: str | None) -> str:
+    """The text of an index's README.md.
 
-    described: int = 0
-    characters: int = 0
-    fields: dict[str, str] = field(default_factory=dict)  # types as `datasets` names them
-
-    @classmethod
-    def of(cls, records: Iterable[Mapping[str, Any]]) -> _TableFacts:
-        facts = cls()
-        for record in records:
-            facts.described += bool(record.get("description"))
-            facts.characters += len(record.get("description") or "")
-            for name, value in record.items():
-                facts._note(name, _type_of(value))
-        return facts
-
-    @classmethod
-    def stored(cls, value: Any) -> _TableFacts | None:
-        """Facts that were noted with an index; `None` where they were not, or are not what they should be."""
-        try:
-            fields = {str(name): _KINDS[kind] for name, kind in value["fields"].items()}
-            return cls(int(value["described"]), int(value["characters"]), fields)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            return None
-
-    def _note(self, name: str, kind: str) -> None:
-        known = self.fields.setdefault(name, kind)
-        if known != kind:
-            self.fields[name] = "float64" if {known, kind} == {"int64", "float64"} else "string"
-
-    def __add__(self, other: _TableFacts) -> _TableFacts:
-        both = _TableFacts(self.described + other.described, self.characters + other.characters, dict(self.fields))
-        for name, kind in other.fields.items():
-            both._note(name, kind)
-        return both
+    Args:
+        place: the index's Hub id, or the name of its directory.
+        manifest: the index's list of parts.
+        store: what it holds.
+        about: `model_id`, `license` and `source`, as of [`index_card`]; the model's id is known already if it was
+            loaded from the Hub.
+    """
+    facts = TableFacts()
+    for entry, shard in zip(manifest["shards"], store.shards, strict=True):
+        facts += TableFacts.stored(entry.get("facts")) or TableFacts.of(shard.table)
+    about["model_id"] = about.get("model_id") or hub_id(manifest["model"]["name"])
+    return index_card(place, manifest, len(store) - store.removed_count, facts, store.records(), **about)
 
 
-def _type_of(value: Any) -> str:
-    return {bool: "bool", int: "int64", float: "float64"}.get(type(value), "string")
+def hub_id(name: str) -> str | None:
+    """The name, if it is a Hub id with a namespace."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if "/" in name else None
 
 
-def _index_card(
+def index_card(
     place: str,
     manifest: Mapping[str, Any],
     count: int,
-    facts: _TableFacts,
+    facts: TableFacts,
     examples: Iterable[Mapping[str, Any]],
     *,
     model_id: str | None = None,
@@ -216,4 +201,4 @@ def _cell(text: Any) -> str:
     return "".join(f"\\{character}" if character in "\\`*_{}[]()#|!~>" else character for character in line)
 
 
-__all__: list[str] = []
+__all__ = ["card_of_index", "hub_id", "index_card"]

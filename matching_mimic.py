@@ -72,6 +72,14 @@ class _Features:
     def __len__(self) -> int:
         return next(iter(self.tensors.values())).shape[0] if self.tensors else 0
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensors["text_embed"].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors["text_embed"].dtype
+
     def __getitem__(self, rows: slice | Tensor) -> Self:
         """The items that a slice, or a tensor of indices or booleans, picks; a slice makes views."""
         if not isinstance(rows, slice | Tensor):

@@ -40,6 +40,8 @@ class MimicOutput(ModelOutput):
         text_logits (`torch.Tensor` of shape `(M, N)`, float32): score of the text unit (TGLU).
         image_logits (`torch.Tensor` of shape `(M, N)`, float32): score of the image unit (VDLU).
         cross_modal_logits (`torch.Tensor` of shape `(M, N)`, float32): score of the cross-modal unit (CMFU).
+        mention_features ([`MentionFeatures`], *optional*): of the M mentions, where they were asked for.
+        entity_features ([`EntityFeatures`], *optional*): of the N entities, where they were asked for.
     """
 
     loss: Tensor | None = None
@@ -47,6 +49,8 @@ class MimicOutput(ModelOutput):
     text_logits: Tensor = None  # type: ignore[assignment]
     image_logits: Tensor = None  # type: ignore[assignment]
     cross_modal_logits: Tensor = None  # type: ignore[assignment]
+    mention_features: MentionFeatures | None = None
+    entity_features: EntityFeatures | None = None
 
 
 class _Encoder(nn.Module):
@@ -60,9 +64,11 @@ class _Encoder(nn.Module):
         self.image_cls_fc = nn.Linear(backbone.projection_dim, config.image_hidden_size)
         self.image_tokens_fc = nn.Linear(backbone.vision_config.hidden_size, config.image_hidden_size)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> MimicEncoderOutput:
-        text_pooled, text_tokens = self._encode_texts(input_ids, attention_mask)
-        image_embeds, image_tokens = self._encode_images(pixel_values)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, **kwargs: Any
+    ) -> MimicEncoderOutput:
+        text_pooled, text_tokens = self._encode_texts(input_ids, attention_mask, **kwargs)
+        image_embeds, image_tokens = self._encode_images(pixel_values, **kwargs)
         return MimicEncoderOutput(
             text_embeds=F.normalize(self.clip.text_projection(text_pooled), dim=-1),
             text_tokens=text_tokens,
@@ -70,11 +76,12 @@ class _Encoder(nn.Module):
             image_tokens=image_tokens,
         )
 
-    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         length = input_ids.shape[1]
         leave_out = self.mask_padding and not torch.is_grad_enabled()
         kept = self._longest(input_ids, attention_mask) if leave_out else length
-        text = self.clip.text_model(input_ids=input_ids[:, :kept], attention_mask=attention_mask[:, :kept])
+        mask = attention_mask[:, :kept]
+        text = self.clip.text_model(input_ids=input_ids[:, :kept], attention_mask=mask, **kwargs)
         tokens = text.last_hidden_state
         if leave_out:
             # No score depends on padding: zeros, so that features do not depend on the rest of the batch either.
@@ -90,17 +97,17 @@ class _Encoder(nn.Module):
         columns[ends.argmax(dim=1)] = True
         return int(columns.nonzero().max()) + 1
 
-    def _encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         rows = None
         if not torch.is_grad_enabled():
-            # Whatever has no picture has the same blank one, which is encoded once.
+            # Whatever has no image has the same blank one, which is encoded once.
             blank = ~pixel_values.flatten(1).any(dim=1)
             if int(blank.sum()) > 1:
                 shown = (~blank).nonzero().squeeze(1)
                 rows = torch.zeros(len(blank), dtype=torch.long, device=blank.device)
                 rows[shown] = torch.arange(1, len(shown) + 1, device=blank.device)
                 pixel_values = torch.cat([pixel_values[blank][:1], pixel_values[shown]])
-        image = self.clip.vision_model(pixel_values=pixel_values)
+        image = self.clip.vision_model(pixel_values=pixel_values, **kwargs)
         embeds = self.image_cls_fc(F.normalize(self.clip.visual_projection(image.pooler_output), dim=-1))
         tokens = self.image_tokens_fc(image.last_hidden_state)
         return (embeds, tokens) if rows is None else (embeds[rows], tokens[rows])
@@ -201,12 +208,12 @@ class MimicModel(MimicPreTrainedModel):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> MimicEncoderOutput:
-        """Encodes texts and pictures of mentions or entities, before anything is specific to either.
+        """Encodes texts and images of mentions or entities, before anything is specific to either.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): the tokens, L at most the backbone's positions.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for tokens, 0 for padding.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): the pictures; zeros where there is none.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): the images; zeros where there is none.
 
         Raises:
             ValueError: if the shapes do not fit each other.
@@ -215,18 +222,28 @@ class MimicModel(MimicPreTrainedModel):
         return self.encoder(input_ids, attention_mask, pixel_values)
 
     def encode_mentions(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
     ) -> MentionFeatures:
         """Features of M mentions, to be scored against any entities. Arguments as of [`~MimicModel.encode`]."""
         input_ids, attention_mask, pixel_values = self._checked(input_ids, attention_mask, pixel_values, "")
-        return self.matcher.mention_features(self.encoder(input_ids, attention_mask, pixel_values), attention_mask)
+        encoded = self.encoder(input_ids, attention_mask, pixel_values, **kwargs)
+        return self.matcher.mention_features(encoded, attention_mask)
 
     def encode_entities(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
     ) -> EntityFeatures:
         """Features of N entities, to be scored against any mentions. Arguments as of [`~MimicModel.encode`]."""
         input_ids, attention_mask, pixel_values = self._checked(input_ids, attention_mask, pixel_values, "entity_")
-        return self.matcher.entity_features(self.encoder(input_ids, attention_mask, pixel_values), attention_mask)
+        encoded = self.encoder(input_ids, attention_mask, pixel_values, **kwargs)
+        return self.matcher.entity_features(encoded, attention_mask)
 
     def _checked(
         self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor | None, prefix: str
@@ -281,13 +298,15 @@ class MimicModel(MimicPreTrainedModel):
             block_bytes = _SCORE_BLOCK_BYTES if on_cpu else _SCORE_BLOCK_BYTES_GPU
         shape = (len(mentions), len(entities))
         names = ("logits", "text_logits", "image_logits", "cross_modal_logits")
-        whole: dict[str, Tensor] = {}
+        whole: dict[str, Any] = {}
         if 0 in shape:
             whole = {name: widened(mentions.tensors["text_embed"]).new_empty(shape) for name in names}
         for rows, column_blocks in _pair_blocks(mentions, entities, block_bytes):
             for columns in column_blocks:
                 scores = self.matcher(mentions[rows], entities[columns])
-                part = dict(zip(names, (scores.total, scores.text, scores.image, scores.cross_modal), strict=True))
+                part: dict[str, Any] = dict(
+                    zip(names, (scores.total, scores.text, scores.image, scores.cross_modal), strict=True)
+                )
                 if scores.total.shape == shape:
                     return MimicOutput(**part)
                 # Into one place: kept one by one, they would scatter what the blocks leave free of the memory.
@@ -308,23 +327,27 @@ class MimicModel(MimicPreTrainedModel):
         labels: Tensor | None = None,
         entity_labels: Tensor | None = None,
         return_loss: bool | None = None,
+        return_features: bool = False,
         return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> MimicOutput | tuple[Tensor, ...]:
         """Encodes M mentions and N entities and scores all pairs.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(M, L)`): tokens of the mentions.
             attention_mask (`torch.Tensor` of shape `(M, L)`, *optional*): 1 for tokens, 0 for padding.
-            pixel_values (`torch.Tensor` of shape `(M, 3, H, W)`, *optional*): pictures; zeros where there is none.
+            pixel_values (`torch.Tensor` of shape `(M, 3, H, W)`, *optional*): images; zeros where there is none.
             entity_input_ids (`torch.LongTensor` of shape `(N, L)`): tokens of the entities.
             entity_attention_mask (`torch.Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding.
-            entity_pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`, *optional*): pictures of the entities.
+            entity_pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`, *optional*): images of the entities.
             labels (`torch.LongTensor` of shape `(M,)`, *optional*): for the loss, the row of each mention's answer
                 among the entities. Defaults to the entity in the mention's own row, which needs M = N.
             entity_labels (`torch.LongTensor` of shape `(N,)`, *optional*): equal numbers mark the same entity. Used
                 if the configuration says `ignore_duplicate_answers`.
             return_loss (`bool`, *optional*): whether to return the loss. By default, if `labels` are given.
+            return_features (`bool`, defaults to `False`): whether to return the features that were scored, too.
             return_dict (`bool`, *optional*): whether to return a [`MimicOutput`] or a tuple.
+            **kwargs: handed to the backbone's text and vision models.
 
         Raises:
             ValueError: if the shapes do not fit each other.
@@ -334,11 +357,13 @@ class MimicModel(MimicPreTrainedModel):
                 "MimicModel scores mentions against entities and was given no `entity_input_ids`. To encode mentions "
                 "alone, call `encode_mentions`."
             )
-        mentions = self.encode_mentions(input_ids, attention_mask, pixel_values)
-        entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values)
+        mentions = self.encode_mentions(input_ids, attention_mask, pixel_values, **kwargs)
+        entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values, **kwargs)
         output = self.score(mentions, entities)
         if return_loss or (return_loss is None and labels is not None):
             output = MimicOutput(loss=self.contrastive_loss(output, labels, entity_labels), **output)
+        if return_features:
+            output = MimicOutput(**output, mention_features=mentions, entity_features=entities)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 

@@ -12,16 +12,17 @@ from transformers import Pipeline
 
 from .configuration_mimic import PIPELINE_TASK, MimicConfig
 from .errors_mimic import EntityIndexError
-from .images_mimic import ImageInput
-from .index_mimic import EntityIndex, _undecoded
+from .index_mimic import EntityIndex
+from .mentions_mimic import mention_parts
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
+from .records_mimic import undecoded
 
 _BAR_FROM_ENTITIES = 500
 
 
 class MultimodalEntityLinkingPipeline(Pipeline):
-    """Tells which entity of a knowledge base a mention means, from its sentence and its picture.
+    """Tells which entity of a knowledge base a mention means, from its sentence and its image.
 
     Example:
 
@@ -30,7 +31,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
 
     >>> linker = pipeline("multimodal-entity-linking", model=path, trust_remote_code=True, entities=knowledge_base)
     >>> linker({"mention": "Orange", "text": "Orange opened a shop on the corner.", "image": "photo.png"}, top_k=1)
-    [{'entity_id': 'brand:orange', 'name': 'Orange', 'score': 7.1, 'text_score': 0.9, ...}]
+    [{'entity_id': 'brand:orange', 'name': 'Orange', 'description': 'A company.', 'score': 7.1, ...}]
     ```
 
     A mention is a dict with `mention` and `text` (or `sentence`), and may have `image` (a path, a URL, a PIL image or
@@ -42,15 +43,17 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             Defaults to the `default_index` of the model's configuration, which may name a folder of the checkpoint too.
         entities (*optional*): in place of `index`, a knowledge base that is encoded now: a `datasets.Dataset` or a list
             of dicts with `id`, `name`, `description` and `images`.
-        index_kwargs (`dict`, *optional*): arguments of [`EntityIndex.from_pretrained`] (`revision`, `token`, ...) or,
-            with `entities`, of [`EntityIndex.build`] (`dtype`, `batch_size`, ...).
+        index_kwargs (`dict`, *optional*): with `index`, arguments of [`EntityIndex.from_pretrained`] (`revision`,
+            `token`, ...).
+        build_kwargs (`dict`, *optional*): with `entities`, arguments of [`EntityIndex.build`] (`dtype`,
+            `batch_size`, ...).
         top_k (`int`, defaults to 5): number of entities for each mention. Also an argument of the call.
         candidates (`list[str]`, *optional*): ids that every mention of the call may mean.
 
     Raises:
         EntityIndexError: if the index was made by another model.
         ValueError: if both `index` and `entities` are given, or a mention is not as described.
-        MimicImageError: if a picture cannot be read.
+        MimicImageError: if an image cannot be read.
         UnknownEntityError: if a candidate is not in the index.
     """
 
@@ -70,6 +73,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         index: EntityIndex | str | os.PathLike[str] | None = None,
         entities: Any = None,
         index_kwargs: Mapping[str, Any] | None = None,
+        build_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         local_files_only = kwargs.pop("local_files_only", None)  # transformers' pipeline() hands it on
@@ -81,11 +85,15 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             )
         if index is not None and entities is not None:
             raise ValueError("Pass either `index` or `entities`, not both.")
+        if entities is not None and index_kwargs:
+            raise ValueError("`index_kwargs` are for opening an index; for building one of `entities`, `build_kwargs`.")
+        if entities is None and build_kwargs:
+            raise ValueError("`build_kwargs` are for building an index of `entities`; none are given.")
         index_kwargs = dict(index_kwargs or {})
         if entities is not None:
             count = len(entities) if hasattr(entities, "__len__") else _BAR_FROM_ENTITIES
-            index_kwargs.setdefault("show_progress", count >= _BAR_FROM_ENTITIES)
-            index = EntityIndex.build(self.model, self.processor, entities, **index_kwargs)
+            options = {"show_progress": count >= _BAR_FROM_ENTITIES, **(build_kwargs or {})}
+            index = EntityIndex.build(self.model, self.processor, entities, **options)
         elif index is not None or self._config.default_index:
             if local_files_only is not None:
                 index_kwargs.setdefault("local_files_only", local_files_only)
@@ -122,17 +130,17 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         self,
         top_k: int | None = None,
         candidates: Sequence[str] | None = None,
-        exact: str | None = None,
+        method: str | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise TypeError(
                 f"The pipeline {PIPELINE_TASK} has no parameter {', '.join(sorted(unknown))}; it takes top_k, "
-                "candidates and exact."
+                "candidates and method."
             )
         if isinstance(candidates, str):
             raise ValueError(f"`candidates` must be a list of entity ids, got the string {candidates!r}.")
-        forward = {"top_k": top_k, "exact": exact}
+        forward = {"top_k": top_k, "method": method}
         preprocess = {"candidates": candidates}
         return (
             {name: value for name, value in preprocess.items() if value is not None},
@@ -145,14 +153,14 @@ class MultimodalEntityLinkingPipeline(Pipeline):
 
         Args:
             inputs: one mention or several.
-            **kwargs: `top_k`, `candidates`, `exact` ("certified" or "exhaustive"), and `batch_size` and `num_workers`
+            **kwargs: `top_k`, `candidates`, `method` ("pruned" or "exhaustive"), and `batch_size` and `num_workers`
                 as of any pipeline.
         """
         if isinstance(inputs, Mapping):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, list | tuple):
             return super().__call__(list(inputs), **kwargs) if inputs else []
-        inputs = _undecoded(inputs, "image")
+        inputs = undecoded(inputs, "image")
         if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") and not isinstance(inputs, str | bytes):
             inputs = _Mentions(inputs)
         elif hasattr(inputs, "__iter__") and not isinstance(inputs, str | bytes | Generator):
@@ -160,7 +168,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, input_: Mapping[str, Any], candidates: Sequence[str] | None = None) -> dict[str, Any]:
-        mention, text, image = _parts(input_)
+        mention, text, image = mention_parts(input_)
         own = input_.get("candidates")
         if isinstance(own, str):
             raise ValueError(f"`candidates` of a mention must be a list of entity ids, got the string {own!r}.")
@@ -168,30 +176,13 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         inputs["candidates"] = _Candidates(candidates if own is None else own)
         return inputs
 
-    def _forward(self, input_tensors: dict[str, Any], top_k: int = 5, exact: str = "certified") -> dict[str, Any]:
+    def _forward(self, input_tensors: dict[str, Any], top_k: int = 5, method: str = "pruned") -> dict[str, Any]:
         given = input_tensors.pop("candidates")
         candidates = [item.ids for item in (given if isinstance(given, list) else [given])]
         index = self.index
         mentions = self.model.encode_mentions(**input_tensors)
-        result = index.search(mentions, top_k=top_k, candidates=candidates, exact=exact)
-        found = []
-        for row, ids in enumerate(result.entity_ids):
-            found.append(
-                _Found(
-                    [
-                        {
-                            "entity_id": entity_id,
-                            "name": index.entity(entity_id).get("name", ""),
-                            "score": float(result.scores[row, place]),
-                            "text_score": float(result.text_scores[row, place]),
-                            "image_score": float(result.image_scores[row, place]),
-                            "cross_modal_score": float(result.cross_modal_scores[row, place]),
-                        }
-                        for place, entity_id in enumerate(ids)
-                    ]
-                )
-            )
-        return {"found": found}
+        linked = index.link_encoded(mentions, top_k, candidates=candidates, method=method)
+        return {"found": [_Found(entities) for entities in linked]}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
         found = model_outputs["found"]
@@ -238,22 +229,6 @@ class _Mentions(Dataset[Any]):
 
     def __getitem__(self, row: int) -> Any:
         return self.records[row]
-
-
-def _parts(mention: Any) -> tuple[str, str, ImageInput]:
-    if not isinstance(mention, Mapping):
-        raise ValueError(
-            'A mention must be a dict such as {"mention": "Orange", "text": "Orange opened a shop.", "image": '
-            f'"photo.png"}}; got {type(mention).__name__}.'
-        )
-    text: Any = mention.get("sentence") if mention.get("text") is None else mention["text"]
-    for name, value in (("mention", mention.get("mention")), ("text", text)):
-        if not isinstance(value, str):
-            problem = "is missing" if value is None else f"must be a string, got {type(value).__name__}"
-            raise ValueError(f"`{name}` of a mention {problem}; the mention's keys are {sorted(mention)}.")
-    if not mention["mention"].strip():
-        raise ValueError("`mention` is empty: say which words of the text are to be linked.")
-    return mention["mention"], text, mention.get("image")
 
 
 def _default_index(config: MimicConfig, index_kwargs: dict[str, Any]) -> EntityIndex:

@@ -1,4 +1,4 @@
-"""What MIMIC reads: the text templates, the tokenizer and the pictures of mentions and entities."""
+"""What MIMIC reads: the text templates, the tokenizer and the image_list of mentions and entities."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, BatchFeature, CLIPConfig, CLIPImageProcessorPil, ProcessorMixin
 from transformers.image_utils import PILImageResampling
+from transformers.utils import logging
 
 from .configuration_mimic import HUB_KWARGS, MimicConfig
 from .errors_mimic import MimicImageError
 from .images_mimic import ImageInput, first_image, load_image
 
+logger = logging.get_logger(__name__)
+
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "max_memory", "quantization_config")
 
 
 class MimicProcessor(ProcessorMixin):
-    """Turns the texts and pictures of mentions and entities into the tensors of a [`MimicModel`].
+    """Turns the texts and image_list of mentions and entities into the tensors of a [`MimicModel`].
 
     A mention's text is `mention + " [SEP] " + sentence`, an entity's `name + " [SEP] " + description`, truncated and
-    padded to `text_max_length` tokens. A picture is resized to the backbone's square without keeping its proportions
-    and normalised; where there is none, the normalised picture is all zeros.
+    padded to `text_max_length` tokens. An image is resized to the backbone's square without keeping its proportions
+    and normalized; where there is none, the normalized image is all zeros.
 
     Args:
-        image_processor (`CLIPImageProcessorPil`): resizes and normalises pictures.
+        image_processor (`CLIPImageProcessorPil`): resizes and normalises image_list.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's.
         text_max_length (`int`, defaults to 40): number of tokens of every text.
         correct_images (`bool`, defaults to `True`): whether a camera's orientation is applied, transparency shows
-            white and 16-bit pictures are scaled. The published code does none of these.
+            white and 16-bit image_list are scaled. The published code does none of these.
 
     Example:
 
@@ -111,8 +115,8 @@ class MimicProcessor(ProcessorMixin):
         Args:
             mentions: what each mention says ("Orange"). It need not occur in its sentence, and may be empty.
             texts: the sentence of each.
-            images: the picture of each, or `None`: see [`load_image`] for what a picture may be.
-            on_image_error: "raise", or "warn" to go on without a picture that cannot be read, as training does.
+            images: the image of each, or `None`: see [`load_image`] for what an image may be.
+            on_image_error: "raise", or "warn" to go on without an image that cannot be read, as training does.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask`, int64 of shape (M, text_max_length), and
@@ -120,7 +124,7 @@ class MimicProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if the numbers of mentions, texts and images differ, or there are none.
-            MimicImageError: if a picture cannot be read and `on_image_error` is "raise".
+            MimicImageError: if an image cannot be read and `on_image_error` is "raise".
         """
         return self._process("mentions", "texts", mentions, texts, images, on_image_error)
 
@@ -130,14 +134,16 @@ class MimicProcessor(ProcessorMixin):
         descriptions: Sequence[str] | str,
         images: Sequence[ImageInput | Sequence[ImageInput]] | ImageInput = None,
         on_image_error: str = "raise",
+        labels: Sequence[str] | None = None,
     ) -> BatchFeature:
         """The model's inputs for N entities.
 
         Args:
             names: the name of each entity.
             descriptions: the description of each; may be empty.
-            images: the picture of each, or the list of its pictures, of which the first is used, or `None`.
+            images: the image of each, or the list of its image_list, of which the first is used, or `None`.
             on_image_error: as in [`~MimicProcessor.process_mentions`].
+            labels: what messages call each entity, such as "Entity 'Q5'".
 
         Returns, raises: as [`~MimicProcessor.process_mentions`].
         """
@@ -145,7 +151,7 @@ class MimicProcessor(ProcessorMixin):
             images = [first_image(item) for item in images]
         elif isinstance(names, str):
             images = first_image(images)
-        return self._process("names", "descriptions", names, descriptions, images, on_image_error)
+        return self._process("names", "descriptions", names, descriptions, images, on_image_error, labels)
 
     def _process(
         self,
@@ -155,24 +161,25 @@ class MimicProcessor(ProcessorMixin):
         bodies: Sequence[str] | str,
         images: Any,
         on_image_error: str,
+        labels: Sequence[str] | None = None,
     ) -> BatchFeature:
         if isinstance(heads, str) or isinstance(bodies, str):
             if not (isinstance(heads, str) and isinstance(bodies, str)):
                 raise ValueError(f"`{heads_name}` and `{bodies_name}` must both be strings, or both lists of strings.")
             heads, bodies, images = [heads], [bodies], [images]
         heads, bodies = list(heads), list(bodies)
-        pictures = [None] * len(heads) if images is None else list(images)
-        if not len(heads) == len(bodies) == len(pictures) or not heads:
+        image_list = [None] * len(heads) if images is None else list(images)
+        if not len(heads) == len(bodies) == len(image_list) or not heads:
             raise ValueError(
                 f"There must be as many {heads_name} as {bodies_name} and images, and one at least; got {len(heads)}, "
-                f"{len(bodies)} and {len(pictures)}."
+                f"{len(bodies)} and {len(image_list)}."
             )
         for name, items in ((heads_name, heads), (bodies_name, bodies)):
             for row, item in enumerate(items):
                 if not isinstance(item, str):
                     raise ValueError(f"`{name}[{row}]` must be a string, got {type(item).__name__}.")
         inputs = self.tokenize([head + self.separator + body for head, body in zip(heads, bodies, strict=True)])
-        inputs["pixel_values"] = self.pixels(pictures, on_image_error)
+        inputs["pixel_values"] = self.pixels(image_list, on_image_error, labels)
         return inputs
 
     def tokenize(self, texts: list[str]) -> BatchFeature:
@@ -182,35 +189,115 @@ class MimicProcessor(ProcessorMixin):
         )
         return BatchFeature({"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]})
 
-    def pixels(self, images: Sequence[ImageInput], on_image_error: str = "raise") -> torch.Tensor:
-        """Normalised pictures, float32 of shape (B, 3, height, width); zeros where there is none."""
+    def pixels(
+        self, images: Sequence[ImageInput], on_image_error: str = "raise", labels: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Normalized images, float32 of shape (B, 3, height, width); zeros where there is none.
+
+        Args:
+            images: B images, or `None`.
+            on_image_error: "raise", or "warn" to go on without an image that cannot be read.
+            labels: what messages call each item.
+
+        Raises:
+            MimicImageError: if an image cannot be read and `on_image_error` is "raise".
+        """
         if on_image_error not in ("raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
         size = self.image_processor.size
         pixel_values = torch.zeros(len(images), 3, size["height"], size["width"])
-        rows, loaded = [], []
         for row, source in enumerate(images):
             try:
-                image = load_image(source, correct=self.correct_images)
+                # One at a time: an image may take a hundred times as much memory as its file.
+                resized = self.resized(source)
             except MimicImageError as error:
+                message = f"{labels[row]}: {error}" if labels else str(error)
                 if on_image_error == "raise":
-                    raise
-                warnings.warn(f"{error} It is left out.", stacklevel=2)
-                image = None
-            if image is not None:
-                rows.append(row)
-                loaded.append(image)
-        if rows:
-            pixel_values[rows] = self.image_processor(loaded, return_tensors="pt")["pixel_values"].float()
+                    raise MimicImageError(message) from error
+                warnings.warn(f"{message} It is encoded without an image.", stacklevel=2)
+                continue
+            if resized is not None:
+                pixel_values[row] = self.normalized(resized)
         return pixel_values
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Plain texts and pictures, without a template; [`process_mentions`] and [`process_entities`] are what
-        linking needs."""
+    def resized(self, image: ImageInput) -> np.ndarray | None:
+        """An image in the backbone's size, uint8 of shape (3, height, width); `None` where there is none.
+
+        With `correct_images` it is made RGB first; without, it is resized as it is stored and made RGB then, which is
+        what the published code does (palette and bilevel images come out otherwise).
+
+        Raises:
+            MimicImageError: if it cannot be read.
+        """
+        if self.correct_images:
+            loaded = load_image(image)
+            if loaded is None:
+                return None
+            made = self.image_processor([loaded], do_rescale=False, do_normalize=False, return_tensors="np")
+            return made["pixel_values"][0]
+        size, resample = self.image_processor.size, self.image_processor.resample
+        loaded = load_image(image, correct=False, resize=(size["width"], size["height"]), resample=int(resample))
+        return None if loaded is None else np.asarray(loaded).transpose(2, 0, 1).copy()
+
+    def normalized(self, resized: np.ndarray) -> torch.Tensor:
+        """What the model reads of a resized image: float32 of shape (3, height, width)."""
+        made = self.image_processor([resized], do_resize=False, input_data_format="channels_first", return_tensors="pt")
+        return made["pixel_values"][0].float()
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        *,
+        mention: Sequence[str] | str | None = None,
+        name: Sequence[str] | str | None = None,
+        description: Sequence[str] | str | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """The model's inputs of mentions, of entities, or of texts that have their template already.
+
+        ```python
+        >>> processor(mention="Orange", text="Orange opened a shop.", images="photo.png")  # as process_mentions
+        >>> processor(name="Orange", description="A company.", images="logo.png")  # as process_entities
+        ```
+
+        Args:
+            images, text: as in [`~MimicProcessor.process_mentions`]; `text` alone is tokenized as it is.
+            mention: what each mention says.
+            name, description: of each entity.
+            return_tensors: "pt".
+
+        Raises:
+            ValueError: if mentions and entities are mixed, or nothing is given.
+        """
+        if return_tensors not in ("pt", None):
+            raise ValueError(
+                f'MimicProcessor makes PyTorch tensors: `return_tensors` must be "pt", got {return_tensors!r}.'
+            )
+        if mention is not None and (name is not None or description is not None):
+            raise ValueError(
+                "Give MimicProcessor mentions (`mention=`, `text=`) or entities (`name=`, `description=`)."
+            )
+        if mention is not None:
+            if text is None:
+                raise ValueError("A mention needs its text: processor(mention=..., text=..., images=...).")
+            return self.process_mentions(mention, text, images)
+        if name is not None:
+            if text is not None:
+                raise ValueError("An entity has a `description`, not a `text`: processor(name=..., description=...).")
+            if description is None:
+                description = "" if isinstance(name, str) else [""] * len(name)
+            return self.process_entities(name, description, images)
         if text is None and images is None:
-            raise ValueError("MimicProcessor needs `text` or `images`.")
+            raise ValueError(
+                "MimicProcessor needs `mention=` and `text=`, or `name=` and `description=`, or `images=`."
+            )
         inputs = BatchFeature({})
         if text is not None:
+            logger.warning_once(
+                "MimicProcessor: `text` without `mention` is tokenized as it is. The model was trained on texts with a "
+                "template: use processor(mention=..., text=...) or processor(name=..., description=...)."
+            )
             inputs.update(self.tokenize([text] if isinstance(text, str) else list(text)))
         if images is not None:
             several = isinstance(images, Sequence) and not isinstance(images, str | bytes)

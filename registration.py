@@ -28,8 +28,8 @@ def register_with_transformers() -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Calls a function for each of some modules after it was imported; finds nothing by itself.
 
-    The import of a table may begin within another's, or within one of ours, and what we register needs all of them
-    whole. So the functions wait until the outermost of these imports ends.
+    A table may be imported while other modules of transformers, or ours, are half imported, and what we register needs
+    them whole. So the functions wait until the outermost of these imports ends.
     """
 
     def __init__(self, functions: dict[str, Callable[[], None]]) -> None:
@@ -40,7 +40,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.functions and not (self.functions and fullname.startswith(f"{__package__}.")):
+        if not self.functions or not fullname.startswith(("transformers.", f"{__package__}.")):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:

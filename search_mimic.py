@@ -890,3 +890,73 @@ class Searcher:
 
 
 __all__ = ["ChosenRows", "SearchStats", "Searcher", "score_pairs"]
+
+
+# --- temporary, until the search's own rewrite is merged
+METHODS = ("pruned", "exhaustive")
+_MENTION_BLOCK = 256
+_MANY_CANDIDATES = 2048
+_CANDIDATE_BYTES = 64 * 2**20
+
+
+@dataclass
+class FoundEntities:
+    rows: Tensor
+    scores: PairScores
+    stats: SearchStats
+
+
+def _searcher(matcher: Matcher, rows: Any, device: torch.device) -> Searcher:
+    return Searcher(matcher, rows, sub_block=1024 if device.type == "cpu" else 8192)
+
+
+def best_entities(
+    matcher: Matcher, entities: Any, mentions: MentionFeatures, k: int, *, method: str, candidates: Any, advance: Any
+) -> FoundEntities:
+    import dataclasses
+
+    device = mentions.device
+    rows = torch.full((len(mentions), k), -1, dtype=torch.long, device=device)
+    searcher = _searcher(matcher, entities, device)
+    free = [row for row, item in enumerate(candidates) if item is None]
+    with torch.inference_mode():
+        for start in range(0, len(free), _MENTION_BLOCK):
+            picked = torch.tensor(free[start : start + _MENTION_BLOCK], dtype=torch.long, device=device)
+            rows[picked] = searcher.top_k(mentions[picked], k, method == "exhaustive", advance).rows
+        for row, wanted in enumerate(candidates):
+            if wanted is None:
+                continue
+            if len(wanted) > max(_MANY_CANDIDATES, k):
+                among = dataclasses.replace(searcher, blocks=ChosenRows(entities, wanted))
+                found = among.top_k(mentions[row : row + 1], k, exhaustive=False, advance=lambda _: None).rows[0]
+                found = wanted[found.cpu()].to(device)
+            else:
+                wanted = wanted.to(device)
+                scores = score_pairs(
+                    matcher, mentions, torch.full_like(wanted, row), entities, wanted, _CANDIDATE_BYTES
+                )
+                searcher.stats.pairs += len(wanted)
+                searcher.stats.exact_pairs += len(wanted)
+                found = wanted[scores.total.argsort(descending=True, stable=True)][:k]
+            rows[row, : len(found)] = found
+        mention_rows, places = (rows >= 0).nonzero(as_tuple=True)
+        scores = score_pairs(matcher, mentions, mention_rows, entities, rows[mention_rows, places], _CANDIDATE_BYTES)
+        arrays = []
+        for part in (scores.total, scores.text, scores.image, scores.cross_modal):
+            full = torch.full(rows.shape, torch.nan, device=rows.device)
+            full[mention_rows, places] = part
+            arrays.append(full)
+    return FoundEntities(rows, PairScores(*arrays), searcher.stats)
+
+
+def answer_ranks(
+    matcher: Matcher, entities: Any, mentions: MentionFeatures, answers: Tensor, *, method: str, advance: Any
+) -> tuple[Tensor, SearchStats]:
+    searcher = _searcher(matcher, entities, mentions.device)
+    ranks = torch.full((len(mentions),), torch.nan, dtype=torch.float64)
+    with torch.inference_mode():
+        for start in range(0, len(mentions), _MENTION_BLOCK):
+            part = slice(start, start + _MENTION_BLOCK)
+            above, equal = searcher.ranks(mentions[part], answers[part], method == "exhaustive", advance)
+            ranks[part] = (1 + above + equal / 2).double().cpu()
+    return ranks, searcher.stats

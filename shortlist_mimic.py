@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
-    from .store_mimic import _Store
+    from .store_mimic import Store
 
 _NAMES = ("text_embed", "cross_modal")
 _BLOCK = 8192
@@ -41,17 +41,17 @@ def first_stage_vectors(tensors: dict[str, Tensor]) -> np.ndarray:
     """
     scales = (6**-0.5, 3**-0.5)
     parts = [tensors[name].float() * scale for name, scale in zip(_NAMES, scales, strict=True)]
-    return torch.cat(parts, dim=1).cpu().contiguous().numpy()
+    return torch.cat(parts, dim=1).detach().cpu().contiguous().numpy()
 
 
-class FirstStage:
+class Shortlist:
     """A faiss index over the rows of an entity index."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
 
     @classmethod
-    def build(cls, store: _Store, factory: str | None, show_progress: bool) -> FirstStage:
+    def build(cls, store: Store, factory: str | None, show_progress: bool) -> Shortlist:
         """Trains and fills an index; `factory` is faiss's description of it, such as "IVF1024,SQ8"."""
         faiss = _faiss()
         count = len(store)
@@ -79,19 +79,31 @@ class FirstStage:
         os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path: Path) -> FirstStage:
+    def load(cls, path: Path) -> Shortlist:
         faiss = _faiss()
         return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
 
-    def candidates(self, mentions: dict[str, Tensor], count: int, probes: int) -> Tensor:
+    def instead_of_all(self, store: Store, mentions: Any, allowed: list, count: int, nprobe: int) -> list:
+        free = [row for row, rows in enumerate(allowed) if rows is None]
+        if not free:
+            return allowed
+        found = self.candidates(mentions[torch.tensor(free)].tensors, count, nprobe)
+        result = list(allowed)
+        for row, candidates in zip(free, found.tolist(), strict=True):
+            result[row] = torch.tensor(
+                sorted(n for n in candidates if n >= 0 and not store.removed[n]), dtype=torch.long
+            )
+        return result
+
+    def candidates(self, mentions: dict[str, Tensor], count: int, nprobe: int) -> Tensor:
         """Rows of the `count` entities that score highest for each of M mentions, (M, count); -1 where there are fewer.
 
-        `probes` is the number of an inverted file's lists that are looked at.
+        `nprobe` is the number of an inverted file's lists that are looked at.
         """
         if hasattr(self.index, "nprobe"):
-            self.index.nprobe = min(probes, self.index.nlist)
+            self.index.nprobe = min(nprobe, self.index.nlist)
         _, rows = self.index.search(first_stage_vectors(mentions), min(count, self.index.ntotal))
         return torch.from_numpy(rows)
 
 
-__all__ = ["FirstStage", "first_stage_vectors"]
+__all__ = ["Shortlist", "first_stage_vectors"]

@@ -1,4 +1,8 @@
-"""How an index is stored: shards of features and tables of entities, memory-mapped, and the numbers in them."""
+"""What an index is stored in: shards of features and tables of entities, memory-mapped, and the numbers in them.
+
+A table is JSON Lines with offsets and hashes beside it, not Parquet: it must open where only transformers is installed,
+and give one row without reading the rest. Knows neither models' encoders nor how shards are searched.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors_mimic import EntityIndexError
-from .index_card_mimic import _TableFacts
 from .matching_mimic import EntityFeatures, Matcher, MimicEncoderOutput
 
 _SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
+_KINDS = {kind: kind for kind in ("string", "bool", "int64", "float64")}
+# What features may be stored in.
+STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 # Kept in float32 whatever the rest is stored in: a few numbers an entity, made from the stored vectors.
 _EXACT = ("text_bias", "image_query_stats", "image_key_stats")
 
@@ -34,7 +40,7 @@ _EXACT = ("text_bias", "image_query_stats", "image_key_stats")
 # --- One shard ----------------------------------------------------------------------------------------------------
 
 
-class _Table:
+class Table:
     """The entities' own data, one JSON object a line, read when asked for."""
 
     def __init__(self, lines: mmap.mmap | bytes, offsets: np.ndarray) -> None:
@@ -64,12 +70,55 @@ class _Table:
 
 
 @dataclass
-class _Shard:
+class TableFacts:
+    """What a card says of a table of entities. Facts of several tables can be added."""
+
+    described: int = 0
+    characters: int = 0
+    fields: dict[str, str] = field(default_factory=dict)  # types as `datasets` names them
+
+    @classmethod
+    def of(cls, records: Iterable[Mapping[str, Any]]) -> TableFacts:
+        facts = cls()
+        for record in records:
+            facts.described += bool(record.get("description"))
+            facts.characters += len(record.get("description") or "")
+            for name, value in record.items():
+                facts._note(name, _type_of(value))
+        return facts
+
+    @classmethod
+    def stored(cls, value: Any) -> TableFacts | None:
+        """Facts that were noted with an index; `None` where they were not, or are not what they should be."""
+        try:
+            fields = {str(name): _KINDS[kind] for name, kind in value["fields"].items()}
+            return cls(int(value["described"]), int(value["characters"]), fields)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    def _note(self, name: str, kind: str) -> None:
+        known = self.fields.setdefault(name, kind)
+        if known != kind:
+            self.fields[name] = "float64" if {known, kind} == {"int64", "float64"} else "string"
+
+    def __add__(self, other: TableFacts) -> TableFacts:
+        both = TableFacts(self.described + other.described, self.characters + other.characters, dict(self.fields))
+        for name, kind in other.fields.items():
+            both._note(name, kind)
+        return both
+
+
+def _type_of(value: Any) -> str:
+    return {bool: "bool", int: "int64", float: "float64"}.get(type(value), "string")
+
+
+@dataclass
+class Shard:
     """Some thousand entities: their features, table, and ids by hash."""
 
     name: str
     tensors: dict[str, Tensor]
-    table: _Table
+    table: Table
     hashes: np.ndarray  # sorted 64-bit hashes of the ids
     hash_rows: np.ndarray  # their rows
 
@@ -83,44 +132,44 @@ class _Shard:
         return [row for row in rows if self.table[row]["id"] == entity_id]
 
 
-def _hash_id(entity_id: str) -> int:
+def hash_id(entity_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(entity_id.encode(), digest_size=8).digest(), "little")
 
 
-def _table_line(record: Mapping[str, Any]) -> bytes:
+def table_line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-def _make_shard(name: str, features: dict[str, Tensor], records: Sequence[Mapping[str, Any]]) -> _Shard:
-    lines = [_table_line(record) for record in records]
+def make_shard(name: str, features: dict[str, Tensor], records: Sequence[Mapping[str, Any]]) -> Shard:
+    lines = [table_line(record) for record in records]
     offsets = np.zeros(len(lines) + 1, dtype=np.int64)
     offsets[1:] = np.cumsum([len(line) for line in lines])
-    hashes = np.array([_hash_id(record["id"]) for record in records], dtype=np.uint64)
+    hashes = np.array([hash_id(record["id"]) for record in records], dtype=np.uint64)
     order = np.argsort(hashes, kind="stable")
-    return _Shard(name, features, _Table(b"".join(lines), offsets), hashes[order], order.astype(np.int32))
+    return Shard(name, features, Table(b"".join(lines), offsets), hashes[order], order.astype(np.int32))
 
 
-def _write_shard(directory: Path, shard: _Shard) -> dict[str, Any]:
+def write_shard(directory: Path, shard: Shard) -> dict[str, Any]:
     """Writes a shard's two files and gives its entry of the manifest."""
     table = shard.table._lines[:]
     tensors = {f"feature.{name}": tensor.contiguous() for name, tensor in shard.tensors.items()}
     tensors["table.offsets"] = torch.from_numpy(shard.table._offsets.copy())
     tensors["table.hashes"] = torch.from_numpy(shard.hashes.view(np.int64).copy())
     tensors["table.hash_rows"] = torch.from_numpy(shard.hash_rows.copy())
-    features_file, table_file = _shard_files(shard.name)
-    with _no_space(directory):
-        _write_atomically(directory / table_file, lambda path: path.write_bytes(table))
-        _write_atomically(directory / features_file, lambda path: save_file(tensors, path))
+    features_file, table_file = shard_files(shard.name)
+    with no_space_told(directory):
+        write_atomically(directory / table_file, lambda path: path.write_bytes(table))
+        write_atomically(directory / features_file, lambda path: save_file(tensors, path))
     return {
         "name": shard.name,
         "count": len(shard),
-        "facts": dataclasses.asdict(_TableFacts.of(shard.table)),
-        "files": {file: _file_facts(directory / file) for file in (features_file, table_file)},
+        "facts": dataclasses.asdict(TableFacts.of(shard.table)),
+        "files": {file: file_facts(directory / file) for file in (features_file, table_file)},
     }
 
 
-def _read_shard(directory: Path, entry: Mapping[str, Any]) -> _Shard:
-    features_file, table_file = _shard_files(entry["name"])
+def read_shard(directory: Path, entry: Mapping[str, Any]) -> Shard:
+    features_file, table_file = shard_files(entry["name"])
     for file in (features_file, table_file):
         path = directory / file
         if not path.is_file():
@@ -154,10 +203,10 @@ def _read_shard(directory: Path, entry: Mapping[str, Any]) -> _Shard:
             )
         numbers[name] = tensor.numpy()
     features = {key.removeprefix("feature."): t for key, t in tensors.items() if key.startswith("feature.")}
-    shard = _Shard(
+    shard = Shard(
         entry["name"],
         features,
-        _Table(table, numbers["offsets"]),
+        Table(table, numbers["offsets"]),
         numbers["hashes"].view(np.uint64),
         numbers["hash_rows"],
     )
@@ -171,13 +220,13 @@ def _read_shard(directory: Path, entry: Mapping[str, Any]) -> _Shard:
     return shard
 
 
-def _shard_files(name: Any) -> tuple[str, str]:
+def shard_files(name: Any) -> tuple[str, str]:
     if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
         raise EntityIndexError(f"The index names a part {name!r}, which is no valid name: the index is damaged.")
     return f"{name}.safetensors", f"{name}.jsonl"
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file so that it is either whole or not there, whenever the process ends."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -193,7 +242,7 @@ def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def _no_space(directory: Path) -> Iterator[None]:
+def no_space_told(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -206,7 +255,7 @@ def _no_space(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
+def file_facts(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -214,7 +263,7 @@ def _file_facts(path: Path) -> dict[str, Any]:
 # --- Numbers ------------------------------------------------------------------------------------------------------
 
 
-def _quantised(features: EntityFeatures, matcher: Matcher, dtype: torch.dtype) -> dict[str, Tensor]:
+def quantized(features: EntityFeatures, matcher: Matcher, dtype: torch.dtype) -> dict[str, Tensor]:
     """Features as they are stored. What is made from vectors is made anew, from the vectors as they were rounded."""
     stored: dict[str, Tensor] = {}
     rounded: dict[str, Tensor] = {}
@@ -233,7 +282,7 @@ def _quantised(features: EntityFeatures, matcher: Matcher, dtype: torch.dtype) -
             stored[name] = tensor.to(dtype)
             if not bool(torch.isfinite(stored[name]).all()):
                 raise EntityIndexError(f'The values of `{name}` are too large for float16; use dtype="float32".')
-        rounded[name] = _restored(stored, name)
+        rounded[name] = dequantized(stored, name)
     for side, unit, kept in (
         ("image_query_", matcher.vdlu.dual_ent2men, (5, 6)),
         ("image_key_", matcher.vdlu.dual_men2ent, (6,)),
@@ -252,7 +301,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise EntityIndexError(f"The model gives `{name}` values that are not finite; no index can be made of it.")
 
 
-def _restored(stored: Mapping[str, Tensor], name: str) -> Tensor:
+def dequantized(stored: Mapping[str, Tensor], name: str) -> Tensor:
     tensor = stored[name]
     if tensor.dtype == torch.int8:
         return tensor.float() * stored[name + "_scale"].unsqueeze(-1)
@@ -263,7 +312,7 @@ def _restored(stored: Mapping[str, Tensor], name: str) -> Tensor:
 _TOKENS = ("text_query", "text_query_scale", "text_key", "text_value", "text_mask")
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def layout_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: (tensor.dim(), *tensor.shape[2 if name in _TOKENS else 1 :]) for name, tensor in tensors.items()}
 
 
@@ -282,24 +331,24 @@ def _blank(matcher: Matcher) -> tuple[MimicEncoderOutput, Tensor]:
     return MimicEncoderOutput(**zeros), torch.ones(1, 1, device=device)
 
 
-def _mention_layout(matcher: Matcher) -> dict[str, tuple[int, ...]]:
-    return _layout(matcher.mention_features(*_blank(matcher)).tensors)
+def mention_layout(matcher: Matcher) -> dict[str, tuple[int, ...]]:
+    return layout_of(matcher.mention_features(*_blank(matcher)).tensors)
 
 
-def _check_shards(shards: Sequence[_Shard], matcher: Matcher, dtype: torch.dtype, where: Path) -> None:
+def check_shards(shards: Sequence[Shard], matcher: Matcher, dtype: torch.dtype, where: Path) -> None:
     """Makes sure that the features of all shards are what the matcher scores."""
-    expected = _quantised(matcher.entity_features(*_blank(matcher)), matcher, dtype)
+    expected = quantized(matcher.entity_features(*_blank(matcher)), matcher, dtype)
     length = 0
     for shard in shards:
         tensors = shard.tensors
-        same = _layout(tensors) == _layout(expected)
+        same = layout_of(tensors) == layout_of(expected)
         same = same and all(tensor.dtype == expected[name].dtype for name, tensor in tensors.items())
         if same:
             length = length or tensors["text_query"].shape[1]
             same = all(tensors[name].shape[1] == length for name in _TOKENS if name in tensors)
         if not same:
             raise EntityIndexError(
-                f"The features in {where / _shard_files(shard.name)[0]} are not those that this index's model makes: "
+                f"The features in {where / shard_files(shard.name)[0]} are not those that this index's model makes: "
                 "their names, shapes or precision differ. Build the index again."
             )
 
@@ -324,13 +373,13 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
 # --- All shards ---------------------------------------------------------------------------------------------------
 
 
-class _Store:
+class Store:
     """The rows of an index: its shards one after the other, and which rows are removed.
 
     It is the `EntityBlocks` of search_mimic.
     """
 
-    def __init__(self, shards: Sequence[_Shard], removed: Tensor | None = None) -> None:
+    def __init__(self, shards: Sequence[Shard], removed: Tensor | None = None) -> None:
         self.shards = list(shards)
         self.starts = [0]
         for shard in self.shards:
@@ -352,7 +401,7 @@ class _Store:
     def feature_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for shard in self.shards for t in shard.tensors.values())
 
-    def compacted(self, shard_entities: int, new_name: Callable[[int], str]) -> Iterator[_Shard]:
+    def compacted(self, shard_entities: int, new_name: Callable[[int], str]) -> Iterator[Shard]:
         """The rows that are not removed, in shards of equal size. Features are copied as they are stored."""
         rows = (~self.removed).nonzero().squeeze(1)
         for number, chunk in enumerate(rows.split(shard_entities)):
@@ -361,21 +410,21 @@ class _Store:
                 name: torch.cat([shard.tensors[name][inside] for shard, inside, _ in pieces])
                 for name in self.shards[0].tensors
             }
-            yield _make_shard(new_name(number), features, [self.record(row) for row in chunk.tolist()])
+            yield make_shard(new_name(number), features, [self.record(row) for row in chunk.tolist()])
 
     def record(self, row: int) -> dict[str, Any]:
         number = bisect.bisect_right(self.starts, row) - 1
         return self.shards[number].table[row - self.starts[number]]
 
     def row(self, entity_id: str) -> int | None:
-        hashed = _hash_id(entity_id)
+        hashed = hash_id(entity_id)
         for shard, start in zip(self.shards, self.starts, strict=False):
             for row in shard.rows_of(entity_id, hashed):
                 if not self.removed[start + row]:
                     return start + row
         return None
 
-    def _pieces(self, rows: Tensor | slice) -> Iterator[tuple[_Shard, slice | Tensor, Tensor | None]]:
+    def _pieces(self, rows: Tensor | slice) -> Iterator[tuple[Shard, slice | Tensor, Tensor | None]]:
         """For each shard that has some of the rows: the shard, the rows within it, and their places in the result."""
         if isinstance(rows, slice):
             number = max(0, bisect.bisect_right(self.starts, rows.start) - 1)
@@ -401,7 +450,7 @@ class _Store:
                 if key in pieces[0][0].tensors:
                     parts = [(_taken(shard.tensors[key], inside), places) for shard, inside, places in pieces]
                     stored[key] = _joined(parts).to(device)  # converted after that: what is stored is smaller
-            result[name] = _restored(stored, name)
+            result[name] = dequantized(stored, name)
         return result
 
     @property
@@ -413,3 +462,26 @@ class _Store:
 
     def alive(self, start: int, stop: int) -> Tensor | None:
         return ~self.removed[start:stop] if self.removed_count else None
+
+
+__all__ = [
+    "STORED_DTYPES",
+    "Shard",
+    "Store",
+    "Table",
+    "TableFacts",
+    "check_shards",
+    "dequantized",
+    "file_facts",
+    "hash_id",
+    "layout_of",
+    "make_shard",
+    "mention_layout",
+    "no_space_told",
+    "quantized",
+    "read_shard",
+    "shard_files",
+    "table_line",
+    "write_atomically",
+    "write_shard",
+]

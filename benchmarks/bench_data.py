@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from mimic_el import EntityIndex, MentionFeatures, MimicConfig, MimicModel, MimicProcessor
-from mimic_el.train import train_tokenizer
+from mimic_el.training.start import train_tokenizer
 
 SIDE = 64
 

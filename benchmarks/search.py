@@ -5,7 +5,7 @@
 For each size: time per mention-entity pair of many mentions and of one, what share of the pairs gets which look, and
 whether the top 10 and the ranks are those of exhaustive scoring; how long an index takes to open. The transcription is
 timed in the same process, in the blocks that suit it best; and, for comparison, for all of some pairs at once.
-`--first_stage` adds the approximate one of `faiss`, and its recall.
+`--num_candidates` adds the approximate shortlist of `faiss`, and its recall.
 
 Sizes above `--encode_at_most` are mixtures: each new entity is made of two encoded ones.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,9 @@ from scoring import encoded, transcribed
 from tqdm.auto import tqdm
 
 from mimic_el import EntityIndex, MimicConfig, MimicModel
-from mimic_el.index_mimic import _write_json, _write_matcher
+from mimic_el.directory_mimic import publish
 from mimic_el.modeling_mimic import EntityFeatures
-from mimic_el.store_mimic import _make_shard, _quantised, _write_shard
+from mimic_el.store_mimic import Store, make_shard, quantized, read_shard, write_shard
 
 K = 10
 
@@ -43,37 +42,36 @@ def enlarged(args: Any, count: int) -> EntityIndex:
     if (place / "index_config.json").exists():
         return EntityIndex.from_pretrained(place)
     small = built_index(args, args.encode_at_most, args.dtype)
-    manifest = {**small._manifest, "shards": [], "removed": None}
+    manifest = {**small._contents.manifest, "shards": [], "removed": None}
     generator = torch.Generator().manual_seed(0)
     place.mkdir(parents=True, exist_ok=True)
+    some = small._contents.store.full(slice(0, min(8192, len(small))), torch.device("cpu"))
     means = {
-        name: tensor.mean(dim=0, keepdim=True)
-        for name, tensor in small._store.full(slice(0, min(8192, len(small))), torch.device("cpu")).tensors.items()
-        if tensor.dtype != torch.bool
+        name: tensor.mean(dim=0, keepdim=True) for name, tensor in some.tensors.items() if tensor.dtype != torch.bool
     }
     made = 0
     with tqdm(total=count, desc="Mixing", unit=" entities") as progress:
         while made < count:
             first = made % len(small)
             rows = slice(first, min(first + 8192, len(small), first + count - made))
-            features = small._store.full(rows, torch.device("cpu")).tensors
+            features = small._contents.store.full(rows, torch.device("cpu")).tensors
             if made >= len(small):
                 other = torch.randint(len(small), (rows.stop - rows.start,), generator=generator)
-                others = small._store.full(other, torch.device("cpu")).tensors
+                others = small._contents.store.full(other, torch.device("cpu")).tensors
                 for name, mean in means.items():
                     features[name] = mean + 0.8 * (features[name] - mean) + 0.6 * (others[name] - mean)
-            stored = _quantised(EntityFeatures(features), small._matcher, getattr(torch, args.dtype))
+            stored = quantized(EntityFeatures(features), small._matcher, getattr(torch, args.dtype))
             records = [
                 {"id": str(made + row), "name": "", "description": ""}
                 if made >= len(small)
-                else small._store.record(first + row)
+                else small._contents.store.record(first + row)
                 for row in range(rows.stop - first)
             ]
-            manifest["shards"].append(_write_shard(place, _make_shard(f"shard-{made:09d}", stored, records)))
+            manifest["shards"].append(write_shard(place, make_shard(f"shard-{made:09d}", stored, records)))
             made += rows.stop - first
             progress.update(rows.stop - first)
-    manifest["matcher"] = _write_matcher(place, small._matcher)
-    _write_json(Path(place) / "index_config.json", manifest)
+    store = Store([read_shard(place, entry) for entry in manifest["shards"]])
+    publish(place, manifest, store, small._matcher)
     return EntityIndex.from_pretrained(place)
 
 
@@ -103,17 +101,17 @@ def encoding_time() -> float:
         return best_of(5, lambda: model.encode_mentions(**inputs))[0]
 
 
-def first_stage(index: EntityIndex, mentions: Any, exact: list[list[str]], one: float, args: Any) -> None:
+def shortlisted(index: EntityIndex, mentions: Any, exact: list[list[str]], one: float, args: Any) -> None:
     """Time and recall of the approximate first stage."""
-    build, _ = timed(lambda: index.build_first_stage(show_progress=False))
+    build, _ = timed(lambda: index.build_shortlist(show_progress=False))
     print(
         f"\n{len(index):,} entities, faiss first stage, made in {build:.0f} s; certified search of one: {one:.0f} ms\n"
     )
     print(f"| candidates | probes | us/pair | one mention, ms | recall of the exact top {K} | of the top 1 |")
     print("|---" * 6 + "|")
-    for count in args.first_stage:
-        for probes in args.probes:
-            options = {"first_stage": count, "probes": probes}
+    for count in args.num_candidates:
+        for probes in args.nprobe:
+            options = {"num_candidates": count, "nprobe": probes}
             many, found = best_of(2, lambda: index.search(mentions, K, **options))  # noqa: B023
             single = np.median([timed(lambda: index.search(mentions[n : n + 1], K, **options))[0] for n in range(8)])  # noqa: B023
             recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(found.entity_ids, exact, strict=True)])
@@ -132,8 +130,8 @@ def main() -> None:
     arguments.add_argument("--check", type=int, default=16, help="mentions compared with exhaustive scoring")
     arguments.add_argument("--encode_at_most", type=int, default=100_000)
     arguments.add_argument("--dtype", default="float16")
-    arguments.add_argument("--first_stage", type=int, nargs="*", default=[], help="candidates that it leaves")
-    arguments.add_argument("--probes", type=int, nargs="*", default=[32], help="lists of its that are looked at")
+    arguments.add_argument("--num_candidates", type=int, nargs="*", default=[], help="candidates that it leaves")
+    arguments.add_argument("--nprobe", type=int, nargs="*", default=[32], help="lists of its that are looked at")
     args = arguments.parse_args()
     model, processor, world = trained_model(args)
     mentions, answers = mention_features(model, processor, world, args.mentions)
@@ -159,8 +157,8 @@ def main() -> None:
             after, _ = best_of(2, lambda: transcribed(model, mention, entity))
         one = float(np.median([timed(lambda: index.search(mentions[n : n + 1], K))[0] for n in range(16)])) * 1e3  # noqa: B023
         few = mentions[: args.check]
-        slow, exhaustive = timed(lambda: index.search(few, K, exact="exhaustive"))  # noqa: B023
-        checked = index.rank(there[: args.check], theirs[: args.check], exact="exhaustive")
+        slow, exhaustive = timed(lambda: index.search(few, K, method="exhaustive"))  # noqa: B023
+        checked = index.rank(there[: args.check], theirs[: args.check], method="exhaustive")
         same = sum(a == b for a, b in zip(found.entity_ids, exhaustive.entity_ids, strict=False))
         same_ranks = int((ranks.ranks[: args.check] == checked.ranks).sum())
         pairs, ranked = len(mentions) * count, len(known) * count
@@ -173,8 +171,8 @@ def main() -> None:
             f"{opened[0] * 1e3:.0f} | {opened[1]:.0f} | {same} of {len(few)} | {same_ranks} of {len(checked.ranks)} |",
             flush=True,
         )
-        if args.first_stage:
-            first_stage(index, mentions, found.entity_ids, one, args)
+        if args.num_candidates:
+            shortlisted(index, mentions, found.entity_ids, one, args)
     print(f"\nEncoding one mention with a model of CLIP ViT-B/32's size: {encoding_time() * 1e3:.0f} ms")
     print(f"Mean reciprocal rank of the {len(known)} mentions whose entity is there: {np.mean(1 / ranks.ranks):.3f}")
 

@@ -1,62 +1,60 @@
 """Converts a checkpoint of the published MIMIC code to a directory that transformers loads, and back.
 
-    python scripts/convert_original_checkpoint.py --checkpoint mimic.ckpt --clip openai/clip-vit-base-patch32 \\
-        --output_dir mimic-wikimel
-    python scripts/convert_original_checkpoint.py --to_original --checkpoint mimic-wikimel --output_dir original
+    mimic-el convert --checkpoint mimic.ckpt --clip openai/clip-vit-base-patch32 --output_dir mimic-wikimel
+    mimic-el convert --to_original --checkpoint mimic-wikimel --output_dir original
 
 The first reads a Lightning `.ckpt`, or a state dict as `.pt` or `.safetensors`, and writes what
 `AutoModel.from_pretrained(..., trust_remote_code=True)` loads, with the processor where the CLIP source has a
 tokenizer. The second writes `mimic.ckpt`, whose `state_dict` has the published names.
 
-Nothing in a checkpoint is executed: its pickle is read by `torch.load(weights_only=True)`, hyper-parameters that come
-as objects are replaced by inert stand-ins, and a file that asks for anything else is refused.
+Nothing in a checkpoint is executed: its pickle is not run but followed, hyper-parameters are passed over, and a file
+that asks for anything but weights and hyper-parameters is refused. Damaged weights are refused too.
 """
 
 from __future__ import annotations
 
-import _compat_pickle
 import argparse
-import io
 import json
 import os
-import pickletools
 import re
 import sys
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPConfig
+from transformers import CLIPConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from mimic_el.configuration_mimic import MimicConfig
+from mimic_el.errors_mimic import MimicError
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
+from mimic_el.scripts.torch_file import Pairs, RefusedGlobalError, TorchFile, TorchFileError
 
 # In published checkpoints, but never used by the published code.
 _UNUSED = "matcher.cmfu.context_layer_norm"
 _POSITION_IDS = ".position_ids"
-# Where each size of the units shows: the name of a weight, whose first dimension it is.
+# The sizes of the units, as the published configuration calls them: their names here, and a weight whose first
+# dimension each is.
 _SIZES = {
     "dv": ("image_hidden_size", "encoder.image_cls_fc.weight"),
-    "tglu_hidden_dim": ("tglu_hidden_size", "matcher.tglu.fc_query.weight"),
-    "vdlu_hidden_dim": ("vdlu_hidden_size", "matcher.vdlu.dual_ent2men.cls_fc.weight"),
-    "cmfu_hidden_dim": ("cmfu_hidden_size", "matcher.cmfu.text_fc.weight"),
+    "TGLU_hidden_dim": ("tglu_hidden_size", "matcher.tglu.fc_query.weight"),
+    "IDLU_hidden_dim": ("vdlu_hidden_size", "matcher.vdlu.dual_ent2men.cls_fc.weight"),
+    "CMFU_hidden_dim": ("cmfu_hidden_size", "matcher.cmfu.text_fc.weight"),
 }
 _TEXT_MAX_LENGTH = 40
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 # Of Lightning 1.7, with which the published code runs; its loader wants to see one.
 _LIGHTNING_VERSION = "1.7.7"
 
-# What a training run's hyper-parameters and counters may consist of. It is not needed, so none of it is loaded: an
-# inert object takes its place. The names of classes only: no function of these packages is on the list.
-_IGNORED = re.compile(
+# What a training run's hyper-parameters and counters may consist of. None of it is needed or loaded. The names of
+# classes only: no function of these packages is on the list.
+_HYPER_PARAMETERS = re.compile(
     r"(omegaconf|argparse|(pytorch_)?lightning|lightning_(fabric|utilities)|torchmetrics)(\.[a-z_]\w*)*\._?[A-Z]\w*"
     r"|pathlib\.\w*Path"
     r"|typing\.[A-Z]\w*"
@@ -66,40 +64,16 @@ _IGNORED = re.compile(
     r"|builtins\.(bool|bytes|dict|float|frozenset|int|list|long|object|range|slice|str|tuple|unicode)"
     r"|numpy(\._?core)?\.(multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
 )
-# What tensors are made of; torch itself has the last word.
-_LEFT_TO_TORCH = re.compile(
-    r"torch\.([A-Z]\w*|[a-z]+\d\w*|bool|device|_utils\._rebuild_\w+|_tensor\._rebuild_\w+|nn\.parameter\.[A-Z]\w*"
+# What tensors are made of.
+_TENSORS = re.compile(
+    r"torch\.(cuda\.[A-Z]\w*Storage|[A-Z]\w*|[a-z]+\d\w*|bool|device|_utils\._rebuild_\w+|_tensor\._rebuild_\w+|nn\.parameter\.[A-Z]\w*"
     r"|storage\.[A-Z]\w*|serialization\._get_layout)"
     r"|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(bytearray|complex|set)"
 )
-_DICTS = re.compile(r"collections\.defaultdict|.*\.AttributeDict")
 
 
-_LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of storages
-
-
-class ConversionError(ValueError):
+class ConversionError(MimicError, ValueError):
     """A checkpoint that cannot be converted, with what is wrong with it."""
-
-
-class _Inert:
-    """Stands for an object of a checkpoint that is not needed: takes whatever it is given and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _InertDict:
-    """Stands for the class of a dictionary; its instances are plain ones, the only kind that torch fills."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
-        return OrderedDict()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -123,109 +97,50 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise ConversionError(f"{path} is not a readable safetensors file: {error}") from error
-    content = _load_pickle(path)
-    if isinstance(content, dict) and "state_dict" in content:
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not content:
-        raise ConversionError(
-            f"{path} holds neither a Lightning checkpoint (with a `state_dict`) nor a state dict, but "
-            f"{'an empty ' if isinstance(content, dict) else 'a '}{type(content).__name__}."
-        )
-    return {name: _checked_tensor(path, name, value) for name, value in dict.items(content)}
-
-
-def _load_pickle(path: Path) -> Any:
     try:
-        is_zip = zipfile.is_zipfile(path)
-        names = _globals_in_zip(path) if is_zip else _globals_in_legacy_file(path)
-        ignored: list[Any] = []
-        for name in sorted(names):
-            if _IGNORED.fullmatch(name):
-                ignored.append((_InertDict if _DICTS.fullmatch(name) else _Inert, name))
-            elif not _LEFT_TO_TORCH.fullmatch(name):
-                raise _refusal(path, name)
-        with torch.serialization.safe_globals(ignored):
-            # Mapped to memory, so that the optimiser's state, twice the size of the weights, is never read.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except ConversionError:
-        raise
-    except Exception as error:  # a broken file fails in many ways
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            raise _refusal(path, wanted[1]) from error
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        with TorchFile(path, _is_harmless) as file:
+            content = file.content
+            if isinstance(content, Pairs) and "state_dict" in (named := content.named()):
+                content = named["state_dict"]
+            entries = list(content) if isinstance(content, Pairs) else []
+            if not entries:
+                kind = "an empty dict" if isinstance(content, Pairs) else f"a {type(content).__name__}"
+                raise ConversionError(
+                    f"{path} holds neither a Lightning checkpoint (with a `state_dict`) nor a state dict, but {kind}."
+                )
+            return {name: _tensor(file, name, value) for name, value in entries}
+    except RefusedGlobalError as error:
         raise ConversionError(
-            f"{path} cannot be read as a checkpoint: {reason} (is the file complete, and did `torch.save` write it "
-            "with its default protocol?)"
+            f"{path} is refused: its pickle asks for `{error.args[1]}`, which weights and hyper-parameters do not "
+            "need. Nothing of it was executed. If you trust where the file comes from, load it there and save its "
+            "`state_dict` alone, best as safetensors."
         ) from error
+    except TorchFileError as error:
+        raise ConversionError(str(error)) from error
 
 
-def _globals_in_zip(path: Path) -> set[str]:
-    """The globals that the pickle of a file of `torch.save` asks for.
-
-    Raises:
-        ConversionError: if the archive is larger than it seems; `torch.save` neither compresses nor shares bytes.
-    """
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ConversionError(f"{path} is a compressed archive, which `torch.save` does not write.")
-        total, size = sum(entry.file_size for entry in entries), path.stat().st_size
-        if total > size:
-            raise ConversionError(f"{path} says that it holds {total:,} bytes, but is a file of {size:,}.")
-        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ConversionError(f"{path} is an archive, but `torch.save` did not write it: it has no data.pkl.")
-        return _globals(io.BytesIO(archive.read(pickles[0])))
+def _is_harmless(name: str) -> bool:
+    return bool(_HYPER_PARAMETERS.fullmatch(name) or _TENSORS.fullmatch(name))
 
 
-def _globals_in_legacy_file(path: Path) -> set[str]:
-    with open(path, "rb") as file:
-        return set().union(*(_globals(file) for _ in range(_LEGACY_PICKLES)))
-
-
-def _globals(file: IO[bytes]) -> set[str]:
-    """The globals of the next pickle in a file, which is taken apart but not run."""
-    names: set[str] = set()
-    memo: dict[Any, str | None] = {}
-    recent: list[str | None] = []  # what the last opcodes pushed, if strings
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-            module, _, name = str(argument).partition(" ")
-            # Protocol 2 has the names of Python 2, of which torch translates some.
-            names.add(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
-            if (module, name) in _compat_pickle.NAME_MAPPING:
-                names.add(".".join(_compat_pickle.NAME_MAPPING[module, name]))
-        elif opcode.name == "STACK_GLOBAL":  # of later protocols than torch.save has
-            names.add(".".join(str(part) for part in recent[-2:]))
-        if opcode.name == "MEMOIZE" or "PUT" in opcode.name:
-            memo[len(memo) if argument is None else argument] = recent[-1] if recent else None
-        else:
-            pushed = memo.get(argument) if "GET" in opcode.name else argument
-            recent = [*recent[-1:], pushed if isinstance(pushed, str) else None]
-    return names
-
-
-def _refusal(path: Path, name: str) -> ConversionError:
-    return ConversionError(
-        f"{path} is refused: its pickle asks for `{name}`, which weights and hyper-parameters do not need. Nothing of "
-        "it was executed. If you trust where the file comes from, load it there and save its `state_dict` alone, best "
-        "as safetensors."
-    )
-
-
-def _checked_tensor(path: Path, name: Any, value: Any) -> Tensor:
-    if not isinstance(name, str) or not isinstance(value, Tensor):
+def _tensor(file: TorchFile, name: Any, value: Any) -> Tensor:
+    try:
+        tensor = file.tensor(value) if type(name) is str else None
+    except TorchFileError as error:
+        # A sentence of its own, or the end of this one.
+        told = str(error).startswith(str(file.path))
+        raise ConversionError(str(error) if told else f"{file.path}: {_shown(name)} is a tensor {error}.") from error
+    if tensor is None:
+        kind = "dict" if isinstance(value, Pairs) else type(value).__name__
         raise ConversionError(
-            f"{path}: the state dict's entry {name!r} is not a tensor but a {type(value).__name__}. Is it the state "
-            "dict of a model?"
+            f"{file.path}: the state dict's entry {_shown(name)} is not a tensor but a {kind}. Is it the state dict of "
+            "a model?"
         )
-    tensor = value.detach()
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ConversionError(f"{path}: {name} is not a plain tensor ({tensor.layout}, {tensor.dtype}).")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ConversionError(f"{path}: {name} has the shape {tuple(tensor.shape)}, more than the file stores of it.")
     return tensor
+
+
+def _shown(name: Any) -> str:
+    return repr(name[:200]) if type(name) is str else f"(a {type(name).__name__})"
 
 
 def read_clip_config(source: str) -> CLIPConfig:
@@ -235,27 +150,33 @@ def read_clip_config(source: str) -> CLIPConfig:
         ConversionError: if there is none.
     """
     path = Path(source)
+    values: Any
     if not path.is_file():
         if path.suffix == ".json":
             raise ConversionError(f"There is no CLIP configuration {source}.")
         try:
-            config: Any = MimicConfig.from_backbone(source).backbone_config
-        except (OSError, ValueError) as error:
+            values, _ = PreTrainedConfig.get_config_dict(source)
+            if "model_type" not in values:
+                raise ValueError("it has no config.json that names a model's type")
+        except (OSError, ValueError, RecursionError) as error:
             raise ConversionError(f"There is no CLIP configuration at {source!r}: {error}") from error
-        return config
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"The CLIP configuration {source} is not JSON: {error}") from error
-    if isinstance(values, dict):
-        values = values.get("clip_config", values)
-    if not isinstance(values, dict) or not {"text_config", "vision_config"} <= set(values):
-        raise ConversionError(f"{source} is no CLIP configuration: it has no `text_config` and `vision_config`.")
+    else:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConversionError(f"The CLIP configuration {source} is not JSON: {error}") from error
+        if isinstance(values, dict):
+            values = values.get("clip_config", values)
+        if not isinstance(values, dict) or not {"text_config", "vision_config"} <= set(values):
+            raise ConversionError(f"{source} is no CLIP configuration: it has no `text_config` and `vision_config`.")
     if values.get("model_type", "clip") != "clip":
         raise ConversionError(
             f"{source} is the configuration of a model of type {values['model_type']!r}, not of CLIP."
         )
-    return CLIPConfig.from_dict(values)
+    try:
+        return CLIPConfig.from_dict(values)
+    except Exception as error:  # transformers checks some values, and stumbles over others
+        raise ConversionError(f"{source} is no valid CLIP configuration: {error}") from error
 
 
 def from_original(
@@ -271,13 +192,14 @@ def from_original(
         clip_config: the CLIP model that was trained.
         text_max_length: number of tokens of a text. Defaults to the published 40, or the number of positions of a
             CLIP that has less.
-        **sizes: `dv`, `tglu_hidden_dim`, `vdlu_hidden_dim`, `cmfu_hidden_dim`; read from the weights if absent.
+        **sizes: `dv`, `TGLU_hidden_dim`, `IDLU_hidden_dim`, `CMFU_hidden_dim`; read from the weights if absent.
 
     Returns:
         [`MimicModel`] in float32.
 
     Raises:
-        ConversionError: if weights are missing, unknown or of another shape, or a size is not that of the weights.
+        ConversionError: if weights are missing, unknown, of another shape, not floating or not finite, or a size is
+            not that of the weights.
     """
     settings: dict[str, Any] = {}
     for argument, (name, key) in _SIZES.items():
@@ -295,12 +217,11 @@ def from_original(
         text_max_length = min(_TEXT_MAX_LENGTH, text.max_position_embeddings)
     try:
         config = MimicConfig(backbone_config=clip_config, text_max_length=text_max_length, **settings)
-    except (TypeError, ValueError) as error:
-        raise ConversionError(str(error)) from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConversionError(f"The CLIP configuration does not do: {error}") from error
 
     kept = {name: tensor for name, tensor in weights.items() if not _is_unused(name, tensor)}
-    model = MimicModel(config)
-    expected = model.state_dict()
+    expected = _expected(config, len(kept))
     problems = [f"missing: {name}" for name in sorted(expected.keys() - kept.keys())]
     problems += [f"unknown: {name}" for name in sorted(kept.keys() - expected.keys())]
     problems += [
@@ -313,8 +234,33 @@ def from_original(
             f"The checkpoint does not fit the CLIP configuration or is not a published MIMIC model; {len(problems)} "
             f"of its weights are\n" + "\n".join(f"  {problem}" for problem in problems)
         )
+    for name, tensor in kept.items():
+        if not tensor.is_floating_point():
+            raise ConversionError(f"The checkpoint's {name} holds {tensor.dtype}, not floating-point numbers.")
+        if not tensor.isfinite().all():
+            raise ConversionError(
+                f"The checkpoint's {name} has values that are not finite: the file is damaged, or the training failed."
+            )
+    model = MimicModel(config)
     model.load_state_dict(kept)
     return model.eval()
+
+
+def _expected(config: MimicConfig, count: int) -> dict[str, Tensor]:
+    """The names and shapes of a model's weights; a configuration of any size takes no memory."""
+    backbone: Any = config.backbone_config
+    try:
+        if backbone.text_config.num_hidden_layers + backbone.vision_config.num_hidden_layers > count:
+            raise ConversionError(
+                f"The checkpoint does not fit the CLIP configuration: that has more layers than the {count} weights "
+                "there are."
+            )
+        with torch.device("meta"):
+            return MimicModel(config).state_dict()
+    except ConversionError:
+        raise
+    except Exception as error:  # of the many values that no model can be made of
+        raise ConversionError(f"No model can be made of this CLIP configuration: {error}") from error
 
 
 def _is_unused(name: str, tensor: Tensor) -> bool:
@@ -422,10 +368,13 @@ def _convert_back(arguments: argparse.Namespace) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Exits with status 1 and a message where the conversion is refused."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns 0, or 1 with a message where the conversion is refused."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="mimic-el convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint", required=True, help="the published file (with --to_original: a directory or Hub id)"
@@ -447,9 +396,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             _convert_back(arguments)
         else:
             _convert(arguments)
-    except ConversionError as error:
-        sys.exit(f"error: {error}")
+    except (MimicError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -75,7 +75,7 @@ def figures_of(metrics: Mapping[str, float]) -> Figures:
     return figures
 
 
-def without_pictures(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def without_images(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mentions or entities as if they had no pictures."""
     hidden: dict[str, Any] = {"image": None, "images": []}
     return [{name: hidden.get(name, value) for name, value in record.items()} for record in records]
@@ -125,7 +125,7 @@ def draw_links(
         draw.text((gap + side + gap, top + 24), sentence, font=small, fill="#555555")
         for place, found in enumerate(entities):
             x = left + place * cell
-            entity = knowledge_base[knowledge_base.row(found["entity_id"])]
+            entity = knowledge_base.entity(found["entity_id"])
             _paste(sheet, first_image(entity["images"]), (x, top), side)
             if found["entity_id"] == mention["answer"]:
                 draw.rectangle((x - 3, top - 3, x + side + 2, top + side + 2), outline="#2e8b57", width=3)
@@ -172,13 +172,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
     load_pipeline: Any = transformers.pipeline
     linker = load_pipeline("multimodal-entity-linking", model=str(args.output_dir), trust_remote_code=True)
     collator = MentionEntityCollator(linker.processor, knowledge_base)
-    blind = EntityIndex.build(
-        linker.model, linker.processor, without_pictures(knowledge_base), dtype="float32", show_progress=False
-    )
-    ranked = rank_mentions(linker.model, collator, blind, without_pictures(mentions), show_progress=False)
+    hidden = without_images(knowledge_base.entities())
+    blind = EntityIndex.build(linker.model, linker.processor, hidden, dtype="float32", show_progress=False)
+    ranked = rank_mentions(linker.model, collator, blind, without_images(mentions), show_progress=False)
     rows = {
         "Exact name, at random": name_match(mentions, knowledge_base),
-        "MIMIC, pictures hidden": figures_of(ranked.metrics()),
+        "MIMIC, images hidden": figures_of(ranked.metrics()),
         "MIMIC": figures_of({n.removeprefix("test_"): v for n, v in results.items() if n.startswith("test_")}),
     }
     counts = Counter(mention["kind"] for mention in mentions)

@@ -1,11 +1,12 @@
 """Publishes a checkpoint, its index of entities and data sets on the Hub, in one go.
 
-    python scripts/push_to_hub.py --namespace alice --model_dir runs/wikimel --index_dir runs/wikimel/index \\
+    mimic-el push --namespace alice --model_dir runs/wikimel --index_dir runs/wikimel/index \\
         --dataset_dir data/wikimel --dry_run
 
-With --dry_run nothing is sent: every file that would be is listed, with its size. Without it the same files are
-uploaded, each repository in one commit. The command can be repeated, after an interruption too: what is up already is
-not sent again. Log in first, with `hf auth login` or the variable HF_TOKEN.
+With --dry_run nothing is sent: every file that would be is listed, with its size; without a network too. Without it the
+same files are uploaded, each repository in one commit. The command can be repeated, after an interruption too: what is
+up already is not sent again. Log in first, with `hf auth login` or the variable HF_TOKEN. Files that are symbolic links
+to a place outside of their folder are refused.
 
 The published model names the published index as its default, so that `pipeline(model="alice/wikimel")` finds it.
 """
@@ -17,7 +18,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
@@ -33,23 +35,13 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mimic_el.configuration_mimic import MimicConfig
-from mimic_el.errors_mimic import EntityIndexError
+from mimic_el.errors_mimic import MimicError
+from mimic_el.hub_files_mimic import REPLACED, hub_files, refuse_links
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 
-# What a checkpoint's directory may hold that belongs on the Hub; training leaves more there.
-MODEL_FILES = """config.json generation_config.json *.safetensors *.safetensors.index.json processor_config.json
-    preprocessor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
-    merges.txt *_mimic.py README.md *.png *_results.json predictions_*.jsonl""".split()  # noqa: SIM905
-# Files that would be read beside the new ones if they stayed: parts of what had another number of parts.
-REPLACED = {
-    "model": ("*.safetensors", "*.safetensors.index.json"),
-    "index": ("shard-*", "removed-*", "matcher-*"),
-    "dataset": ("*.parquet",),
-}
 
-
-class PublishError(ValueError):
+class PublishError(MimicError, ValueError):
     """What was asked cannot be published, with what is wrong and what to do."""
 
 
@@ -63,7 +55,7 @@ class Repository:
         files: the content of each file, by its path in the repository.
         left_out: names in the directory that are not uploaded.
         notes: what the user should know.
-        states: of each file: "new", "changed" or "same". Filled in by [`compare`].
+        states: of each file: "new", "changed" or "same", or "unknown". Filled in by [`compare`].
         deleted: paths that are there and will not be. Filled in by [`compare`].
     """
 
@@ -109,21 +101,20 @@ def model_repository(
 
     Raises:
         PublishError: if it is no checkpoint of a MimicModel, or lacks a file that loading it needs.
+        HubFilesError: if a file is a symbolic link to a place outside of it.
     """
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        model_type, auto_map = config["model_type"], config.get("auto_map", {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = (directory / "config.json").read_text(encoding="utf-8")
+        config = json.loads(text)
+        model_type, auto_map = config["model_type"], config.get("auto_map") or {}
+        auto_map = {str(name): str(reference) for name, reference in auto_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PublishError(f"{directory} is no checkpoint: its config.json cannot be read ({error}).") from error
     if model_type != MimicConfig.model_type:
         raise PublishError(f"{directory} is a model of type {model_type!r}, not {MimicConfig.model_type!r}.")
-    repository = Repository("model", repo_id, {})
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in MODEL_FILES):
-            repository.files[path.name] = path
-        else:
-            repository.left_out.append(f"{path.name}/" if path.is_dir() else path.name)
-    _check_checkpoint(directory, auto_map, repository.files)
+    files, left_out = hub_files(directory, "model")
+    repository = Repository("model", repo_id, dict(files), left_out)
+    _check_checkpoint(directory, auto_map, config.get("custom_pipelines"), repository.files)
     if default_index is not None:
         config["default_index"], config["default_index_revision"] = default_index, None
     elif (named := config.get("default_index")) and (directory / str(named)).is_dir():
@@ -131,24 +122,31 @@ def model_repository(
         repository.notes.append(
             f"its default index is the folder {named!r} here, which is not published; --index_dir publishes it"
         )
-    if config != json.loads((directory / "config.json").read_text(encoding="utf-8")):
+    if config != json.loads(text):
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         repository.files["config.json"] = text.encode()
     if "README.md" in repository.files:
         repository.files["README.md"] = _published_card(directory / "README.md", names, datasets).encode()
     else:
-        repository.notes.append("it has no README.md, so its page will be empty; train.py writes one")
+        repository.notes.append("it has no README.md, so its page will be empty; `mimic-el train` writes one")
     return repository
 
 
-def _check_checkpoint(directory: Path, auto_map: Mapping[str, str], files: Mapping[str, Any]) -> None:
+def _check_checkpoint(
+    directory: Path, auto_map: Mapping[str, str], pipelines: Any, files: Mapping[str, Path | bytes]
+) -> None:
     lacking = [name for name in ("AutoConfig", "AutoModel") if name not in auto_map]
     if lacking:
         raise PublishError(
             f"{directory / 'config.json'} does not say where its code is ({', '.join(lacking)} in `auto_map`). Save "
             "the model again, with model.save_pretrained."
         )
-    for reference in auto_map.values():
+    references = set(auto_map.values())
+    if isinstance(pipelines, dict):
+        references |= {
+            str(entry["impl"]) for entry in pipelines.values() if isinstance(entry, dict) and "impl" in entry
+        }
+    for reference in sorted(references):
         file = f"{reference.rpartition('--')[2].partition('.')[0]}.py"
         try:
             needed = {file, *(Path(path).name for path in get_relative_import_files(directory / file))}
@@ -166,7 +164,7 @@ def _check_checkpoint(directory: Path, auto_map: Mapping[str, str], files: Mappi
 
 def _published_card(path: Path, names: Mapping[str, str], datasets: Sequence[str]) -> str:
     """A card whose snippets and metadata say what model and data sets are called on the Hub."""
-    card = RepoCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card = _read_card(path)
     if datasets and not card.data.get("datasets"):
         card.data["datasets"] = list(datasets)
     text = str(card)
@@ -175,45 +173,55 @@ def _published_card(path: Path, names: Mapping[str, str], datasets: Sequence[str
     return text
 
 
+def _read_card(path: Path) -> RepoCard:
+    """A README.md.
+
+    Raises:
+        PublishError: if it cannot be read, or its metadata is not valid YAML.
+    """
+    try:
+        return RepoCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise PublishError(f"{path} cannot be read: {error}") from error
+
+
 def dataset_repository(directory: Path, repo_id: str) -> Repository:
     """A data set's files: all of its directory but what is hidden.
 
     Raises:
+        HubFilesError: if a file is a symbolic link to a place outside of the directory.
         PublishError: if its README.md does not describe the configurations of a data set for entity linking, or a
             file that it names is not there.
     """
     card = directory / "README.md"
-    try:
-        metadata = RepoCard(card.read_text(encoding="utf-8")).data.to_dict()
-    except (OSError, ValueError) as error:
-        raise PublishError(
-            f"{directory} is no data set: its README.md cannot be read ({error}). "
-            "`python -m mimic_el.datasets_scripts.prepare` makes one."
-        ) from error
-    configurations = {item.get("config_name"): item for item in metadata.get("configs") or [] if isinstance(item, dict)}
+    if not card.is_file():
+        raise PublishError(f"{directory} is no data set: it has no README.md. `mimic-el prepare` makes one.")
+    listed = _read_card(card).data.to_dict().get("configs")
+    configurations = {
+        str(item.get("config_name")): item
+        for item in (listed if isinstance(listed, list) else [])
+        if isinstance(item, dict)
+    }
     if absent := {"mentions", "entities"} - set(configurations):
         raise PublishError(
             f"{card} lists no configuration {' and '.join(map(repr, sorted(absent)))}, which a data set for entity "
-            "linking has. `python -m mimic_el.datasets_scripts.prepare` makes one."
+            "linking has. `mimic-el prepare` makes one."
         )
-    files = {path.relative_to(directory).as_posix(): path for path in _visible_files(directory)}
+    files, left_out = hub_files(directory, "dataset")
     for name, item in configurations.items():
-        data_files = item.get("data_files") or []
-        for entry in data_files if isinstance(data_files, list) else [data_files]:
-            patterns = entry.get("path") if isinstance(entry, dict) else entry
-            for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-                if not any(fnmatchcase(file, pattern) for file in files):
-                    raise PublishError(
-                        f"{card} names {pattern!r} for the configuration {name!r}: there is no such file."
-                    )
-    hidden = sorted(path.name for path in directory.iterdir() if path.name.startswith("."))
-    return Repository("dataset", repo_id, dict(sorted(files.items())), hidden)
+        for pattern in _patterns(item.get("data_files")):
+            if not any(fnmatchcase(file, pattern) for file in files):
+                raise PublishError(f"{card} names {pattern!r} for the configuration {name!r}: there is no such file.")
+    return Repository("dataset", repo_id, dict(files), left_out)
 
 
-def _visible_files(directory: Path) -> Iterator[Path]:
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts):
-            yield path
+def _patterns(data_files: Any) -> list[str]:
+    """The files that a configuration in a card names: one, a list, or a list of splits with one or a list each."""
+    if isinstance(data_files, dict):
+        return _patterns(data_files.get("path"))
+    if isinstance(data_files, list):
+        return [pattern for entry in data_files for pattern in _patterns(entry)]
+    return [] if data_files is None else [str(data_files)]
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------
@@ -299,6 +307,7 @@ def upload(api: HfApi, repository: Repository, private: bool) -> None:
 def describe(repository: Repository, private: bool) -> str:
     """The lines of a listing."""
     kind = {"model": "model", "index": "entity index", "dataset": "data set"}[repository.kind]
+    known = "unknown" not in repository.states.values()
     lines = [f"{repository.address} ({kind}{', private if new' if private else ''})"]
     width = max(map(len, repository.files), default=0)
     for path, state in repository.states.items():
@@ -306,7 +315,9 @@ def describe(repository: Repository, private: bool) -> str:
     lines += [f"  {'delete':8} {path}" for path in repository.deleted]
     total = sum(repository.size(path) for path in repository.to_send)
     up = len(repository.files) - len(repository.to_send)
-    lines.append(f"  {len(repository.to_send)} files to upload, {_size(total)}; {up} are up already")
+    lines.append(
+        f"  {len(repository.to_send)} files to upload, {_size(total)}{f'; {up} are up already' if known else ''}"
+    )
     if repository.left_out:
         lines.append(f"  left out: {', '.join(repository.left_out)}")
     lines += [f"  note: {note}" for note in repository.notes]
@@ -346,18 +357,27 @@ def _size(size: float) -> str:
     return f"{size:.1f} GB"
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="mimic-el push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--namespace", required=True, help="your user name on the Hub, or an organisation's")
-    parser.add_argument("--model_dir", type=Path, help="a checkpoint, such as train.py's output directory")
+    parser.add_argument("--model_dir", type=Path, help="a checkpoint, such as the output directory of `mimic-el train`")
     parser.add_argument("--model_name", help="its name on the Hub (default: the directory's)")
     parser.add_argument("--index_dir", type=Path, help="an EntityIndex that the checkpoint made")
     parser.add_argument(
         "--index_name", help="its name on the Hub (default: the model's and -index, or the directory's)"
     )
-    parser.add_argument("--dataset_dir", type=Path, nargs="+", default=[], help="data sets, as prepare.py writes them")
+    parser.add_argument(
+        "--dataset_dir", type=Path, nargs="+", default=[], help="data sets, as `mimic-el prepare` writes them"
+    )
     parser.add_argument("--dataset_names", nargs="+", help="their names on the Hub (default: the directories')")
     parser.add_argument(
         "--set_default_index",
@@ -375,7 +395,7 @@ def plan(args: argparse.Namespace, stack: ExitStack) -> list[Repository]:
     """What is published, data sets first, then the index, then the model that names both; checked as far as can be.
 
     Raises:
-        PublishError: if something is not there, or does not fit together.
+        MimicError: if something is not there, does not fit together, or leads out of its folder.
     """
     for directory in [args.model_dir, args.index_dir, *args.dataset_dir]:
         if directory is not None and not directory.is_dir():
@@ -414,9 +434,13 @@ def plan(args: argparse.Namespace, stack: ExitStack) -> list[Repository]:
         source = dataset_ids[0] if len(dataset_ids) == 1 else None
         license = args.license
         if license is None and source:
-            license = RepoCard.load(args.dataset_dir[0] / "README.md").data.to_dict().get("license")
+            license = _read_card(args.dataset_dir[0] / "README.md").data.to_dict().get("license")
         about = {"model_id": model_id, "license": license if isinstance(license, str) else None, "source": source}
-        repositories.append(Repository("index", index_id, stack.enter_context(index._for_hub(index_id, **about))))
+        files = stack.enter_context(index.files_for_hub(index_id, **about))
+        for path in files.values():
+            if isinstance(path, Path):
+                refuse_links(path.parent, [path])
+        repositories.append(Repository("index", index_id, files))
     return repositories if model is None else [*repositories, model]
 
 
@@ -438,8 +462,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             repositories = plan(args, stack)
             for repository in repositories:
-                compare(api, repository, args.private)
-                check_card(api, repository)
+                try:
+                    compare(api, repository, args.private)
+                    check_card(api, repository)
+                except (HTTPError, OSError) as error:
+                    if not args.dry_run:
+                        raise
+                    repository.states = dict.fromkeys(repository.files, "unknown")
+                    repository.notes.append(
+                        f"{api.endpoint} refuses, or cannot be reached ({_first_line(error)}): what is up already is "
+                        "not known, and the card was not checked"
+                    )
             print("\n\n".join(describe(repository, args.private) for repository in repositories))
             if args.dry_run:
                 print("\nNothing was sent: this is a dry run.")
@@ -450,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again: what is up is not sent again.", file=sys.stderr)
         return 130
-    except (PublishError, EntityIndexError, HFValidationError) as error:
+    except (MimicError, HFValidationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (HTTPError, OSError, RuntimeError) as error:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import runpy
 import subprocess
 import sys
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,20 @@ UNUSED = ("matcher.cmfu.context_layer_norm.weight", "matcher.cmfu.context_layer_
 
 
 def convert(*arguments: object) -> None:
-    main([str(argument) for argument in arguments])
+    assert main([str(argument) for argument in arguments]) == 0
 
 
-def refusal(*arguments: object) -> str:
-    """The message with which the command line refuses to convert."""
-    with pytest.raises(SystemExit) as exit_info:
-        convert(*arguments)
-    message = str(exit_info.value.code)
-    assert message.startswith("error: ")
-    return message
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Gives the message with which the command line refuses to convert."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        return message
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -178,12 +183,13 @@ def test_clip_directory_without_tokenizer(tmp_path: Path, capsys: pytest.Capture
     assert AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).config.text_max_length == 12
 
 
-def test_runs_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(SCRIPT), "--checkpoint", str(tmp_path / "none.ckpt"), "--clip", "x", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert exit_info.value.code == f"error: There is no checkpoint file {tmp_path / 'none.ckpt'}."
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err == f"error: There is no checkpoint file {tmp_path / 'none.ckpt'}.\n"
 
 
 # --- What does not fit --------------------------------------------------------------------------------------------
@@ -217,8 +223,8 @@ def test_weights_of_another_model_are_refused(clip_config: CLIPConfig) -> None:
         from_original({"bert.pooler": torch.ones(2, 2)}, clip_config)
 
 
-@pytest.mark.parametrize("size", ["dv", "tglu_hidden_dim", "vdlu_hidden_dim", "cmfu_hidden_dim"])
-def test_given_sizes_are_checked(tmp_path: Path, size: str) -> None:
+@pytest.mark.parametrize("size", ["dv", "TGLU_hidden_dim", "IDLU_hidden_dim", "CMFU_hidden_dim"])
+def test_given_sizes_are_checked(refusal: Callable[..., str], tmp_path: Path, size: str) -> None:
     common = ("--checkpoint", CHECKPOINT, "--clip", CLIP, "--output_dir", tmp_path / "out")
     assert f"`{size}` is 96, but the checkpoint's" in refusal(*common, f"--{size}", 96)
     assert not (tmp_path / "out").exists()
@@ -247,7 +253,7 @@ def test_bad_clip_configurations(tmp_path: Path, content: str, message: str) -> 
         read_clip_config(str(path))
 
 
-def test_absent_clip_configurations(tmp_path: Path) -> None:
+def test_absent_clip_configurations(refusal: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"There is no CLIP configuration .*none\.json"):
         read_clip_config(str(tmp_path / "none.json"))
     with pytest.raises(ConversionError, match="There is no CLIP configuration"):
@@ -262,7 +268,7 @@ def test_plain_clip_json(tmp_path: Path) -> None:
     assert read_clip_config(str(path)).to_dict() == read_clip_config(str(CLIP)).to_dict()
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_nothing_is_overwritten(refusal: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not empty" in refusal("--checkpoint", CHECKPOINT, "--clip", CLIP, "--output_dir", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -274,7 +280,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["mimic.ckpt"]
 
 
-def test_only_a_whole_mimic_checkpoint_goes_back(tmp_path: Path) -> None:
+def test_only_a_whole_mimic_checkpoint_goes_back(refusal: Callable[..., str], tmp_path: Path) -> None:
     back = ("--output_dir", tmp_path / "back")
     clip = save_tiny_clip(tmp_path / "clip")
     assert "its model type is 'clip'" in refusal("--to_original", "--checkpoint", clip, *back)
@@ -434,6 +440,124 @@ def test_broken_files(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ConversionError, match=f"{name}.*(cannot be read as|is not a readable|holds neither)"):
             read_checkpoint(path)
+
+
+def zipped(path: Path, pickled: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("evil/data.pkl", pickled)
+        archive.writestr("evil/version", "3\n")
+    return path
+
+
+def nested(depth: int) -> bytes:
+    """A tuple of two of a tuple of two ..., as a key: to hash it takes 2^depth steps."""
+    return b"\x80\x02})" + b"2\x86" * depth + b"Ns."
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\nJ\x00\x5e\xd0\x7e\x85Rs.",
+        nested(60),
+        nested(100_000),
+        b"\x80\x02B\xff\xff\xff\x7fabc.",
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x00abc.",
+        b"\x80\x02" + b"N" * 3_000_000 + b".",
+        b"\x80\x02L" + b"9" * 60_000 + b"L\n.",
+    ],
+    ids=["bytearray", "laughs", "deep", "long bytes", "longer bytes", "instructions", "digits"],
+)
+def test_small_files_take_little(tmp_path: Path, pickled: bytes) -> None:
+    with MemoryLimit(), pytest.raises(ConversionError):
+        read_checkpoint(zipped(tmp_path / "evil.ckpt", pickled))
+
+
+class MemoryLimit:
+    """No more than 2 GB of addresses beyond what the process has."""
+
+    def __enter__(self) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        self.before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31, self.before[1]))
+
+    def __exit__(self, *error: object) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, self.before)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    """The archive has a checksum of every weight."""
+    with zipfile.ZipFile(CHECKPOINT) as archive:
+        entry = max(archive.infolist(), key=lambda item: item.file_size)
+        content = archive.read(entry)
+    whole = bytearray(CHECKPOINT.read_bytes())
+    place = whole.index(content) + len(content) // 2
+    whole[place] ^= 1
+    (tmp_path / "damaged.ckpt").write_bytes(whole)
+    with pytest.raises(ConversionError, match=rf"is damaged: the content of {entry.filename}"):
+        read_checkpoint(tmp_path / "damaged.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.long(), r"torch\.int64, not floating-point"),
+        (lambda tensor: torch.full_like(tensor, float("nan")), "not finite"),
+        (lambda tensor: torch.full_like(tensor, float("inf")), "not finite"),
+    ],
+)
+def test_weights_that_are_no_numbers(
+    published: dict[str, Tensor], clip_config: CLIPConfig, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    name = "matcher.tglu.fc_query.weight"
+    with pytest.raises(ConversionError, match=f"{name}.*{message}"):
+        from_original({**published, name: change(published[name])}, clip_config)
+
+
+def test_views_share_what_they_show(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    weights = {
+        "all": base,
+        "part": base[1:, ::2],
+        "turned": base.T,
+        "none": torch.empty(0, 3),
+        "one": torch.tensor(5.0),
+    }
+    weights["parameter"] = torch.nn.Parameter(base.clone())
+    for legacy in (False, True):
+        torch.save(weights, tmp_path / "views.pt", _use_new_zipfile_serialization=not legacy)
+        read = read_checkpoint(tmp_path / "views.pt")
+        assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "is not JSON"),
+        (json.dumps({"text_config": "x", "vision_config": 5}), "no valid CLIP configuration"),
+        (json.dumps({"text_config": {"num_attention_heads": 0}, "vision_config": {}}), "CLIP configuration"),
+        (json.dumps({"text_config": {"hidden_size": 10**6, "vocab_size": 10**7}, "vision_config": {}}), ""),
+        (json.dumps({"text_config": {"num_hidden_layers": 10**9}, "vision_config": {}}), "more layers than"),
+    ],
+)
+def test_clip_configurations_of_no_model(
+    refusal: Callable[..., str], tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "clip.json").write_text(content)
+    with MemoryLimit():
+        said = refusal("--checkpoint", CHECKPOINT, "--clip", tmp_path / "clip.json", "--output_dir", tmp_path / "out")
+    assert message in said
+
+
+def test_clip_directory_with_few_positions(tmp_path: Path) -> None:
+    """The published 40 tokens are a default, not a demand."""
+    clip = tmp_path / "clip"
+    tiny_clip_config(positions=12).save_pretrained(clip)
+    model = tiny_model(backbone_config=tiny_clip_config(positions=12))
+    save_file(to_original(model), tmp_path / "weights.safetensors")
+    common = ("--checkpoint", tmp_path / "weights.safetensors", "--clip", clip)
+    for given, length in (((), 12), (("--text_max_length", 8), 8)):
+        convert(*common, *given, "--output_dir", tmp_path / f"out{length}")
+        assert json.loads((tmp_path / f"out{length}" / "config.json").read_text())["text_max_length"] == length
 
 
 def test_flipped_bytes_never_crash(tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ def test_name_match_is_what_all_random_orders_give_on_average() -> None:
         assert [figures[kind]["hits@1"], figures[kind]["mrr"]] == pytest.approx(list(expected))
 
 
-def test_records_without_pictures() -> None:
+def test_records_without_images() -> None:
     mentions, entities = toy_data.mentions("test", 2), toy_data.entities()
-    assert demo.without_pictures(mentions) == [{**mention, "image": None} for mention in mentions]
-    assert demo.without_pictures(entities) == [{**entity, "images": []} for entity in entities]
+    assert demo.without_images(mentions) == [{**mention, "image": None} for mention in mentions]
+    assert demo.without_images(entities) == [{**entity, "images": []} for entity in entities]
     assert mentions[0]["image"] is not None
 
 
@@ -95,7 +95,7 @@ def test_demo_leaves_checkpoint_index_table_and_picture(
     run: tuple[Path, dict[str, demo.Figures]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output_dir, rows = run
-    assert list(rows) == ["Exact name, at random", "MIMIC, pictures hidden", "MIMIC"]
+    assert list(rows) == ["Exact name, at random", "MIMIC, images hidden", "MIMIC"]
     assert json.loads((output_dir / "demo_results.json").read_text()) == rows
     measured = json.loads((output_dir / "test_results.json").read_text())
     assert rows["MIMIC"]["all"]["mrr"] == measured["test_mrr"]

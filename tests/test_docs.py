@@ -1,4 +1,4 @@
-"""Runs the Python of README.md and docs/, and checks the commands and links in them.
+"""Runs the Python of README.md and docs/, and checks the commands, tables of options and links in them.
 
 The Python blocks of a page run in order, in one process and one namespace, in a directory that has what `WORLD` says,
 with a Hub where "alice" is logged in. A block with prompts (`>>>`) must print what it shows; `...` stands for anything.
@@ -9,12 +9,18 @@ In a page, a comment before a block tells of exceptions, and is not shown:
     code
     -->
 
-Of the commands in `bash` blocks, scripts, modules, targets of make, options and configuration files must exist.
+Of the commands in `bash` blocks, scripts, modules, targets of make, subcommands of mimic-el, options and configuration
+files must exist. A comment before a table says whose options its first column names:
+
+    <!-- test: options of push -->                 they exist: a subcommand of mimic-el (index.build for two words), or
+    <!-- test: options of EntityIndex.build -->    a public name of the package, called
+    <!-- test: all options of linker -->           and there are no others
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import shlex
 import shutil
@@ -30,18 +36,27 @@ from python_processes import ForkingPython, own_python
 from toy_data import entities, write_dataset
 from transformers import HfArgumentParser, pipeline
 
+import mimic_el
 from mimic_el import train
 from mimic_el.training import MimicTrainingArguments
 
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # Each kind of thing that a page may speak of, and the names that pages give it.
 WORLD = {
     "checkpoint, with its index in `index`": ["runs/demo", "runs/wikimel"],
-    "data set": ["data/wikimel", "FOLDER or REPOSITORY"],
-    "picture": ["photo.png"],
+    "data set": ["data/wikimel", "data/mine", "FOLDER or REPOSITORY"],
+    "image": ["photo.png"],
     "archive of WikiMEL": ["WikiMEL.tar"],
 }
 TOKEN = "hf_alice"
+# The programs that subcommands of mimic-el stand for, where these hand their arguments on.
+PROGRAMS = {
+    "train": "train.py",
+    "prepare": "datasets_scripts/prepare.py",
+    "convert": "scripts/convert_original_checkpoint.py",
+    "push": "scripts/push_to_hub.py",
+    "demo": "scripts/demo.py",
+}
 
 
 @dataclass
@@ -65,7 +80,7 @@ def blocks_of(text: str) -> list[Block]:
     while number < len(lines):
         line = lines[number]
         fence = re.match(r"( *)(`{3,}|~{3,})([\w-]*)", line)
-        directive = re.fullmatch(r"<!-- test: (skip -->|run)", line.strip())
+        directive = re.fullmatch(r"<!-- test: (skip -->|run|(?:all )?options of \S+ -->)", line.strip())
         if fence:
             body, number = _until(lines, number + 1, re.compile(rf" *{fence[2]} *"), fence[0])
             if not skip:
@@ -75,8 +90,10 @@ def blocks_of(text: str) -> list[Block]:
         elif directive and directive[1] == "run":
             body, number = _until(lines, number + 1, re.compile("-->"), line)
             found.append(Block("python", "\n".join(body), number - len(body) + 1))
-        elif directive:
+        elif directive and directive[1] == "skip -->":
             skip = True
+        elif directive:
+            pass  # of a table
         elif "<!-- test" in line:
             raise PageError(f"line {number + 1}: {line.strip()} is no directive")
         number += 1
@@ -102,6 +119,8 @@ def problems_of_commands(text: str) -> list[str]:
         if words[:1] == ["make"]:
             targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             problems += [f"make has no target {name}" for name in words[1:] if name[0] != "-" and name not in targets]
+        if words[:1] == ["mimic-el"]:
+            problems += problems_of_subcommand(words[1:])
         if not words or not re.fullmatch(r"(\S*/)?python3?", words[0]):
             continue
         if words[1:2] == ["-m"]:
@@ -118,13 +137,114 @@ def problems_of_commands(text: str) -> list[str]:
             if not script.is_file():
                 problems.append(f"there is no script {words[1]}")
                 continue
-        options = options_of(script)
-        for word in arguments:
-            option = word.partition("=")[0]
-            if option.startswith("--") and option not in options:
-                problems.append(f"{script.relative_to(ROOT)} has no option {option}")
-            elif word.endswith((".yaml", ".yml")) and not (ROOT / word).is_file():
-                problems.append(f"there is no file {word}")
+        problems += problems_of_arguments(str(script.relative_to(ROOT)), arguments, options_of(script))
+    return problems
+
+
+def problems_of_arguments(program: str, arguments: list[str], options: set[str]) -> list[str]:
+    problems = []
+    for word in arguments:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in options:
+            problems.append(f"{program} has no option {option}")
+        elif word.endswith((".yaml", ".yml")) and not (ROOT / word).is_file():
+            problems.append(f"there is no file {word}")
+    return problems
+
+
+def problems_of_subcommand(words: list[str]) -> list[str]:
+    """What is wrong with what follows `mimic-el`."""
+    if not words or words[0].startswith("-"):
+        return []
+    try:
+        return problems_of_arguments(f"mimic-el {words[0]}", words[1:], options_of_subcommand(*words))
+    except LookupError as error:
+        return [str(error)]
+
+
+def options_of_subcommand(*words: str) -> set[str]:
+    """The long options of the subcommand that the first words name, with those of the program that it stands for.
+
+    Raises:
+        LookupError: if there is no such subcommand.
+    """
+    from typer.main import get_command
+
+    name, command = "mimic-el", get_command(importlib.import_module("mimic_el.cli").app)
+    for word in words:
+        commands = getattr(command, "commands", None)  # of a group
+        if commands is None:
+            break
+        if word not in commands:
+            raise LookupError(f"{name} has no subcommand {word}")
+        name, command = f"{name} {word}", commands[word]
+    options = {option for one in command.params for option in [*one.opts, *one.secondary_opts] if option[:2] == "--"}
+    if command.context_settings.get("ignore_unknown_options") and words[0] in PROGRAMS:
+        options |= options_of(ROOT / PROGRAMS[words[0]])
+    return options | {"--help"}
+
+
+@dataclass
+class OptionTable:
+    """A table whose first column names options: whose, which, and whether there are to be no others."""
+
+    owner: str
+    names: list[str]
+    complete: bool
+    line: int
+
+
+def option_tables(text: str) -> list[OptionTable]:
+    lines = text.splitlines()
+    tables = []
+    for number, line in enumerate(lines):
+        directive = re.fullmatch(r"<!-- test: (all )?options of (\S+) -->", line.strip())
+        if not directive:
+            continue
+        rows = iter(lines[number + 1 :])
+        row = next((row for row in rows if row.strip()), "")
+        names: list[str] = []
+        next(rows, None)  # the line below the head
+        if not row.startswith("|"):
+            raise PageError(f"line {number + 1}: there is no table after {line.strip()}")
+        for row in rows:
+            if not row.startswith("|"):
+                break
+            # `--top_k 5` names --top_k
+            names += [name.split()[0] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+        tables.append(OptionTable(directive[2], names, bool(directive[1]), number + 1))
+    return tables
+
+
+def options_of_owner(owner: str) -> set[str]:
+    """The options of a subcommand (with and without their dashes), or the arguments of a public name.
+
+    Raises:
+        LookupError: if it is neither.
+    """
+    if owner == "linker":
+        sanitize = mimic_el.MultimodalEntityLinkingPipeline._sanitize_parameters
+        return set(inspect.signature(sanitize).parameters) - {"self", "unknown"}
+    first, _, rest = owner.partition(".")
+    if first not in mimic_el.__all__:
+        options = options_of_subcommand(*owner.split("."))
+        return options | {option[2:] for option in options}
+    value = getattr(mimic_el, first)
+    for part in filter(None, rest.split(".")):
+        value = getattr(value, part)
+    return set(inspect.signature(value).parameters) - {"self"}
+
+
+def problems_of_table(table: OptionTable) -> list[str]:
+    try:
+        options = options_of_owner(table.owner)
+    except LookupError as error:
+        return [str(error)]
+    problems = [f"{table.owner} has no option {name}" for name in table.names if name not in options]
+    if table.complete:
+        named = {name.removeprefix("--").removeprefix("no-") for name in table.names} | {"help"}
+        others = {option.removeprefix("--").removeprefix("no-") for option in options} - named
+        problems += [f"the table does not name {name}, an option of {table.owner}" for name in sorted(others)]
     return problems
 
 
@@ -210,6 +330,16 @@ def test_commands(page: str):
         for block in blocks_of(read(page))
         if block.language in ("bash", "sh", "shell", "console")
         for problem in problems_of_commands(block.text)
+    ]
+    assert not problems
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if option_tables(read(page))])
+def test_tables_of_options(page: str):
+    problems = [
+        f"{page}, table at line {table.line}: {problem}"
+        for table in option_tables(read(page))
+        for problem in problems_of_table(table)
     ]
     assert not problems
 
@@ -306,6 +436,10 @@ def test_failures_are_told_with_their_line(python: ForkingPython, world: Path):
         ("CUDA_VISIBLE_DEVICES=0 python no.py", ["there is no script no.py"]),
         ("python -m mimic_el.nothing", ["there is no module mimic_el.nothing"]),
         ("make nothing", ["make has no target nothing"]),
+        ("mimic-el nothing", ["mimic-el has no subcommand nothing"]),
+        ("mimic-el index nothing", ["mimic-el index has no subcommand nothing"]),
+        ("mimic-el train configs/sample.yaml --seed 1 --no_such", ["mimic-el train has no option --no_such"]),
+        ("mimic-el index build --output_dir x --top_k 1", ["mimic-el index has no option --top_k"]),
         ("make test compat\npip install mimic-el --pre\ngit clone x", []),
         (
             "python scripts/push_to_hub.py --namespace alice --no-set_default_index --dryrun",
@@ -315,3 +449,46 @@ def test_failures_are_told_with_their_line(python: ForkingPython, world: Path):
 )
 def test_problems_of_commands(command: str, problems: list[str]):
     assert problems_of_commands(command) == problems
+
+
+TABLE = """
+<!-- test: all options of MimicModel.score -->
+
+| argument | |
+| --- | --- |
+| `mentions`, `no_such` | `a` |
+
+| another | |
+| --- | --- |
+| `b` | |
+"""
+
+
+def test_problems_of_a_table():
+    (table,) = option_tables(TABLE)
+    assert (table.owner, table.names, table.complete, table.line) == (
+        "MimicModel.score",
+        ["mentions", "no_such"],
+        True,
+        2,
+    )
+    problems = problems_of_table(table)
+    assert "MimicModel.score has no option no_such" in problems
+    assert "the table does not name entities, an option of MimicModel.score" in problems
+    with pytest.raises(PageError, match="no table after"):
+        option_tables("<!-- test: options of push -->\n\nText.\n")
+
+
+def test_every_target_of_make_is_listed():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    described = set(re.findall(r"^([a-z]+):.*## \S", text, re.MULTILINE))
+    phony = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())  # type: ignore[index]
+    assert described == phony - {"package"}
+
+
+def test_ci_runs_targets_of_make_alone():
+    text = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    assert re.findall(r"\brun: *(.*)", text) == ["make ${{ matrix.target }}"]
+    matrix = re.search(r"target: \[(.*)\]", text)[1].replace(",", "")  # type: ignore[index]
+    hook = re.search(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))[1]  # type: ignore[index]
+    assert not problems_of_commands(f"make {matrix}\n{hook}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import io
 import json
@@ -23,10 +24,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tiny import encode_mentions, knowledge_base, mentions_of, once, picture, tiny_processor
+from tiny import encode_mentions, knowledge_base, mentions_of, once, picture, small_shards, tiny_processor
 from tiny_clip import tiny_model
 
-from mimic_el import index_mimic, store_mimic
+from mimic_el import building_mimic, directory_mimic, records_mimic, store_mimic
 from mimic_el.errors_mimic import EntityIndexError, MimicImageError, UnknownEntityError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import EntityFeatures, MentionFeatures, MimicModel
@@ -94,7 +95,7 @@ def links(index: EntityIndex, mentions: MentionFeatures, k: int = 5) -> list[dic
 
 def assert_same_links(one: EntityIndex, other: EntityIndex, mentions: MentionFeatures) -> None:
     """Both hold the same entities, with the same features but for rounding; their order may differ."""
-    assert {record["id"]: record for record in one} == {record["id"]: record for record in other}
+    assert {i: one.entity(i) for i in one} == {i: other.entity(i) for i in other}
     for here, there in zip(links(one, mentions, len(one)), links(other, mentions, len(other)), strict=True):
         assert here.keys() == there.keys()
         for entity_id, score in here.items():
@@ -104,7 +105,7 @@ def assert_same_links(one: EntityIndex, other: EntityIndex, mentions: MentionFea
 def strays(place: Path) -> set[str]:
     """Files that an index does not consist of."""
     manifest = json.loads((place / "index_config.json").read_text())
-    return set(os.listdir(place)) - {*index_mimic._files_of(manifest), "README.md", ".lock"}
+    return set(os.listdir(place)) - {*directory_mimic.files_of(manifest), "README.md", ".lock"}
 
 
 # --- Building
@@ -119,7 +120,7 @@ def test_it_holds_what_the_model_scores(
     linker: Linker = request.getfixturevalue(which)
     model = linker[0]
     index = build(linker, kb, tmp_path / place if place else None, dtype="float32")
-    assert list(index) == table(kb)
+    assert list(index.entities()) == table(kb)
     assert len(index) == COUNT
     features = one_by_one(linker, kb)
     mentions = encode_mentions(*linker, mentions_of(kb))
@@ -128,7 +129,7 @@ def test_it_holds_what_the_model_scores(
     found = index.search(mentions, COUNT)
     for row, (ids, scores) in enumerate(zip(found.entity_ids, found.scores, strict=True)):
         np.testing.assert_allclose(scores, expected[row, [int(name[1:]) for name in ids]], rtol=1e-4, atol=1e-4)
-    stored = index._store.full(slice(0, COUNT), torch.device("cpu"))
+    stored = index._contents.store.full(slice(0, COUNT), torch.device("cpu"))
     for name, tensor in features.tensors.items():
         if which == "masking" and name == "text_query":
             mask = features.tensors["text_mask"].unsqueeze(-1)
@@ -154,7 +155,7 @@ def test_padding_is_left_out_where_the_model_masks_it(
     watched(masking[0].encoder.clip.text_model, 0)
     watched(linker[0].encoder.clip.text_model, 1)
     try:
-        assert list(build(masking, kb, shard_entities=COUNT)) == table(kb)
+        assert list(build(masking, kb, shard_entities=COUNT).entities()) == table(kb)
         build(linker, kb, shard_entities=COUNT)
     finally:
         for handle in handles:
@@ -254,9 +255,9 @@ def test_any_source_of_entities(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Every record is there once, also where the end of a shard or of what is read at once falls between two."""
-    monkeypatch.setattr(index_mimic, "_RECORDS_AT_ONCE", 5)
+    monkeypatch.setattr(records_mimic, "_RECORDS_AT_ONCE", 5)
     index = build(linker, source(kb))
-    assert list(index) == table(kb)
+    assert list(index.entities()) == table(kb)
     assert links(index, mentions) == links(build(linker, kb), mentions)
 
 
@@ -265,7 +266,7 @@ def test_worker_processes_give_the_same_index(
 ):
     broken = [{**entity, "images": [b"no image"]} if entity["id"] == "e4" else entity for entity in kb]
     alone, helped = build(linker, broken), build(linker, broken, num_workers=2, shard_entities=COUNT)
-    assert list(helped) == list(alone)
+    assert list(helped.entities()) == list(alone.entities())
     assert links(helped, mentions) == links(alone, mentions)
     said = [str(warning.message) for warning in recwarn if "Entity 'e4'" in str(warning.message)]
     assert len(said) == 2, "a warning comes back from a worker too"
@@ -277,8 +278,8 @@ def test_a_picture_that_cannot_be_read(linker: Linker, kb: list[dict[str, Any]],
     with pytest.warns(UserWarning, match=f"Entity 'e1': There is no image file {path}. It is encoded without"):
         index = build(linker, broken)
     plain = build(linker, [{**entity, "images": []} for entity in kb[:2]])
-    stored = index._store.shards[0].tensors
-    assert all(torch.equal(stored[name], tensor) for name, tensor in plain._store.shards[0].tensors.items())
+    stored = index._contents.store.shards[0].tensors
+    assert all(torch.equal(stored[name], tensor) for name, tensor in plain._contents.store.shards[0].tensors.items())
     with pytest.raises(MimicImageError, match=f"Entity 'e1': There is no image file {path}"):
         build(linker, broken, on_image_error="raise")
 
@@ -360,7 +361,7 @@ def test_records_that_are_refused(
     with pytest.raises(EntityIndexError, match=r"interrupted. Run the same EntityIndex.build again"):
         EntityIndex.from_pretrained(tmp_path)
     # What was wrong is mended, and the build goes on.
-    assert list(build(linker, source(kb), tmp_path)) == table(kb)
+    assert list(build(linker, source(kb), tmp_path).entities()) == table(kb)
 
 
 @pytest.mark.parametrize("entities", [{"id": "e1", "name": "x"}, datasets.DatasetDict()], ids=["dict", "DatasetDict"])
@@ -381,7 +382,7 @@ def test_fields_that_are_kept(linker: Linker, kb: list[dict[str, Any]], tmp_path
         {"id": "e2", "name": "", "description": ""},
         {"id": "e3", "name": "", "description": "no name"},
     ]
-    assert list(EntityIndex.from_pretrained(tmp_path)) == list(index) == expected
+    assert list(EntityIndex.from_pretrained(tmp_path).entities()) == list(index.entities()) == expected
     assert index.entity("7") == expected[0]
     rows = datasets.load_dataset("json", data_files=str(tmp_path / "shard-*.jsonl"), split="train")
     assert rows["id"] == ["7", "e2", "e3"], "others can read the table too"
@@ -389,7 +390,7 @@ def test_fields_that_are_kept(linker: Linker, kb: list[dict[str, Any]], tmp_path
 
 def test_hash_collisions(linker: Linker, kb: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
     """Three ids of four have the same hash: they are told apart, and a duplicate among them is found."""
-    monkeypatch.setattr(store_mimic, "_hash_id", lambda entity_id: min(3, int(entity_id[1:]) % 4))
+    monkeypatch.setattr(store_mimic, "hash_id", lambda entity_id: min(3, int(entity_id[1:]) % 4))
     index = build(linker, kb)
     assert [index.entity(f"e{row}")["id"] for row in range(COUNT)] == [f"e{row}" for row in range(COUNT)]
     assert "e99" not in index
@@ -408,13 +409,17 @@ def test_what_it_says_of_itself(linker: Linker, kb: list[dict[str, Any]], tmp_pa
     assert index.dtype == "int8"
     assert index.directory == tmp_path
     size = sum(
-        tensor.numel() * tensor.element_size() for shard in index._store.shards for tensor in shard.tensors.values()
+        tensor.numel() * tensor.element_size()
+        for shard in index._contents.store.shards
+        for tensor in shard.tensors.values()
     )
     assert index.bytes_per_entity == size / COUNT
     assert repr(index) == f"EntityIndex({COUNT} entities, int8, {size / COUNT:,.0f} bytes each, {tmp_path})"
     assert "e3" in index
     assert "nobody" not in index
     assert 3 not in index
+    assert list(index) == [entity["id"] for entity in kb]
+    assert all(entity_id in index for entity_id in index)
     with pytest.raises(UnknownEntityError, match=f"1 of the entities are not in this index of {COUNT}: 'nobody'"):
         index.entity("nobody")
     memory = build(linker, kb)
@@ -443,18 +448,18 @@ def test_what_is_written_is_let_go(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Of a knowledge base of any size, the features of one shard and the one before it are in memory."""
-    make, alive, most = index_mimic._make_shard, weakref.WeakSet[Any](), [0]
+    make, alive, most = building_mimic.make_shard, weakref.WeakSet[Any](), [0]
 
     def watched(name: str, features: dict[str, torch.Tensor], records: Any) -> Any:
         alive.add(features["text_query"])
         most[0] = max(most[0], len(alive))
         return make(name, features, records)
 
-    monkeypatch.setattr(index_mimic, "_make_shard", watched)
+    monkeypatch.setattr(building_mimic, "make_shard", watched)
     index = build(linker, source(kb), tmp_path, shard_entities=2)
     assert most[0] <= 2
     most[0] = 0
-    monkeypatch.setattr(index_mimic, "_SHARD_ENTITIES", 2)
+    small_shards(monkeypatch, 2)
     index.add(*linker, source(knowledge_base(COUNT, COUNT)), show_progress=False)
     assert most[0] <= 2
     index.update(*linker, source(kb), show_progress=False)
@@ -520,7 +525,7 @@ def test_an_interrupted_build_goes_on(
     encoded = Counted(linker[0], monkeypatch)
     index = build(linker, source(kb), interrupted)
     assert encoded.since() == COUNT - 14, "what is done is not encoded again"
-    assert list(index) == table(kb)
+    assert list(index.entities()) == table(kb)
     assert links(index, mentions) == links(build(linker, kb), mentions)
     assert not strays(interrupted)
     index.verify()
@@ -562,12 +567,12 @@ def test_a_build_goes_on_with_the_same_entities_only(
     with pytest.raises(EntityIndexError, match="unfinished build of another model, of another precision, or of other"):
         build(linker, source(change(kb)), interrupted)
     # Nothing was lost by the attempt.
-    assert list(build(linker, kb, interrupted)) == table(kb)
+    assert list(build(linker, kb, interrupted).entities()) == table(kb)
 
 
 def test_a_build_goes_on_where_what_is_left_changed(interrupted: Path, linker: Linker, kb: list[dict[str, Any]]):
     longer = [*changed(kb, 16, name="other"), {"id": "more", "name": "", "description": ""}]
-    assert list(build(linker, longer, interrupted)) == table(longer)
+    assert list(build(linker, longer, interrupted).entities()) == table(longer)
 
 
 def other_models(model: MimicModel) -> Iterator[tuple[str, MimicModel]]:
@@ -593,7 +598,7 @@ def test_a_build_goes_on_with_the_same_model_only(interrupted: Path, linker: Lin
             build((other, processor), kb, interrupted)
     with pytest.raises(EntityIndexError, match="of another precision"):
         build(linker, kb, interrupted, dtype="int8")
-    assert list(build((copy.deepcopy(model), processor), kb, interrupted)) == table(kb)
+    assert list(build((copy.deepcopy(model), processor), kb, interrupted).entities()) == table(kb)
 
 
 @pytest.mark.parametrize("source", [list, OnlyLength])
@@ -607,7 +612,7 @@ def test_an_unfinished_build_can_be_given_up(
     encoded = Counted(linker[0], monkeypatch)
     index = build(linker, source(kb[5:]), interrupted, overwrite=True)
     assert encoded.since() == COUNT - 5
-    assert list(index) == table(kb[5:])
+    assert list(index.entities()) == table(kb[5:])
     assert not strays(interrupted)
 
 
@@ -616,7 +621,7 @@ def test_a_generator_is_not_used_on_after_a_part_of_it_was_read(
 ):
     with pytest.raises(EntityIndexError, match=r"was given up.* Call build again with a new generator"):
         build(linker, once(kb[5:]), interrupted, overwrite=True)
-    assert list(build(linker, once(kb[5:]), interrupted)) == table(kb[5:])
+    assert list(build(linker, once(kb[5:]), interrupted).entities()) == table(kb[5:])
     assert not strays(interrupted)
 
 
@@ -626,7 +631,7 @@ def test_a_damaged_state_of_a_build(text: str, interrupted: Path, linker: Linker
     with pytest.raises(EntityIndexError):
         build(linker, kb, interrupted)
     (interrupted / "build_state.json").unlink()
-    assert list(build(linker, kb, interrupted)) == table(kb)
+    assert list(build(linker, kb, interrupted).entities()) == table(kb)
     assert not strays(interrupted)
 
 
@@ -635,7 +640,7 @@ def test_a_finished_shard_that_is_damaged(interrupted: Path, linker: Linker, kb:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(EntityIndexError, match="cut short"):
         build(linker, kb, interrupted)
-    assert list(build(linker, kb, interrupted, overwrite=True)) == table(kb)
+    assert list(build(linker, kb, interrupted, overwrite=True).entities()) == table(kb)
 
 
 def test_an_index_is_replaced_only_if_asked_and_once_the_new_one_is_complete(
@@ -646,13 +651,13 @@ def test_an_index_is_replaced_only_if_asked_and_once_the_new_one_is_complete(
         build(linker, kb, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         build(linker, Interrupted(kb, 15), tmp_path, overwrite=True)
-    assert list(EntityIndex.from_pretrained(tmp_path)) == table(kb[:5])
+    assert list(EntityIndex.from_pretrained(tmp_path).entities()) == table(kb[:5])
     # The old one may even be changed meanwhile: the shards of the new one are no strays.
     old.remove(["e0"])
     old.compact()
-    assert list(EntityIndex.from_pretrained(tmp_path)) == table(kb[1:5])
+    assert list(EntityIndex.from_pretrained(tmp_path).entities()) == table(kb[1:5])
     encoded = Counted(linker[0], monkeypatch)
-    assert list(build(linker, kb, tmp_path, overwrite=True)) == table(kb)
+    assert list(build(linker, kb, tmp_path, overwrite=True).entities()) == table(kb)
     assert encoded.since() == COUNT - 14
     assert not strays(tmp_path)
 
@@ -669,7 +674,7 @@ def test_a_disk_that_fills_up(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path, *args)
 
-    for module in (store_mimic, index_mimic):
+    for module in (store_mimic, directory_mimic):
         monkeypatch.setattr(module, "save_file", full)
     encoded = Counted(linker[0], monkeypatch)
     for files in range(3):
@@ -679,7 +684,7 @@ def test_a_disk_that_fills_up(
         assert not list(tmp_path.glob(".*.tmp"))
     left[0] = 100
     assert encoded.since() == 7 + 14 + 11
-    assert list(build(linker, kb, tmp_path)) == table(kb)
+    assert list(build(linker, kb, tmp_path).entities()) == table(kb)
     assert encoded.since() == 4
     assert not strays(tmp_path)
 
@@ -775,8 +780,8 @@ def test_changes_give_the_index_of_what_is_left(
     check(0)
     index.compact()
     check(0)
-    assert len(index._store) == len(index), "no space is left to removed entities"
-    assert len(index._store.shards) == 1
+    assert len(index._contents.store) == len(index), "no space is left to removed entities"
+    assert len(index._contents.store.shards) == 1
     index.update(*linker, [kb[3]], show_progress=False)
     entities["e3"] = kb[3]
     check(1)
@@ -820,11 +825,11 @@ def test_a_change_is_made_as_a_whole_or_not_at_all(
     mentions: MentionFeatures,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(index_mimic, "_SHARD_ENTITIES", 1)  # something is written before the change fails
+    small_shards(monkeypatch, 1)  # something is written before the change fails
     before = links(index, mentions)
     with pytest.raises(kind, match=message):
         change(index, linker, kb)
-    assert list(index) == list(reopened(index)) == table(kb)
+    assert list(index.entities()) == list(reopened(index).entities()) == table(kb)
     assert links(index, mentions) == before
     if index.directory is not None:
         assert not strays(index.directory)
@@ -841,14 +846,14 @@ def test_adding_nothing_changes_nothing(index: EntityIndex, linker: Linker, kb: 
 
 
 def test_an_index_without_entities(index: EntityIndex, linker: Linker, kb: list[dict[str, Any]], tmp_path: Path):
-    index.remove(record["id"] for record in list(index))
+    index.remove(record["id"] for record in list(index.entities()))
     assert len(index) == len(reopened(index)) == 0
-    assert list(index) == []
+    assert list(index.entities()) == []
     for action in (index.compact, lambda: index.save_pretrained(tmp_path / "other")):
         with pytest.raises(EntityIndexError, match="All entities of this index were removed"):
             action()
     index.add(*linker, kb[:2], show_progress=False)
-    assert list(index) == list(reopened(index)) == table(kb[:2])
+    assert list(index.entities()) == list(reopened(index).entities()) == table(kb[:2])
 
 
 def test_saving_a_copy(
@@ -858,8 +863,8 @@ def test_saving_a_copy(
     place = tmp_path / "copy" / "deep"
     index.save_pretrained(place)
     copied = EntityIndex.from_pretrained(place)
-    assert list(copied) == list(index)
-    assert len(copied._store) == COUNT - 2, "removed entities are left out"
+    assert list(copied.entities()) == list(index.entities())
+    assert len(copied._contents.store) == COUNT - 2, "removed entities are left out"
     np.testing.assert_array_equal(copied.search(mentions, 5).scores, index.search(mentions, 5).scores)
     assert not strays(place)
     copied.verify()
@@ -873,7 +878,7 @@ def test_saving_a_copy(
     # To its own place.
     own = EntityIndex.from_pretrained(place)
     own.save_pretrained(place / "." / ".." / "deep")
-    assert list(EntityIndex.from_pretrained(place)) == list(own)
+    assert list(EntityIndex.from_pretrained(place).entities()) == list(own.entities())
 
 
 def test_files_of_others_are_left_alone(linker: Linker, kb: list[dict[str, Any]], tmp_path: Path):
@@ -905,10 +910,10 @@ def test_files_of_others_are_left_alone(linker: Linker, kb: list[dict[str, Any]]
 
 def test_an_index_of_the_hubs_cache_is_not_changed(linker: Linker, kb: list[dict[str, Any]], tmp_path: Path):
     index = build(linker, kb, tmp_path / "cache")
-    index._read_only = True
+    index._contents = dataclasses.replace(index._contents, read_only=True)
     with pytest.raises(EntityIndexError, match="lies in the Hub's cache"):
         index.remove(["e1"])
-    assert pickle.loads(pickle.dumps(index))._read_only
+    assert pickle.loads(pickle.dumps(index))._contents.read_only
     index.save_pretrained(tmp_path / "own")
     EntityIndex.from_pretrained(tmp_path / "own").remove(["e1"])
 
@@ -950,13 +955,13 @@ def test_an_index_that_was_built_anew_is_another(how: str, linker: Linker, kb: l
         old.remove(["e1"])
     found = EntityIndex.from_pretrained(tmp_path / "index")
     found.verify()
-    assert list(found) == table(kb[:9])
+    assert list(found.entities()) == table(kb[:9])
 
 
 def test_two_writers_at_once(linker: Linker, kb: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     index = build(linker, kb, tmp_path)
-    monkeypatch.setattr(index_mimic, "_LOCK_SECONDS", 0.1)
-    with index_mimic._locked(tmp_path):
+    monkeypatch.setattr(directory_mimic, "_LOCK_SECONDS", 0.1)
+    with directory_mimic.locked(tmp_path):
         for change in (
             lambda: index.remove(["e1"]),
             lambda: build(linker, kb, tmp_path, overwrite=True),
@@ -977,9 +982,9 @@ def test_a_reader_goes_on_while_files_are_replaced(
     writer.compact()
     writer.remove([f"e{row}" for row in range(3, COUNT)])
     writer.compact()
-    assert list(writer) == table(kb[:2])
+    assert list(writer.entities()) == table(kb[:2])
     assert links(reader, mentions) == before
-    assert list(reader) == table(kb[:2] + kb[3:])
+    assert list(reader.entities()) == table(kb[:2] + kb[3:])
 
 
 def test_files_that_are_replaced_while_an_index_is_opened(
@@ -987,19 +992,19 @@ def test_files_that_are_replaced_while_an_index_is_opened(
 ):
     build(linker, kb, tmp_path).remove(["e2"])
     writer = EntityIndex.from_pretrained(tmp_path)
-    read, changes = index_mimic._read_shard, [2]
+    read, changes = directory_mimic.read_shard, [2]
 
     def slow(*args: Any) -> Any:
         if changes[0]:
             changes[0] -= 1
             with monkeypatch.context() as plain:
-                plain.setattr(index_mimic, "_read_shard", read)
+                plain.setattr(directory_mimic, "read_shard", read)
                 writer.compact()
         return read(*args)
 
-    monkeypatch.setattr(index_mimic, "_read_shard", slow)
+    monkeypatch.setattr(directory_mimic, "read_shard", slow)
     index = EntityIndex.from_pretrained(tmp_path)
-    assert list(index) == table(kb[:2] + kb[3:])
+    assert list(index.entities()) == table(kb[:2] + kb[3:])
     assert changes == [0]
 
 
@@ -1081,7 +1086,7 @@ def test_a_build_that_is_killed_at_any_moment(
             build(linker, few, place, shard_entities=4)
             assert encoded.since() <= max(0, 9 - 4 * (done - 1)), "a shard that was written is not encoded again"
         index = EntityIndex.from_pretrained(place)
-        assert list(index) == table(few)
+        assert list(index.entities()) == table(few)
         assert links(index, mentions) == expected
         index.verify()
         index.remove(["e1"])
@@ -1127,7 +1132,7 @@ def test_a_change_that_is_killed_at_any_moment(
         if not killed:
             break
         if change == "build over":
-            assert list(build(linker, kb[3:5], place, overwrite=True)) == table(kb[3:5])
+            assert list(build(linker, kb[3:5], place, overwrite=True).entities()) == table(kb[3:5])
         else:
             index.remove(["e4"])
         assert not strays(place)
@@ -1158,10 +1163,10 @@ def test_kills_at_random_moments(linker: Linker, kb: list[dict[str, Any]], tmp_p
         if (tmp_path / "index_config.json").exists():
             index = EntityIndex.from_pretrained(tmp_path)
             index.verify()
-            assert {"e0", "e2"} <= {record["id"] for record in index}
+            assert {"e0", "e2"} <= set(index)
             assert len(index) in (COUNT, COUNT - 1)
     index = build(linker, kb, tmp_path, overwrite=True, shard_entities=2)
-    assert list(index) == table(kb)
+    assert list(index.entities()) == table(kb)
     assert not strays(tmp_path)
 
 

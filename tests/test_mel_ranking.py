@@ -143,3 +143,9 @@ def test_answers_that_are_not_candidates(metric: evaluate.Metric) -> None:
 def test_bad_input_is_refused(metric: evaluate.Metric, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metric.compute(**arguments)
+
+
+def test_misses_alone_are_no_error_where_they_count() -> None:
+    computed = evaluate.load(str(METRIC), keep_in_memory=True).compute(ranks=[math.nan, math.nan], missing="miss")
+    assert (computed["hits@1"], computed["mrr"], computed["count"], computed["missing"]) == (0, 0, 2, 2)
+    assert math.isnan(computed["mean_rank"])

@@ -31,6 +31,7 @@ from mimic_el.matching_mimic import (
     Matcher,
     MentionFeatures,
     MimicEncoderOutput,
+    PairScores,
     TextGlobalLocalUnit,
     VisionDualDirection,
 )
@@ -346,10 +347,14 @@ def random_sides(case: Case) -> tuple[Matcher, list[dict[str, Tensor]], list[Ten
 
 def factored_scores(
     matcher: Matcher, sides: list[dict[str, Tensor]], masks: list[Tensor], cast: torch.dtype | None = None
-) -> MimicOutput:
+) -> dict[str, Tensor]:
     mentions = matcher.mention_features(MimicEncoderOutput(**sides[0]), masks[0])
     entities = matcher.entity_features(MimicEncoderOutput(**sides[1]), masks[1])
-    return matcher(mentions.to(cast), entities.to(cast)) if cast else matcher(mentions, entities)
+    return named(matcher(mentions.to(cast), entities.to(cast)) if cast else matcher(mentions, entities))
+
+
+def named(scores: PairScores) -> dict[str, Tensor]:
+    return dict(zip(LOGITS, (scores.total, scores.text, scores.image, scores.cross_modal), strict=True))
 
 
 def plain_scores(
@@ -501,6 +506,25 @@ def test_entities_alike_and_without_images_have_finite_gradients() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_features_are_returned_where_asked_for(model: MimicModel) -> None:
+    with torch.no_grad():
+        output = model(**both_sides(3, 4), return_features=True)
+        again = model.score(output.mention_features, output.entity_features)
+    for name in LOGITS:
+        assert torch.equal(again[name], output[name])
+    assert "mention_features" not in model(**both_sides(3, 4))
+
+
+def test_other_arguments_reach_the_backbone(model: MimicModel) -> None:
+    seen = []
+    part = model.encoder.clip.text_model
+    handle = part.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model(**both_sides(2, 2), output_hidden_states=True)
+    handle.remove()
+    assert [kwargs["output_hidden_states"] for kwargs in seen] == [True, True]
+
+
 def test_the_parts_make_the_whole(model: MimicModel) -> None:
     """Encode, join, pick and score by hand: as `forward`, whatever the size of a block."""
     inputs = both_sides(5, 7)
@@ -519,7 +543,7 @@ def test_the_parts_make_the_whole(model: MimicModel) -> None:
         for some, few in ((0, 7), (5, 0)):
             assert model.score(mentions[:some], entities[:few]).cross_modal_logits.shape == (some, few)
         rows, columns = torch.tensor([4, 0, 4]), torch.tensor([6, 6, 1])
-        aligned = model.matcher.score_pairs(mentions[rows], entities[columns])
+        aligned = named(model.matcher.score_pairs(mentions[rows], entities[columns]))
         for name in LOGITS:
             torch.testing.assert_close(aligned[name], whole[name][rows, columns], rtol=1e-5, atol=1e-5)
 

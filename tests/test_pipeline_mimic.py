@@ -61,7 +61,7 @@ def make(model: MimicModel, processor: MimicProcessor, **options: Any) -> Linker
 
 @pytest.fixture(scope="module")
 def linker(model: MimicModel, processor: MimicProcessor, kb: list[dict[str, Any]]) -> Linker:
-    return make(model, processor, entities=kb, index_kwargs={"dtype": "float32"})
+    return make(model, processor, entities=kb, build_kwargs={"dtype": "float32"})
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,7 @@ def test_entities_and_their_scores(linker: Linker, kb: list[dict[str, Any]], tmp
         {
             "entity_id": f"e{row}",
             "name": kb[row]["name"],
+            "description": kb[row]["description"],
             "score": float(scores.logits[0, row]),
             "text_score": float(scores.text_logits[0, row]),
             "image_score": float(scores.image_logits[0, row]),
@@ -114,7 +115,7 @@ def test_entities_and_their_scores(linker: Linker, kb: list[dict[str, Any]], tmp
         for row in order[:3]
     ]
     assert_same(found, expected)
-    assert [list(entity) for entity in found] == [["entity_id", "name", *SCORES]] * 3
+    assert [list(entity) for entity in found] == [["entity_id", "name", "description", *SCORES]] * 3
     assert all(type(entity[name]) is float for entity in found for name in SCORES)
 
 
@@ -134,9 +135,9 @@ def test_number_of_entities(
 
 
 def test_exhaustive_scoring_finds_the_same(linker: Linker, mentions: list[dict[str, Any]]):
-    assert linker(mentions, exact="exhaustive") == linker(mentions)
-    with pytest.raises(ValueError, match='"certified" or "exhaustive", got \'fast\''):
-        linker(mentions[0], exact="fast")
+    assert linker(mentions, method="exhaustive") == linker(mentions)
+    with pytest.raises(ValueError, match="`method` must be one of pruned, exhaustive, got 'fast'"):
+        linker(mentions[0], method="fast")
 
 
 # --- What goes in
@@ -359,7 +360,7 @@ def test_a_knowledge_base_or_an_index(
         assert make(model, processor, **options)(mentions) == expected
     for place in (tmp_path / "index", str(tmp_path / "index")):
         assert make(model, processor, index=place)(mentions) == expected
-    kept = make(model, processor, entities=kb, index_kwargs={"output_dir": tmp_path / "kept", "dtype": "int8"})
+    kept = make(model, processor, entities=kb, build_kwargs={"output_dir": tmp_path / "kept", "dtype": "int8"})
     assert kept.index.directory == tmp_path / "kept"
     assert kept.index.dtype == "int8"
 
@@ -428,7 +429,7 @@ def test_saved_without_its_index(
 ):
     linker.save_pretrained(tmp_path)
     assert not (tmp_path / "index").exists()
-    loaded = linked(TASK, model=str(tmp_path), trust_remote_code=True, entities=kb, index_kwargs={"dtype": "float32"})
+    loaded = linked(TASK, model=str(tmp_path), trust_remote_code=True, entities=kb, build_kwargs={"dtype": "float32"})
     assert_all_same(loaded(mentions), linker(mentions))
 
 
@@ -512,7 +513,7 @@ def test_mentions_that_are_refused(
 def test_unknown_parameters(
     linker: Linker, model: MimicModel, processor: MimicProcessor, mentions: list[dict[str, Any]]
 ):
-    with pytest.raises(TypeError, match="has no parameter topk; it takes top_k, candidates and exact"):
+    with pytest.raises(TypeError, match="has no parameter topk; it takes top_k, candidates and method"):
         linker(mentions[0], topk=3)
     with pytest.raises(TypeError, match="has no parameter kb"):
         make(model, processor, kb=[])

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
 
-import mimic_el.processing_mimic as processing
+from mimic_el import images_mimic
 from mimic_el.errors_mimic import MimicImageError
 from mimic_el.images_mimic import first_image, load_image
 from mimic_el.processing_mimic import MimicProcessor
@@ -333,7 +333,7 @@ def test_other_things_are_no_pictures(tmp_path: Path) -> None:
 
 def test_a_warning_instead_of_an_error(processor: MimicProcessor) -> None:
     image = picture()
-    with pytest.warns(UserWarning, match=r"the given bytes.* It is left out"):
+    with pytest.warns(UserWarning, match=r"the given bytes.* It is encoded without an image"):
         inputs = processor.process_mentions(["a", "b"], ["c", "d"], [b"broken", image], on_image_error="warn")
     assert not inputs["pixel_values"][0].any()
     assert torch.equal(inputs["pixel_values"][1], processor.pixels([image])[0])
@@ -391,7 +391,7 @@ def test_urls(processor: MimicProcessor, web: str, monkeypatch: pytest.MonkeyPat
         load_image(f"{web}/to_file")
     with pytest.raises(MimicImageError, match="URLs are not fetched here"):
         load_image(f"{web}/photo.png", allow_urls=False)
-    monkeypatch.setattr(processing, "_MAX_DOWNLOAD_BYTES", 4000)
+    monkeypatch.setattr(images_mimic, "_MAX_DOWNLOAD_BYTES", 4000)
     with pytest.raises(MimicImageError, match="is larger than"):
         load_image(f"{web}/large")
 
@@ -456,3 +456,32 @@ def test_bad_settings(processor: MimicProcessor) -> None:
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="has no padding token"):
         MimicProcessor(image_processor, tokenizer)
+
+
+def test_calling_the_processor_applies_the_template(processor: MimicProcessor) -> None:
+    image = picture()
+    for called, meant in (
+        (
+            processor(mention="a", text="b c", images=image),
+            processor.process_mentions("a", "b c", image),
+        ),
+        (processor(name=["a"], description=["d"], images=[image]), processor.process_entities(["a"], ["d"], [image])),
+        (processor(name=["a"]), processor.process_entities(["a"], [""])),
+    ):
+        assert called.keys() == meant.keys()
+        assert all(torch.equal(called[name], meant[name]) for name in meant)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mention": "a", "name": "b"}, "mentions .* or entities"),
+        ({"mention": "a"}, "A mention needs its text"),
+        ({"name": "a", "text": "b"}, "has a `description`, not a `text`"),
+        ({"mention": "a", "text": "b", "return_tensors": "np"}, '`return_tensors` must be "pt"'),
+        ({}, "needs `mention=` and `text=`"),
+    ],
+)
+def test_calls_that_are_refused(processor: MimicProcessor, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)

@@ -1,4 +1,4 @@
-"""`scripts/push_to_hub.py`, against a Hub."""
+"""`mimic-el push`, against a Hub."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def listed(output: str) -> dict[tuple[str, str], str]:
     """What a listing says of each file: (repository, path) -> state."""
     found, repository = {}, ""
     for line in output.splitlines():
-        if match := re.match(r"  (new|changed|same|delete) +(\S+)", line):
+        if match := re.match(r"  (new|changed|same|unknown|delete) +(\S+)", line):
             found[repository, match[2]] = match[1]
         elif line and not line.startswith(" "):
             repository = line.split()[0]
@@ -294,6 +294,53 @@ def test_who_may_not(hub: Hub, publish: Callable[..., Any], monkeypatch: pytest.
 
 def test_unreachable_hub(publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    status, _, errors = publish("--dry_run")
+    status, _, errors = publish()
     assert status == 1
     assert "http://127.0.0.1:9 refuses, or cannot be reached" in errors
+
+
+def test_dry_run_without_network(hub: Hub, publish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    promised = listed(publish("--dry_run")[1])
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    status, output, errors = publish("--dry_run")
+    assert (status, errors) == (0, "")
+    assert listed(output) == dict.fromkeys(promised, "unknown")
+    assert "up already is not known" in output
+    assert "Nothing was sent" in output
+
+
+LINKS: dict[str, Callable[[Path, Path], Path]] = {
+    "file of a model": lambda root, secret: root / "linker" / "notes_results.json",
+    "file of an index": lambda root, secret: next((root / "linker" / "index").glob("shard-*.jsonl")),
+    "file of a data set": lambda root, secret: root / "toys" / "mentions" / "extra.parquet",
+    "folder of a data set": lambda root, secret: root / "toys" / "more",
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_out_of_the_folder_are_refused(
+    hub: Hub, publish: Callable[..., Any], directories: Path, tmp_path: Path, name: str
+):
+    place = LINKS[name](directories, tmp_path)
+    target = tmp_path / "private"
+    if name == "file of an index":
+        place.rename(target)  # an index that is whole, but in part elsewhere
+    elif name.startswith("folder"):
+        target.mkdir()
+        (target / "key").write_text("private")
+    else:
+        target.write_text("private")
+    place.symlink_to(target)
+    status, _, errors = publish()
+    assert status == 1
+    assert f"error: {place} is a symbolic link to" in errors
+    assert not hub.matching("POST", "/(commit|create|preupload)")
+
+
+@pytest.mark.parametrize("directory", ["linker", "toys"])
+@pytest.mark.parametrize("metadata", ["a: [1\n", "- a list\n", "a: b: c\n"])
+def test_cards_that_are_not_valid_are_named(publish: Callable[..., Any], directories: Path, directory: str, metadata):
+    (directories / directory / "README.md").write_text(f"---\n{metadata}---\n# Title\n")
+    status, _, errors = publish("--dry_run")
+    assert status == 1
+    assert errors.startswith(f"error: {directories / directory / 'README.md'} cannot be read")

@@ -23,7 +23,7 @@ from tiny import index_of, mention_features, random_encoded
 from tiny_clip import tiny_model
 from torch import Tensor
 
-from mimic_el import index_mimic, search_mimic
+from mimic_el import search_mimic
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MentionFeatures, MimicModel
 from mimic_el.search_mimic import (
@@ -51,7 +51,7 @@ class Case:
     @property
     def stored_scores(self) -> Tensor:
         """Scores of all pairs by the model, from the features as they are stored."""
-        entities = self.index._store.full(slice(0, len(self.index._store)), CPU)
+        entities = self.index._contents.store.full(slice(0, len(self.index._contents.store)), CPU)
         with torch.no_grad():
             return self.model.score(self.mentions, entities).logits
 
@@ -88,12 +88,12 @@ def make_case(
     return Case(model, index, mention_features(model, mention, mention_mask), plain["logits"].repeat(1, repeat))
 
 
-def small_blocks(index: EntityIndex, monkeypatch: pytest.MonkeyPatch, block_bytes: int, sub_block: int) -> None:
-    """Makes the index search in blocks of few pairs."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch, block_bytes: int, sub_block: int) -> None:
+    """Makes searches work on few pairs at a time."""
     monkeypatch.setattr(
-        index,
+        search_mimic,
         "_searcher",
-        lambda device: Searcher(index._matcher_on(device), index._store, block_bytes=block_bytes, sub_block=sub_block),
+        lambda matcher, rows, device: Searcher(matcher, rows, block_bytes=block_bytes, sub_block=sub_block),
     )
 
 
@@ -109,7 +109,7 @@ def best(scores: Tensor, k: int) -> list[list[str]]:
 def check(case: Case, k: int, scores: Tensor, tolerance: float = 1e-5) -> None:
     """Both searches find the k best of `scores`, and the same ones."""
     certified = case.index.search(case.mentions, k)
-    exhaustive = case.index.search(case.mentions, k, exact="exhaustive")
+    exhaustive = case.index.search(case.mentions, k, method="exhaustive")
     assert certified.entity_ids == best(scores, k)
     assert exhaustive.entity_ids == certified.entity_ids
     expected = scores.sort(dim=1, descending=True).values[:, : certified.scores.shape[1]].numpy()
@@ -117,7 +117,7 @@ def check(case: Case, k: int, scores: Tensor, tolerance: float = 1e-5) -> None:
     np.testing.assert_allclose(certified.scores, expected, rtol=0, atol=tolerance * scale)
     np.testing.assert_allclose(exhaustive.scores, expected, rtol=0, atol=tolerance * scale)
     for stats in (certified.stats, exhaustive.stats):
-        assert stats.pairs == len(case.mentions) * len(case.index._store)
+        assert stats.pairs == len(case.mentions) * len(case.index._contents.store)
         assert 0 < stats.exact_pairs <= stats.pairs
 
 
@@ -136,7 +136,7 @@ def test_both_searches_find_what_the_plain_equations_find(mask: bool, clusters: 
 def test_small_blocks_many_shards_and_every_precision(dtype: str, mask: bool, monkeypatch: pytest.MonkeyPatch):
     """Blocks, sub-blocks and shards whose borders meet nowhere; compared with the stored features' own scores."""
     case = make_case(clusters=30, dtype=dtype, shards=7, mask_text_padding=mask)
-    small_blocks(case.index, monkeypatch, block_bytes=20_000, sub_block=13)
+    small_blocks(monkeypatch, block_bytes=20_000, sub_block=13)
     scores = case.stored_scores
     check(case, 10, scores)
     # What is rounded moves scores a little.
@@ -158,7 +158,7 @@ def test_every_way_of_scoring_pictures(
     monkeypatch.setattr(search_mimic, "_FEW", few)
     monkeypatch.setattr(Searcher, "_telling", lambda *_: first)
     case = make_case(entities=2 * ENTITIES, clusters=40, pictures=pictures, shards=3)
-    small_blocks(case.index, monkeypatch, block_bytes=30_000, sub_block=13)
+    small_blocks(monkeypatch, block_bytes=30_000, sub_block=13)
     check(case, 7, case.expected)
     answers = [f"e{row}" for row in range(MENTIONS)]
     expected = [oracle.realistic_rank(case.expected[row], row) for row in range(MENTIONS)]
@@ -172,7 +172,7 @@ def test_mentions_for_which_bounds_do_not_pay(fraction: float, monkeypatch: pyte
     monkeypatch.setattr(search_mimic, "_ROUND", 2)
     monkeypatch.setattr(search_mimic, "_PATIENCE", 1)
     case = make_case(entities=4 * ENTITIES, clusters=60, shards=3)
-    small_blocks(case.index, monkeypatch, block_bytes=60_000, sub_block=50)
+    small_blocks(monkeypatch, block_bytes=60_000, sub_block=50)
     scored: list[int] = []
     all_scores = Searcher._all_scores
 
@@ -208,7 +208,7 @@ def test_the_direction_that_tells_more_comes_first(constant: str, monkeypatch: p
     monkeypatch.setattr(Searcher, "_telling", told)
     certified = index.search(mentions, 5)
     assert set(chosen) == {_ENT2MEN if constant == "dual_men2ent" else _MEN2ENT}
-    assert certified.entity_ids == index.search(mentions, 5, exact="exhaustive").entity_ids
+    assert certified.entity_ids == index.search(mentions, 5, method="exhaustive").entity_ids
 
 
 @pytest.mark.parametrize("k", [1, ENTITIES - 1, ENTITIES, ENTITIES + 7])
@@ -218,7 +218,7 @@ def test_any_number_of_entities(k: int):
     assert case.index.search(case.mentions, k).scores.shape == (MENTIONS, min(k, ENTITIES))
 
 
-@pytest.mark.parametrize("mentions", [1, 2 * index_mimic._MENTION_BLOCK + 3])
+@pytest.mark.parametrize("mentions", [1, 2 * search_mimic._MENTION_BLOCK + 3])
 def test_any_number_of_mentions(mentions: int):
     case = make_case(mentions=mentions, clusters=12)
     check(case, 3, case.expected)
@@ -237,20 +237,20 @@ def test_equals_come_in_the_order_of_entities(
     """Each of 4 entities is there 50 times: every score ties with 49 others, more than any allowance for ties."""
     case = make_case(entities=4, repeat=50, shards=3, dtype=dtype)
     if blocks:
-        small_blocks(case.index, monkeypatch, *blocks)
+        small_blocks(monkeypatch, *blocks)
     expected = [[f"e{4 * copy + int(row[0][1:]) % 4}" for copy in range(30)] for row in best(case.expected, 1)]
     assert case.index.search(case.mentions, 30).entity_ids == expected
-    assert case.index.search(case.mentions, 30, exact="exhaustive").entity_ids == expected
+    assert case.index.search(case.mentions, 30, method="exhaustive").entity_ids == expected
 
 
-@pytest.mark.parametrize("exact", ["certified", "exhaustive"])
-def test_constant_scores(exact: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("method", ["pruned", "exhaustive"])
+def test_constant_scores(method: str, monkeypatch: pytest.MonkeyPatch):
     """Where all entities are equal, nothing can be left out: the first ones are the answer."""
     case = make_case(entities=1, repeat=300, mentions=5)
-    small_blocks(case.index, monkeypatch, block_bytes=8_000, sub_block=16)
-    found = case.index.search(case.mentions, 40, exact=exact)
+    small_blocks(monkeypatch, block_bytes=8_000, sub_block=16)
+    found = case.index.search(case.mentions, 40, method=method)
     assert found.entity_ids == [[f"e{row}" for row in range(40)]] * 5
-    ranks = case.index.rank(case.mentions, ["e7"] * 5, exact=exact).ranks
+    ranks = case.index.rank(case.mentions, ["e7"] * 5, method=method).ranks
     assert ranks.tolist() == [150.5] * 5, "a constant score earns the middle of the list"
 
 
@@ -263,7 +263,7 @@ def test_bounds_that_are_tight(repeat: int):
     mask[:, 1:] = False
     mentions = mention_features(model, encoded, mask)
     certified = index.search(mentions, 40)
-    exhaustive = index.search(mentions, 40, exact="exhaustive")
+    exhaustive = index.search(mentions, 40, method="exhaustive")
     assert certified.entity_ids == exhaustive.entity_ids
     number = len(index) // repeat
     for row in certified.entity_ids:
@@ -272,7 +272,7 @@ def test_bounds_that_are_tight(repeat: int):
         assert copies == sorted(copies)
     answers = [f"e{3 * row}" for row in range(MENTIONS)]
     ranks = index.rank(mentions, answers).ranks
-    np.testing.assert_array_equal(ranks, index.rank(mentions, answers, exact="exhaustive").ranks)
+    np.testing.assert_array_equal(ranks, index.rank(mentions, answers, method="exhaustive").ranks)
 
 
 @pytest.mark.parametrize("counts", [[1], [1, 1, 1], [40], [3, 0, 17, 1, 64], [2] * 30], ids=str)
@@ -309,18 +309,18 @@ def test_a_pair_scores_the_same_in_any_company():
     generator = torch.Generator().manual_seed(0)
     mention_rows = torch.arange(MENTIONS).repeat_interleave(ENTITIES)
     entity_rows = torch.arange(ENTITIES).repeat(MENTIONS)
-    matcher, store = case.index._matcher, case.index._store
-    together = score_pairs(matcher, case.mentions, mention_rows, store, entity_rows, 2**30).logits
+    matcher, store = case.index._matcher, case.index._contents.store
+    together = score_pairs(matcher, case.mentions, mention_rows, store, entity_rows, 2**30).total
     for size, block_bytes in ((1, 2**30), (7, 2**30), (300, 30_000)):
         some = torch.randperm(len(mention_rows), generator=generator)[:size]
-        alone = score_pairs(matcher, case.mentions, mention_rows[some], store, entity_rows[some], block_bytes).logits
+        alone = score_pairs(matcher, case.mentions, mention_rows[some], store, entity_rows[some], block_bytes).total
         torch.testing.assert_close(alone, together[some], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_removed_entities_are_not_found(dtype: str, monkeypatch: pytest.MonkeyPatch):
     case = make_case(clusters=12, dtype=dtype, shards=4)
-    small_blocks(case.index, monkeypatch, block_bytes=20_000, sub_block=13)
+    small_blocks(monkeypatch, block_bytes=20_000, sub_block=13)
     scores = case.stored_scores
     gone = sorted({int(row[0][1:]) for row in best(scores, 1)} | set(range(40, 95)))
     case.index.remove([f"e{row}" for row in gone])
@@ -347,7 +347,7 @@ def test_scores_a_thousand_times_as_large(part: str):
     index = index_of(case.model, encoded, mask)
     mentions = mention_features(case.model, mention, mention_mask)
     certified = index.search(mentions, 10)
-    exhaustive = index.search(mentions, 10, exact="exhaustive")
+    exhaustive = index.search(mentions, 10, method="exhaustive")
     assert certified.entity_ids == exhaustive.entity_ids
     np.testing.assert_array_equal(certified.scores, exhaustive.scores)
 
@@ -358,7 +358,7 @@ def test_scores_of_the_units():
     total = (found.text_scores + found.image_scores + found.cross_modal_scores) / 3
     np.testing.assert_allclose(total, found.scores, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        scored = case.model.score(case.mentions, case.index._store.full(slice(0, ENTITIES), CPU))
+        scored = case.model.score(case.mentions, case.index._contents.store.full(slice(0, ENTITIES), CPU))
     for row, ids in enumerate(found.entity_ids):
         column = int(ids[0][1:])
         for name in ("text", "image", "cross_modal"):
@@ -371,7 +371,7 @@ def test_scores_of_the_units():
 
 @pytest.mark.parametrize("many", [0, 10**6], ids=["bounded", "all-scored"])
 def test_candidates_restrict_the_answer(many: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(index_mimic, "_MANY_CANDIDATES", many)
+    monkeypatch.setattr(search_mimic, "_MANY_CANDIDATES", many)
     case = make_case(clusters=12, shards=3)
     candidates = [
         None if row % 3 == 0 else [f"e{(7 * row + step) % ENTITIES}" for step in range(11 * (row % 5))]
@@ -405,13 +405,13 @@ def test_candidates_may_repeat_but_must_be_there():
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["all-tokens", "masked"])
-@pytest.mark.parametrize("exact", ["certified", "exhaustive"])
-def test_ranks_are_those_of_all_scores(exact: str, mask: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("method", ["pruned", "exhaustive"])
+def test_ranks_are_those_of_all_scores(method: str, mask: bool, monkeypatch: pytest.MonkeyPatch):
     """With ties, removed entities, answers that are removed, unknown, or not told."""
     case = make_case(
         entities=ENTITIES // 4, repeat=4, mentions=2 * MENTIONS, clusters=12, shards=3, mask_text_padding=mask
     )
-    small_blocks(case.index, monkeypatch, block_bytes=40_000, sub_block=13)
+    small_blocks(monkeypatch, block_bytes=40_000, sub_block=13)
     gone = list(range(5, 50, 3))
     case.index.remove([f"e{row}" for row in gone])
     kept = torch.tensor([row for row in range(ENTITIES) if row not in gone])
@@ -424,7 +424,7 @@ def test_ranks_are_those_of_all_scores(exact: str, mask: bool, monkeypatch: pyte
         else:
             place = int((kept == int(answer[1:])).nonzero())
             expected.append(oracle.realistic_rank(case.expected[row, kept], place))
-    ranked = case.index.rank(case.mentions, answers, exact=exact)
+    ranked = case.index.rank(case.mentions, answers, method=method)
     np.testing.assert_array_equal(ranked.ranks, expected)
     assert ranked.ranks.dtype == np.float64
     assert 0 < ranked.stats.exact_pairs <= ranked.stats.pairs
@@ -448,11 +448,11 @@ def test_bounds_spare_work_where_features_are_as_training_makes_them():
     assert certified.stats.exact_pairs < 0.1 * certified.stats.pairs
     assert certified.stats.hull_pairs < certified.stats.pairs
     assert certified.stats.exact_fraction == certified.stats.exact_pairs / certified.stats.pairs
-    assert certified.entity_ids == case.index.search(case.mentions, 5, exact="exhaustive").entity_ids
+    assert certified.entity_ids == case.index.search(case.mentions, 5, method="exhaustive").entity_ids
     answers = [f"e{row}" for row in range(MENTIONS)]
     ranked = case.index.rank(case.mentions, answers)
     assert ranked.stats.exact_pairs < 0.1 * ranked.stats.pairs
-    np.testing.assert_array_equal(ranked.ranks, case.index.rank(case.mentions, answers, exact="exhaustive").ranks)
+    np.testing.assert_array_equal(ranked.ranks, case.index.rank(case.mentions, answers, method="exhaustive").ranks)
 
 
 def anonymous_memory() -> int:
@@ -492,7 +492,7 @@ def test_memory_grows_with_the_block_and_not_with_the_knowledge_base(tmp_path: P
         place = tmp_path / str(entities)
         index_of(model, *random_encoded(model.config, entities, 1, 500, 0.1)).save_pretrained(place)
         index = EntityIndex.from_pretrained(place)
-        small_blocks(index, monkeypatch, block_bytes=block, sub_block=1024)
+        small_blocks(monkeypatch, block_bytes=block, sub_block=1024)
         index.search(mentions[:1], 3)
         for count in (1, 16):
             some = mentions[:count]
@@ -512,11 +512,11 @@ def test_memory_grows_with_the_block_and_not_with_the_knowledge_base(tmp_path: P
 def test_what_is_refused():
     case = make_case(mentions=3)
     index, mentions = case.index, case.mentions
-    entities = index._store.full(slice(0, 2), CPU)
+    entities = index._contents.store.full(slice(0, 2), CPU)
     with pytest.raises(TypeError, match=r"searched with MentionFeatures.* got EntityFeatures"):
         index.search(entities)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='"certified" or "exhaustive", got \'fast\''):
-        index.search(mentions, exact="fast")
+        index.search(mentions, method="fast")
     for k in (0, -1, 1.5, "3", None, True):
         with pytest.raises(ValueError, match="`top_k` must be a positive integer"):
             index.search(mentions, k)  # type: ignore[arg-type]
@@ -557,7 +557,7 @@ def test_mentions_of_another_precision(dtype: torch.dtype, mask: bool):
     case = make_case(clusters=12, mask_text_padding=mask)
     mentions = case.mentions.to(dtype)
     certified = case.index.search(mentions, 5)
-    assert certified.entity_ids == case.index.search(mentions, 5, exact="exhaustive").entity_ids
+    assert certified.entity_ids == case.index.search(mentions, 5, method="exhaustive").entity_ids
     if dtype == torch.float64:
         assert certified.entity_ids == case.index.search(case.mentions, 5).entity_ids
 

@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from mimic_el import EntityIndex, EntityIndexError, MentionFeatures, MimicConfig
-from mimic_el.index_mimic import _Store
+from mimic_el.contents_mimic import Contents
+from mimic_el.index_mimic import Store
 from mimic_el.matching_mimic import Matcher, MimicEncoderOutput
 from mimic_el.shortlist_mimic import first_stage_vectors
-from mimic_el.store_mimic import _make_shard, _quantised
+from mimic_el.store_mimic import make_shard, quantized
 
 ENTITIES, MENTIONS = 400, 6
 SIZES: dict[str, Any] = {"image_hidden_size": 8, "tglu_hidden_size": 8, "vdlu_hidden_size": 8, "cmfu_hidden_size": 8}
@@ -36,11 +37,11 @@ def index() -> EntityIndex:
     matcher = Matcher(config).eval()
     with torch.inference_mode():
         features = matcher.entity_features(encoded(ENTITIES, config), torch.ones(ENTITIES, 6))
-        stored = _quantised(features, matcher, torch.float32)
-    shard = _make_shard("shard-0", stored, [{"id": f"e{row}", "name": ""} for row in range(ENTITIES)])
+        stored = quantized(features, matcher, torch.float32)
+    shard = make_shard("shard-0", stored, [{"id": f"e{row}", "name": ""} for row in range(ENTITIES)])
     model = {"name": "m", "fingerprint": "", "probe": [], "config": config.to_dict()}
     manifest = {"format": "mimic-entity-index", "version": 1, "generation": 1, "dtype": "float32", "model": model}
-    return EntityIndex(matcher, {**manifest, "removed": None}, _Store([shard]))
+    return EntityIndex(matcher, Contents({**manifest, "removed": None}, Store([shard])))
 
 
 @pytest.fixture
@@ -51,13 +52,13 @@ def mentions(index: EntityIndex) -> MentionFeatures:
 
 
 def test_candidates_are_those_with_the_largest_dot_products(index: EntityIndex, mentions: MentionFeatures) -> None:
-    index.build_first_stage("Flat", show_progress=False)
-    entity = index._store.full(slice(0, ENTITIES), torch.device("cpu")).tensors
+    index.build_shortlist("Flat", show_progress=False)
+    entity = index._contents.store.full(slice(0, ENTITIES), torch.device("cpu")).tensors
     mention = mentions.tensors
     # The text's dot product is half of one of three units, the cross-modal one a whole unit.
     products = mention["text_embed"] @ entity["text_embed"].T / 6 + mention["cross_modal"] @ entity["cross_modal"].T / 3
-    assert index._first_stage is not None
-    found = index._first_stage.candidates(mention, 20, probes=1)
+    assert index._shortlist is not None
+    found = index._shortlist[1].candidates(mention, 20, nprobe=1)
     for row in range(MENTIONS):
         assert set(found[row].tolist()) == set(products[row].topk(20).indices.tolist())
     together = first_stage_vectors(mention) @ first_stage_vectors(entity).T
@@ -65,9 +66,9 @@ def test_candidates_are_those_with_the_largest_dot_products(index: EntityIndex, 
 
 
 def test_with_all_entities_as_candidates_the_answer_is_exact(index: EntityIndex, mentions: MentionFeatures) -> None:
-    index.build_first_stage("IVF4,Flat", show_progress=False)
+    index.build_shortlist("IVF4,Flat", show_progress=False)
     exact = index.search(mentions, 5)
-    approximate = index.search(mentions, 5, first_stage=ENTITIES, probes=4)
+    approximate = index.search(mentions, 5, num_candidates=ENTITIES, nprobe=4)
     assert approximate.entity_ids == exact.entity_ids
     np.testing.assert_allclose(approximate.scores, exact.scores, atol=1e-5)
 
@@ -75,8 +76,8 @@ def test_with_all_entities_as_candidates_the_answer_is_exact(index: EntityIndex,
 def test_few_candidates_score_few_pairs_and_the_best_of_them_come_first(
     index: EntityIndex, mentions: MentionFeatures
 ) -> None:
-    index.build_first_stage(show_progress=False)
-    found = index.search(mentions, 5, first_stage=30)
+    index.build_shortlist(show_progress=False)
+    found = index.search(mentions, 5, num_candidates=30)
     assert found.stats.exact_pairs == MENTIONS * 30
     assert found.stats.pairs == MENTIONS * ENTITIES
     assert (np.diff(found.scores, axis=1) <= 0).all()
@@ -85,8 +86,8 @@ def test_few_candidates_score_few_pairs_and_the_best_of_them_come_first(
 def test_removed_entities_are_never_found(index: EntityIndex, mentions: MentionFeatures) -> None:
     best = index.search(mentions, 1).entity_ids[0][0]
     index.remove([best])
-    index.build_first_stage("Flat", show_progress=False)
-    found = index.search(mentions, 5, first_stage=ENTITIES)
+    index.build_shortlist("Flat", show_progress=False)
+    found = index.search(mentions, 5, num_candidates=ENTITIES)
     assert all(best not in ids for ids in found.entity_ids)
 
 
@@ -95,23 +96,23 @@ def test_it_is_stored_beside_the_index_and_belongs_to_its_generation(
 ) -> None:
     index.save_pretrained(tmp_path)
     stored = EntityIndex.from_pretrained(tmp_path)
-    with pytest.raises(EntityIndexError, match="build_first_stage"):
-        stored.search(mentions, 5, first_stage=10)
-    stored.build_first_stage("Flat", show_progress=False)
+    with pytest.raises(EntityIndexError, match="build_shortlist"):
+        stored.search(mentions, 5, num_candidates=10)
+    stored.build_shortlist("Flat", show_progress=False)
     again = EntityIndex.from_pretrained(tmp_path)
-    expected = stored.search(mentions, 5, first_stage=50).entity_ids
-    assert again.search(mentions, 5, first_stage=50).entity_ids == expected
+    expected = stored.search(mentions, 5, num_candidates=50).entity_ids
+    assert again.search(mentions, 5, num_candidates=50).entity_ids == expected
     again.remove(["e0"])
     assert not list(tmp_path.glob("first-stage-*"))
-    with pytest.raises(EntityIndexError, match="build_first_stage"):
-        again.search(mentions, 5, first_stage=50)
+    with pytest.raises(EntityIndexError, match="build_shortlist"):
+        again.search(mentions, 5, num_candidates=50)
 
 
 def test_bad_arguments(index: EntityIndex, mentions: MentionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="NoSuchThing"):
-        index.build_first_stage("NoSuchThing7", show_progress=False)
+        index.build_shortlist("NoSuchThing7", show_progress=False)
     with pytest.raises(ValueError, match="at least `top_k`"):
-        index.search(mentions, 5, first_stage=4)
+        index.search(mentions, 5, num_candidates=4)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
-        index.build_first_stage(show_progress=False)
+        index.build_shortlist(show_progress=False)

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import index_of, mention_features, random_encoded
+from tiny import index_of, mention_features, random_encoded, small_shards
 from tiny_clip import tiny_model
 from torch import Tensor
 
-from mimic_el import index_mimic, store_mimic
+from mimic_el import store_mimic
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.errors_mimic import EntityIndexError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.matching_mimic import EntityFeatures, Matcher
 from mimic_el.modeling_mimic import MimicModel
-from mimic_el.store_mimic import _make_shard, _quantised, _read_shard, _restored, _Store, _write_shard
+from mimic_el.store_mimic import Store, dequantized, make_shard, quantized, read_shard, write_shard
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -61,9 +61,9 @@ def records(count: int = COUNT) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_round_trip_bit_for_bit(dtype: str, model: MimicModel, features: EntityFeatures, tmp_path: Path):
     with torch.no_grad():
-        stored = _quantised(features, model.matcher, DTYPES[dtype])
-    written = _make_shard("shard-1", stored, records())
-    read = _read_shard(tmp_path, _write_shard(tmp_path, written))
+        stored = quantized(features, model.matcher, DTYPES[dtype])
+    written = make_shard("shard-1", stored, records())
+    read = read_shard(tmp_path, write_shard(tmp_path, written))
     assert list(read.table) == records()
     assert read.tensors.keys() == stored.keys()
     for name, tensor in read.tensors.items():
@@ -73,13 +73,13 @@ def test_round_trip_bit_for_bit(dtype: str, model: MimicModel, features: EntityF
     np.testing.assert_array_equal(read.hashes, written.hashes)
     for record in records():
         row = int(record["id"][1:])
-        assert _Store([read]).row(record["id"]) == row
+        assert Store([read]).row(record["id"]) == row
         assert read.table[row] == record
-    assert _Store([read]).row("nobody") is None
+    assert Store([read]).row("nobody") is None
 
 
 def test_float32_is_what_the_model_gives(model: MimicModel, features: EntityFeatures):
-    stored = _quantised(features, model.matcher, torch.float32)
+    stored = quantized(features, model.matcher, torch.float32)
     for name, tensor in features.tensors.items():
         torch.testing.assert_close(stored[name], tensor, rtol=1e-5, atol=1e-6)
         if not name.endswith("stats"):
@@ -88,12 +88,12 @@ def test_float32_is_what_the_model_gives(model: MimicModel, features: EntityFeat
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_rounding_is_as_small_as_the_precision_allows(dtype: str, model: MimicModel, features: EntityFeatures):
-    stored = _quantised(features, model.matcher, DTYPES[dtype])
+    stored = quantized(features, model.matcher, DTYPES[dtype])
     for name, tensor in features.tensors.items():
         if name == "text_bias" or name.endswith("stats"):
             assert stored[name].dtype == torch.float32, "a few numbers, which scores hang on"
             continue
-        error = (_restored(stored, name) - tensor).abs()
+        error = (dequantized(stored, name) - tensor).abs()
         # Half a step: of the 127 to the largest number of the vector, or of 11 binary digits.
         half_step = tensor.abs().amax(dim=-1, keepdim=True) / 254 if dtype == "int8" else tensor.abs() * 2.0**-11
         assert (error <= half_step * 1.001 + 1e-7).all(), name
@@ -102,8 +102,8 @@ def test_rounding_is_as_small_as_the_precision_allows(dtype: str, model: MimicMo
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_of_an_entity_belong_to_its_vectors_as_rounded(dtype: str, model: MimicModel, features: EntityFeatures):
     """Squares of the rounded vectors, not rounded squares: expanded sums must cancel."""
-    stored = _quantised(features, model.matcher, DTYPES[dtype])
-    q, z = _restored(stored, "image_query_q"), _restored(stored, "image_key_z")
+    stored = quantized(features, model.matcher, DTYPES[dtype])
+    q, z = dequantized(stored, "image_query_q"), dequantized(stored, "image_key_z")
     torch.testing.assert_close(stored["image_query_stats"][:, 0], q.square().sum(dim=-1))
     torch.testing.assert_close(stored["image_key_stats"][:, 0], z.square().sum(dim=-1))
 
@@ -112,9 +112,9 @@ def test_zero_vectors(model: MimicModel, features: EntityFeatures):
     """Their largest number, which int8 divides by, is zero."""
     zeros = EntityFeatures({name: torch.zeros_like(tensor) for name, tensor in features.tensors.items()})
     for dtype in DTYPES.values():
-        stored = _quantised(zeros, model.matcher, dtype)
+        stored = quantized(zeros, model.matcher, dtype)
         assert all(bool(torch.isfinite(tensor.float()).all()) for tensor in stored.values())
-        assert not _restored(stored, "text_query").any()
+        assert not dequantized(stored, "text_query").any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -124,15 +124,15 @@ def test_values_that_are_not_finite_are_refused(name: str, value: float, model: 
     tensors[name].view(COUNT, -1)[3, -1] = value
     for dtype in DTYPES.values():
         with pytest.raises(EntityIndexError, match=f"`{name}` values that are not finite"):
-            _quantised(EntityFeatures(tensors), model.matcher, dtype)
+            quantized(EntityFeatures(tensors), model.matcher, dtype)
 
 
 def test_values_beyond_float16_are_refused(model: MimicModel, features: EntityFeatures):
     large = EntityFeatures({**features.tensors, "text_local": features.tensors["text_local"] * 1e6})
     with pytest.raises(EntityIndexError, match='`text_local` are too large for float16; use dtype="float32"'):
-        _quantised(large, model.matcher, torch.float16)
+        quantized(large, model.matcher, torch.float16)
     for dtype in (torch.float32, torch.int8):
-        restored = _restored(_quantised(large, model.matcher, dtype), "text_local")
+        restored = dequantized(quantized(large, model.matcher, dtype), "text_local")
         torch.testing.assert_close(restored, large.tensors["text_local"], rtol=1e-2, atol=1e5)
 
 
@@ -140,10 +140,10 @@ def test_values_beyond_float16_are_refused(model: MimicModel, features: EntityFe
 def test_bytes_of_an_entity_at_the_published_dimensions(dtype: str, limit: int, tmp_path: Path):
     config = MimicConfig()
     matcher = Matcher(config).requires_grad_(False)
-    stored = _quantised(matcher.entity_features(*random_encoded(config, 64)), matcher, DTYPES[dtype])
-    shard = _make_shard("shard-1", stored, records(64))
-    assert _Store([shard]).feature_bytes / 64 <= limit
-    _write_shard(tmp_path, shard)
+    stored = quantized(matcher.entity_features(*random_encoded(config, 64)), matcher, DTYPES[dtype])
+    shard = make_shard("shard-1", stored, records(64))
+    assert Store([shard]).feature_bytes / 64 <= limit
+    write_shard(tmp_path, shard)
     header_and_numbers = 4096 + 64 * 24
     assert (tmp_path / "shard-1.safetensors").stat().st_size <= 64 * limit + header_and_numbers
 
@@ -162,14 +162,12 @@ def test_ranking_is_that_of_float32(dtype: str, agreement: float):
 
 
 @pytest.fixture
-def store(model: MimicModel, features: EntityFeatures) -> _Store:
-    stored = _quantised(features, model.matcher, torch.int8)
+def store(model: MimicModel, features: EntityFeatures) -> Store:
+    stored = quantized(features, model.matcher, torch.int8)
     parts = torch.arange(COUNT).split([5, 1, 6])
-    return _Store(
+    return Store(
         [
-            _make_shard(
-                f"shard-{n}", {k: t[rows] for k, t in stored.items()}, [records()[row] for row in rows.tolist()]
-            )
+            make_shard(f"shard-{n}", {k: t[rows] for k, t in stored.items()}, [records()[row] for row in rows.tolist()])
             for n, rows in enumerate(parts)
         ]
     )
@@ -180,23 +178,23 @@ def store(model: MimicModel, features: EntityFeatures) -> _Store:
     [slice(0, COUNT), slice(4, 7), slice(5, 6), torch.tensor([11, 0, 5, 5, 4, 6, 0]), torch.tensor([7])],
     ids=str,
 )
-def test_rows_come_as_asked_for(rows: Any, store: _Store, model: MimicModel, features: EntityFeatures):
-    stored = _quantised(features, model.matcher, torch.int8)
+def test_rows_come_as_asked_for(rows: Any, store: Store, model: MimicModel, features: EntityFeatures):
+    stored = quantized(features, model.matcher, torch.int8)
     full = store.full(rows, CPU).tensors
     assert full.keys() == features.tensors.keys()
     for name, tensor in full.items():
-        assert torch.equal(tensor, _restored(stored, name)[rows]), name
+        assert torch.equal(tensor, dequantized(stored, name)[rows]), name
     some = store.gather(rows, ["text_local", "nothing"], CPU)
     assert some.keys() == {"text_local"}
-    assert torch.equal(some["text_local"], _restored(stored, "text_local")[rows])
+    assert torch.equal(some["text_local"], dequantized(stored, "text_local")[rows])
 
 
-def test_records_and_removed_rows(store: _Store):
+def test_records_and_removed_rows(store: Store):
     assert [store.record(row) for row in range(COUNT)] == records()
     assert store.alive(0, COUNT) is None
     removed = torch.zeros(COUNT, dtype=torch.bool)
     removed[[0, 5, 8]] = True
-    some = _Store(store.shards, removed)
+    some = Store(store.shards, removed)
     assert [record["id"] for record in some.records()] == [f"e{row}" for row in (1, 2, 3, 4, 6, 7, 9, 10, 11)]
     assert some.row("e5") is None
     assert some.row("e6") == 6
@@ -213,10 +211,10 @@ def test_records_and_removed_rows(store: _Store):
 
 
 def test_ids_whose_hashes_collide(model: MimicModel, features: EntityFeatures, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store_mimic, "_hash_id", lambda entity_id: 7)
-    stored = _quantised(features, model.matcher, torch.float32)
-    shard = _make_shard("shard-1", stored, records())
-    store = _Store([shard])
+    monkeypatch.setattr(store_mimic, "hash_id", lambda entity_id: 7)
+    stored = quantized(features, model.matcher, torch.float32)
+    shard = make_shard("shard-1", stored, records())
+    store = Store([shard])
     assert [store.row(f"e{row}") for row in range(COUNT)] == list(range(COUNT))
     assert store.row("e12") is None
 
@@ -227,13 +225,13 @@ def test_ids_whose_hashes_collide(model: MimicModel, features: EntityFeatures, m
 @pytest.fixture
 def saved(model: MimicModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An index of two shards, with a removed entity."""
-    monkeypatch.setattr(index_mimic, "_SHARD_ENTITIES", COUNT // 2)
+    small_shards(monkeypatch, COUNT // 2)
     place = tmp_path / "index"
     index_of(model, *random_encoded(model.config, COUNT), dtype="float16").save_pretrained(place)
     index = EntityIndex.from_pretrained(place)
     index.remove(["e3"])
     index.verify()
-    assert [len(shard) for shard in EntityIndex.from_pretrained(place)._store.shards] == [COUNT // 2] * 2
+    assert [len(shard) for shard in EntityIndex.from_pretrained(place)._contents.store.shards] == [COUNT // 2] * 2
     return place
 
 
@@ -383,7 +381,7 @@ def test_table_with_a_line_that_is_no_entity(line: bytes, saved: Path):
         saved, put("table.offsets", lambda offsets: torch.cat([offsets[:1], offsets[1:] + len(first) - len(lines[0])]))
     )
     index = EntityIndex.from_pretrained(saved)
-    assert index._store.record(1)["id"] == "e1"
+    assert index._contents.store.record(1)["id"] == "e1"
     with pytest.raises(EntityIndexError, match="entity table is damaged at row 0"):
         list(index)
 
@@ -502,10 +500,10 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store_mimic._write_atomically(path, fail)
+        store_mimic.write_atomically(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
-    store_mimic._write_atomically(path, lambda temporary: temporary.write_text("new"))
+    store_mimic.write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
 

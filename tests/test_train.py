@@ -31,6 +31,8 @@ from mimic_el.training import (
     in_batch_metrics,
     rank_mentions,
 )
+from mimic_el.training.data import MISSING_LOG
+from mimic_el.training.start import train_tokenizer
 
 # Its type knows the library's own tasks alone.
 pipeline: Any = transformers.pipeline
@@ -211,7 +213,7 @@ def test_batch_joins_mentions_with_their_answers(processor: MimicProcessor) -> N
         torch.testing.assert_close(batch[f"entity_{name}"], tensor, rtol=0, atol=0)
     assert batch["labels"].tolist() == list(range(12))
     assert batch["entity_labels"].tolist() == [number % 9 for number in range(12)]
-    assert batch["return_loss"] is True
+    assert all(isinstance(value, torch.Tensor) for value in batch.values())
 
 
 def test_batch_with_merged_duplicates(model: MimicModel, processor: MimicProcessor) -> None:
@@ -259,7 +261,7 @@ def test_unreadable_pictures_are_warned_of_listed_and_left_out(processor: MimicP
     entities[2]["images"] = [str(tmp_path / "absent.png")]
     log = tmp_path / train.UNREADABLE_LOG
     collator = MentionEntityCollator(processor, entities, unreadable_log=log)
-    with pytest.warns(UserWarning, match="picture of (mention train-1|entity animal:orange, image 0) is left out"):
+    with pytest.warns(UserWarning, match="image of (mention train-1|entity animal:orange, image 0) is left out"):
         batch = collator(mentions)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -268,8 +270,8 @@ def test_unreadable_pictures_are_warned_of_listed_and_left_out(processor: MimicP
     assert not batch["pixel_values"][1].any()
     assert not batch["entity_pixel_values"][2].any()
     assert batch["pixel_values"][0].any()
-    listed = train.unreadable_pictures(tmp_path)
-    assert [entry["picture"] for entry in listed] == ["mention train-1", "entity animal:orange, image 0"]
+    listed = train.unreadable_images(tmp_path)
+    assert [entry["image"] for entry in listed] == ["mention train-1", "entity animal:orange, image 0"]
     assert "no image file" in listed[1]["error"]
 
 
@@ -297,7 +299,7 @@ def test_bad_knowledge_bases_are_refused(change: Callable[[list], Any], message:
 
 
 def test_knowledge_base_of_a_data_set_decodes_nothing() -> None:
-    assert [{**entity, "qid": None} for entity in toy_data.knowledge_base()] == toy_data.entities()
+    assert [{**entity, "qid": None} for entity in toy_data.knowledge_base().entities()] == toy_data.entities()
 
 
 # --- Evaluation
@@ -354,12 +356,12 @@ def test_ranking_in_batches_of_any_size_and_from_a_stream(model: MimicModel, pro
     parts = rank_mentions(model, collator, index, stream, top_k=20, batch_size=2, num_workers=1, show_progress=False)
     assert whole.ids == parts.ids == [f"val-{number}" for number in range(11)]
     np.testing.assert_array_equal(whole.ranks, parts.ranks)
-    assert [[entity for entity, _ in row] for row in whole.candidates or []] == [
-        [entity for entity, _ in row] for row in parts.candidates or []
+    assert [[found["entity_id"] for found in row] for row in whole.entities or []] == [
+        [found["entity_id"] for found in row] for row in parts.entities or []
     ]
     record = next(whole.records())
-    assert len(record["candidates"]) == 9
-    assert record["candidates"][int(record["rank"]) - 1]["entity_id"] == record["answer"] == "company:orange"
+    assert len(record["entities"]) == 9
+    assert record["entities"][int(record["rank"]) - 1]["entity_id"] == record["answer"] == "company:orange"
     assert whole.kinds == [mention["kind"] for mention in toy_data.mentions("val", 11)]
     with pytest.raises(ValueError, match="no mentions to rank"):
         rank_mentions(model, collator, index, [], show_progress=False)
@@ -434,8 +436,8 @@ def test_output_is_a_checkpoint_that_everything_loads(trained: Path, data_dir: P
     linker = pipeline("multimodal-entity-linking", model=str(trained), trust_remote_code=True)
     mention = datasets.load_dataset(str(data_dir), "mentions", split="test")[0]
     linked = linker(mention, top_k=9)
-    assert [row["entity_id"] for row in linked] == [row["entity_id"] for row in lines[0]["candidates"]]
-    assert [row["score"] for row in linked] == pytest.approx([r["score"] for r in lines[0]["candidates"]], abs=1e-4)
+    assert [row["entity_id"] for row in linked] == [row["entity_id"] for row in lines[0]["entities"]]
+    assert [row["score"] for row in linked] == pytest.approx([r["score"] for r in lines[0]["entities"]], abs=1e-4)
 
 
 def test_best_checkpoint_is_kept(trained: Path) -> None:
@@ -530,7 +532,7 @@ def test_mentions_without_entity_are_counted_and_named(tmp_path: Path, caplog: p
     assert (results["test_mentions"], results["test_missing_answers"]) == (4, 2)
     saved = json.loads((tmp_path / "out" / "train_results.json").read_text())
     assert (saved["train_mentions"], saved["train_mentions_left_out"]) == (16, 2)
-    listed = [json.loads(line) for line in (tmp_path / "out" / train.MISSING_LOG).read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "out" / MISSING_LOG).read_text().splitlines()]
     assert [(row["row"], row["id"], row["answer"]) for row in listed] == [(16, "lost-0", "Q1"), (17, "lost-1", "Q1")]
     assert "answers of 2 of 18 training mentions are not in the knowledge base" in caplog.text
     assert "answers of 2 test mentions" in caplog.text
@@ -668,8 +670,8 @@ def test_data_set_without_a_column_or_configuration(tmp_path: Path) -> None:
 
 def test_tokenizer_spells_every_text_and_is_the_same_every_time() -> None:
     texts = ["An orange is a fruit.", "Georgia [SEP] a country", "Swift"] * 3
-    tokenizer = train.train_tokenizer(texts, 600)
-    assert tokenizer.get_vocab() == train.train_tokenizer(texts, 600).get_vocab()
+    tokenizer = train_tokenizer(texts, 600)
+    assert tokenizer.get_vocab() == train_tokenizer(texts, 600).get_vocab()
     assert len(tokenizer) <= 600
     # CLIP pools at the first end of text, which must be the last token of any text; a 2 would pool elsewhere.
     assert tokenizer.eos_token_id == 1

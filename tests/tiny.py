@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tiny_clip import tiny_tokenizer
 
+from mimic_el import building_mimic, contents_mimic, directory_mimic
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.index_mimic import EntityIndex
-from mimic_el.matching_mimic import MentionFeatures, MimicEncoderOutput
+from mimic_el.matching_mimic import EntityFeatures, MentionFeatures, MimicEncoderOutput
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
 
@@ -98,33 +100,11 @@ def index_of(
 ) -> EntityIndex:
     """An index in memory of given encoder outputs, named e0, e1, ...; with `repeat` they are there as often, bit for
     bit the same."""
-    from mimic_el.index_mimic import _DTYPES, _FORMAT, _VERSION, _copy_of, _fingerprint, _probe
-    from mimic_el.store_mimic import _make_shard, _quantised, _Store
-
     with torch.no_grad():
         features = model.matcher.entity_features(encoded, mask)
-        stored = _quantised(features, model.matcher, _DTYPES[dtype])
-    stored = {name: torch.cat([tensor] * repeat) for name, tensor in stored.items()}
-    count = repeat * len(features)
-    records = [{"id": f"e{row}", "name": f"E {row}", "description": ""} for row in range(count)]
-    parts = []
-    for number, rows in enumerate(torch.arange(count).tensor_split(shards)):
-        tensors = {name: tensor[rows] for name, tensor in stored.items()}
-        parts.append(_make_shard(f"shard-{number:012x}", tensors, [records[row] for row in rows.tolist()]))
-    manifest = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "generation": 1,
-        "dtype": dtype,
-        "model": {
-            "name": "tiny",
-            "fingerprint": _fingerprint(model.config, model.matcher),
-            "probe": _probe(model),
-            "config": model.config.to_dict(),
-        },
-        "removed": None,
-    }
-    return EntityIndex(_copy_of(model.matcher, model.config), manifest, _Store(parts))
+    features = EntityFeatures.cat([features] * repeat)
+    records = [{"id": f"e{row}", "name": f"E {row}", "description": ""} for row in range(len(features))]
+    return EntityIndex.from_features(features, records, model, dtype=dtype, shard_entities=-(-len(features) // shards))
 
 
 def mention_features(model: MimicModel, encoded: MimicEncoderOutput, mask: torch.Tensor) -> MentionFeatures:
@@ -135,3 +115,9 @@ def mention_features(model: MimicModel, encoded: MimicEncoderOutput, mask: torch
 def once(items: Iterable[Any]) -> Iterator[Any]:
     """A generator: no length, no second reading."""
     yield from items
+
+
+def small_shards(monkeypatch: pytest.MonkeyPatch, entities: int) -> None:
+    """Makes the shards of all that is built, changed and saved from now on hold so many entities."""
+    for module in (building_mimic, contents_mimic, directory_mimic):
+        monkeypatch.setattr(module, "SHARD_ENTITIES", entities)

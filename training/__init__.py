@@ -4,4 +4,23 @@ The parts are usable on their own: a plain `Trainer` needs a [`MimicModel`], a [
 `data_collator`, and `remove_unused_columns=False`.
 """
 
-from .trainer import *  # noqa: F403
+from .arguments import MimicTrainingArguments
+from .collator import MentionEntityCollator
+from .evaluation import HITS_AT, RankedMentions, in_batch_metrics, mel_ranking, rank_mentions
+from .knowledge_base import KnowledgeBase, require_columns, undecoded
+from .trainer import INDEX_FOLDER, MimicTrainer
+
+__all__ = [
+    "HITS_AT",
+    "INDEX_FOLDER",
+    "KnowledgeBase",
+    "MentionEntityCollator",
+    "MimicTrainer",
+    "MimicTrainingArguments",
+    "RankedMentions",
+    "in_batch_metrics",
+    "mel_ranking",
+    "rank_mentions",
+    "require_columns",
+    "undecoded",
+]

@@ -6,17 +6,16 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-if TYPE_CHECKING:
-    from .trainer import MimicTrainer
+from transformers import Trainer
 
 TASK = "multimodal-entity-linking"
 CURVES = "training_curves.png"
@@ -104,13 +103,19 @@ class TrainingRun:
     hardware: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
-    def observe(self, trainer: MimicTrainer) -> None:
-        """Takes over what the trainer knows: arguments, log, machine, versions, and metrics that are not set yet."""
+    def observe(self, trainer: Trainer, *, entities: int, correct_images: bool, seconds_before: float = 0.0) -> None:
+        """Takes over what the trainer knows: arguments, log, machine, versions, and metrics that are not set yet.
+
+        Args:
+            entities: of the knowledge base.
+            correct_images: the processor's setting.
+            seconds_before: what earlier sessions of the training took.
+        """
         state = trainer.state
         self.steps, self.epochs = state.global_step, float(state.epoch or 0)
         self.log_history = [dict(entry) for entry in state.log_history]
         runtimes = [entry["train_runtime"] for entry in self.log_history if "train_runtime" in entry]
-        self.seconds = runtimes[-1] if runtimes else None
+        self.seconds = seconds_before + runtimes[-1] if runtimes else None
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         arguments = trainer.args.to_dict()
         self.arguments = {name: arguments[name] for name in _ARGUMENTS if name in arguments}
@@ -125,11 +130,11 @@ class TrainingRun:
             ),
         }
         self.arguments |= {name: getattr(config, name) for name in _CONFIG}
-        self.arguments["correct_images"] = trainer.collator.processor.correct_images
+        self.arguments["correct_images"] = correct_images
         self.hardware = hardware(trainer.args.device)
         self.versions = versions()
         if self.entities is None:
-            self.entities = len(trainer.knowledge_base)
+            self.entities = entities
         if self.train_mentions is None and hasattr(trainer.train_dataset, "__len__"):
             self.train_mentions = len(trainer.train_dataset)  # type: ignore[arg-type]
         if not self.metrics:
@@ -212,8 +217,8 @@ class TrainingRun:
         start = "random weights" if self.base_model is None else _linked("", self.base_model)
         trained = f", trained on {_linked('datasets/', self.dataset)}" if self.dataset else ""
         return (
-            "This model links mentions to the entities they mean: given a mention, its sentence and its picture, it "
-            "scores every entity of a knowledge base by name, description and picture. It is MIMIC "
+            "This model links mentions to the entities they mean: given a mention, its sentence and its image, it "
+            "scores every entity of a knowledge base by name, description and image. It is MIMIC "
             "([Luo et al., KDD 2023](https://arxiv.org/abs/2307.09721)) on a CLIP encoder, started from "
             f"{start}{trained}."
         )
@@ -233,16 +238,20 @@ class TrainingRun:
         if self.example is None:
             lines.append("linker(mention, top_k=3)")
         else:
-            picture = "and a picture" if self.example["has_image"] else "without a picture"
-            lines.append(f"# {self.example['mention']!r} in {self.example['sentence']!r}, {picture}")
+            image = "and an image" if self.example["has_image"] else "without an image"
+            lines.append(f"# {self.example['mention']!r} in {self.example['sentence']!r}, {image}")
             lines.append("linker(mention, top_k=3)")
             rows = [str(_rounded(row)) for row in self.example["linked"]]
             lines += [
                 f"# {'[' if n == 0 else ' '}{row}{']' if n == len(rows) - 1 else ','}" for n, row in enumerate(rows)
             ]
-        text = "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+        code = "\n".join(lines)
+        fence = "```"
+        while fence in code:  # a mention may hold backticks
+            fence += "`"
+        text = f"## Use\n\n{fence}python\n{code}\n{fence}"
         if self.example is not None:
-            text += f"\n\nThe mention's answer is `{self.example['answer']}`."
+            text += f"\n\nThe mention's answer is {_code(self.example['answer'])}."
         return text + (
             " A mention is a dict with `mention`, `text` (or `sentence`) and, if there is one, `image`: a path, a URL, "
             "a PIL image or the bytes of a file. For a knowledge base of your own, pass `entities=` a data set or list "
@@ -257,7 +266,7 @@ class TrainingRun:
             for kind in kinds:
                 names = [name for name in (*_SHOWN, "mentions") if f"{kind}_{name}" in metrics]
                 own = {name: metrics[f"{kind}_{name}"] for name in names}
-                rows.append((f"This model, {split}, kind {kind}", own, 100.0))
+                rows.append((f"This model, {split}, kind {_cell(kind)}", own, 100.0))
         if not rows:
             return ""
         if self.benchmark is not None:
@@ -300,7 +309,7 @@ class TrainingRun:
         if self.entities is not None:
             facts.append(("Entities", f"{self.entities:,}"))
         if self.unreadable_images:
-            facts.append(("Pictures that could not be read", f"{self.unreadable_images:,}"))
+            facts.append(("Images that could not be read", f"{self.unreadable_images:,}"))
         if self.steps:
             facts.append(("Steps", f"{self.steps:,} ({self.epochs:.4g} epochs)"))
         if self.seconds is not None:
@@ -321,18 +330,18 @@ class TrainingRun:
     def _limits(self) -> str:
         return (
             "## Intended use, limits and bias\n\n"
-            "For linking mentions in text with pictures to the entities of a knowledge base that has names, "
-            "descriptions and, best, pictures. Every mention is given its best entities, whether or not any is right: "
+            "For linking mentions in text with images to the entities of a knowledge base that has names, "
+            "descriptions and, best, images. Every mention is given its best entities, whether or not any is right: "
             "scores tell entities of one mention apart, they are no probabilities and do not say that the right entity "
-            "is missing. Figures hold for the data set above; other languages, kinds of entities and pictures, and "
+            "is missing. Figures hold for the data set above; other languages, kinds of entities and images, and "
             "larger knowledge bases, must be measured anew. Texts are cut at the number of tokens above.\n\n"
             "The model repeats what its encoder and its training data associate, stereotypes included, and links well "
-            "known entities better than others. Do not use it to identify people in pictures, and have a person check "
+            "known entities better than others. Do not use it to identify people in images, and have a person check "
             "links on which something depends."
         )
 
     def write(self, directory: str | os.PathLike[str], model_name: str | None = None) -> ModelCard:
-        """Writes README.md, and the picture of the training curves if matplotlib is installed, into a directory."""
+        """Writes README.md, and the image of the training curves if matplotlib is installed, into a directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with_curves = draw_curves(self.log_history, directory / CURVES)
@@ -416,7 +425,22 @@ def _linked(prefix: str, name: str | None) -> str:
     hub_id = _hub_id(name)
     if hub_id is not None:
         return f"[{hub_id}](https://huggingface.co/{prefix}{hub_id})"
-    return f"`{Path(str(name)).resolve().name}`"
+    return _code(Path(str(name)).resolve().name)
+
+
+def _code(text: Any) -> str:
+    """Text from data as Markdown code in a line: with more backticks around than it has, and no line break."""
+    line = " ".join(str(text).split())
+    fence = "`"
+    while fence in line:
+        fence += "`"
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _cell(text: Any) -> str:
+    """Text from data in a cell of a Markdown table: nothing in it is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", " ".join(str(text).split()))
 
 
 def _plain(value: Any) -> str:

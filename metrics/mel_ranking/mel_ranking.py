@@ -24,7 +24,7 @@ Args:
     ks (`list[int]`, defaults to `[1, 3, 5, 10, 20]`): the k of Hits@k.
     missing (`str`, defaults to `"exclude"`): what a mention whose answer is not among its candidates counts:
         `"exclude"`: nothing; it is only counted in `missing`. `"miss"`: no hit at any k, and a reciprocal rank of 0;
-        the mean rank leaves it out. `"error"`: a `ValueError` is raised.
+        the mean rank leaves it out, and is NaN if no answer is there. `"error"`: a `ValueError` is raised.
 
 Returns:
     `dict[str, float]`: `hits@k` for each k, and `mrr`, between 0 and 1; `mean_rank`, from 1; `count`, the mentions that
@@ -85,14 +85,14 @@ def ranking_metrics(ranks, ks=(1, 3, 5, 10, 20), missing="exclude"):
     absent = ranks.size - found.size
     if absent and missing == "error":
         raise ValueError(f"mel_ranking: the answers of {absent} of {ranks.size} mentions are not among the candidates.")
-    if found.size == 0:
+    if found.size == 0 and missing != "miss":
         raise ValueError(f"mel_ranking: none of the {ranks.size} answers is among its candidates.")
     if (found < 1).any() or np.isinf(found).any():
         raise ValueError("mel_ranking: ranks must be finite and at least 1.")
     count = ranks.size if missing == "miss" else found.size
     metrics = {f"hits@{k}": float((found <= k).sum() / count) for k in ks}
     metrics["mrr"] = float((1 / found).sum() / count)
-    metrics["mean_rank"] = float(found.mean())
+    metrics["mean_rank"] = float(found.mean()) if found.size else math.nan
     return {**metrics, "count": int(count), "missing": int(absent)}
 
 

@@ -1,0 +1,457 @@
+"""The console command `mimic-el`: one command for what a user of the installed package does.
+
+Each subcommand imports what it needs when it runs, so that help costs next to nothing. Those that are programs of
+their own (`train`, `prepare`, `convert`, `push`, `demo`) get their arguments untouched.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from .errors_mimic import MimicError
+
+ROOT = Path(__file__).parent
+CONFIGS = ROOT / "configs"
+_TABLES = (".jsonl", ".json", ".csv")
+# Mentions that are read, linked and written at a time, in batches.
+_BATCHES_AT_ONCE = 16
+
+app = typer.Typer(
+    name="mimic-el",
+    help="Multimodal entity linking with MIMIC: which entity of a knowledge base does a mention mean?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+index_app = typer.Typer(
+    help="Build an index of a knowledge base, show what is in one, check its files.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(index_app, name="index")
+
+
+class CommandError(MimicError, ValueError):
+    """What was asked on the command line cannot be done, with why."""
+
+
+class Method(str, Enum):  # noqa: UP042 - typer shows a StrEnum's values as it does these
+    """How an index is searched; both find the same entities."""
+
+    PRUNED = "pruned"
+    EXHAUSTIVE = "exhaustive"
+
+
+class Dtype(str, Enum):  # noqa: UP042
+    """What the features of an index are stored in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
+class OnImageError(str, Enum):  # noqa: UP042
+    """What follows from an image that cannot be read."""
+
+    WARN = "warn"
+    RAISE = "raise"
+
+
+ModelOption = Annotated[str, typer.Option("--model", help="A MIMIC checkpoint: a directory or a Hub id.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda:0, ... (default: an accelerator if there is one)")
+]
+BatchOption = Annotated[int, typer.Option("--batch_size", min=1, help="Mentions or entities encoded at a time.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from mimic_el import __version__
+
+        typer.echo(f"mimic-el {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+# --- Linking ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def link(
+    model: ModelOption,
+    mentions: Annotated[
+        str | None,
+        typer.Argument(
+            help="JSON Lines with mention, text, and optionally image (a path, as seen from the file) and candidates; "
+            "- is standard input."
+        ),
+    ] = None,
+    mention: Annotated[
+        str | None, typer.Option("--mention", help="In place of a file: the words to be linked.")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="The text that they are from.")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="The image beside it: a path or a URL.")] = None,
+    index: Annotated[
+        str | None,
+        typer.Option("--index", help="An index: a directory or a Hub id (default: the one the model names)."),
+    ] = None,
+    entities: Annotated[
+        str | None,
+        typer.Option("--entities", help="In place of an index, entities to encode now: as in `mimic-el index build`."),
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top_k", min=1, help="Entities for each mention.")] = 5,
+    method: Annotated[
+        Method | None, typer.Option("--method", help="How the index is searched; the result is the same.")
+    ] = None,
+    batch_size: BatchOption = 32,
+    device: DeviceOption = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output_file", help="Where to write (default: standard output).")
+    ] = None,
+) -> None:
+    """Link mentions to entities: JSON Lines, each mention with its best `entities`."""
+    if (mentions is None) == (mention is None):
+        raise CommandError("Give either a file of mentions, or --mention and --text.")
+    if mention is not None and text is None:
+        raise CommandError("--mention needs --text: the text that the mention is from.")
+    if mentions is not None and (text is not None or image is not None):
+        raise CommandError("--text and --image are for a single --mention; in a file each mention has its own.")
+    if index is not None and entities is not None:
+        raise CommandError("Give either --index or --entities, not both.")
+    if mentions is not None:
+        if mentions != "-" and not Path(mentions).is_file():
+            raise CommandError(f"There is no file {mentions}.")
+        given, place = _mentions_of(mentions), "standard input" if mentions == "-" else mentions
+    else:
+        single = {"mention": mention, "text": text, **({} if image is None else {"image": image})}
+        given, place = iter([(1, single, single)]), "the command line"
+
+    from .pipeline_mimic import MultimodalEntityLinkingPipeline
+
+    loaded, processor = _load(model, None)
+    knowledge: dict[str, Any] = {"index": index}
+    if entities is not None:
+        knowledge = {"entities": read_entities(entities)}
+    if device is not None:
+        knowledge["device"] = device
+    linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, **knowledge)
+    call = {"top_k": top_k, "batch_size": batch_size, **({} if method is None else {"method": method.value})}
+    output: IO[str] = sys.stdout if output_file is None else open(output_file, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        while block := list(itertools.islice(given, batch_size * _BATCHES_AT_ONCE)):
+            try:
+                found = linker([inputs for _, _, inputs in block], **call)
+            except (MimicError, ValueError) as error:
+                raise CommandError(f"{place}, lines {block[0][0]} to {block[-1][0]}: {error}") from error
+            for (_, record, _), linked in zip(block, found, strict=True):
+                print(json.dumps({**record, "entities": linked}, ensure_ascii=False), file=output)
+            output.flush()
+    finally:
+        if output_file is not None:
+            output.close()
+
+
+def _mentions_of(place: str) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """Number of the line, record, and what the pipeline is given of it, of each mention in a file."""
+    for number, record in _json_lines(place):
+        inputs: dict[str, Any] = {
+            name: record[name] for name in ("mention", "text", "image", "candidates") if name in record
+        }
+        inputs.setdefault("text", record.get("sentence"))
+        for name in ("mention", "text"):
+            if not isinstance(inputs.get(name), str) or not inputs[name].strip():
+                raise CommandError(f"{place}, line {number}: the mention needs `{name}`, a string that is not empty.")
+        if not isinstance(inputs.get("image"), str | None):
+            raise CommandError(f"{place}, line {number}: `image` must be a path or a URL.")
+        candidates = inputs.get("candidates")
+        if candidates is not None and not (
+            isinstance(candidates, list) and all(isinstance(item, str) for item in candidates)
+        ):
+            raise CommandError(f"{place}, line {number}: `candidates` must be a list of ids.")
+        yield number, record, {**inputs, "image": _seen_from(place, inputs.get("image"))}
+
+
+# --- Index ------------------------------------------------------------------------------------------------------------
+
+
+@index_app.command("build")
+def build(
+    model: ModelOption,
+    entities: Annotated[
+        str,
+        typer.Option(
+            "--entities",
+            help="A data set with the configuration `entities` (a directory or a Hub id), or JSON Lines or CSV with "
+            "id, name, description and images (paths as seen from the file; in CSV separated by |).",
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the index is written.")],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What features are stored in.")] = Dtype.FLOAT16,
+    batch_size: BatchOption = 64,
+    num_workers: Annotated[int, typer.Option("--num_workers", min=0, help="Processes that read images.")] = 0,
+    on_image_error: Annotated[
+        OnImageError, typer.Option("--on_image_error", help="Go on without an image that cannot be read, or stop.")
+    ] = OnImageError.WARN,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index that is there, once the new one is complete.")
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Encode a knowledge base. Run the same command again to go on after an interruption."""
+    rows = read_entities(entities)
+
+    from .index_mimic import EntityIndex
+
+    loaded, processor = _load(model, device)
+    index = EntityIndex.build(
+        loaded,
+        processor,
+        rows,
+        output_dir,
+        dtype=dtype.value,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        on_image_error=on_image_error.value,
+        overwrite=overwrite,
+    )
+    typer.echo(f"Wrote {len(index):,} entities to {output_dir}.")
+
+
+@index_app.command("info")
+def info(index: Annotated[str, typer.Argument(help="An index: a directory or a Hub id.")]) -> None:
+    """Show what is in an index, as JSON."""
+    from .index_mimic import EntityIndex
+
+    opened = EntityIndex.from_pretrained(index)
+    facts = {
+        "entities": len(opened),
+        "dtype": opened.dtype,
+        "bytes_per_entity": round(opened.bytes_per_entity),
+        "directory": str(opened.directory),
+    }
+    typer.echo(json.dumps(facts, indent=1))
+
+
+@index_app.command("verify")
+def verify(index: Annotated[str, typer.Argument(help="An index: a directory or a Hub id.")]) -> None:
+    """Compare every file of an index with the checksum that was taken when it was written."""
+    from .index_mimic import EntityIndex
+
+    opened = EntityIndex.from_pretrained(index)
+    opened.verify()
+    typer.echo(f"{index} is whole: {len(opened):,} entities.")
+
+
+class _Records:
+    """Records of a table, read anew each time: a build that goes on compares what it has with them first."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        read = _csv_rows if Path(self.path).suffix.lower() == ".csv" else _json_lines
+        for number, record in read(self.path):
+            if record.get("id") in (None, ""):
+                raise CommandError(f"{self.path}, line {number}: the entity has no `id`.")
+            images = record.get("images", record.get("image"))
+            if isinstance(images, str):
+                images = images.split("|") if read is _csv_rows else [images]
+            if not isinstance(images, list | None) or not all(isinstance(image, str) for image in images or []):
+                raise CommandError(f"{self.path}, line {number}: `images` must be paths or URLs.")
+            seen = [_seen_from(self.path, image) for image in images or [] if image]
+            yield {**{name: value for name, value in record.items() if name != "image"}, "images": seen}
+
+
+def read_entities(source: str) -> Any:
+    """Entities for an index: of a data set (a directory or a Hub id), a JSON Lines or a CSV file.
+
+    Raises:
+        CommandError: if there are none.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix.lower() in _TABLES:
+        if not path.is_file():
+            raise CommandError(f"There is no file {source}.")
+        if path.suffix.lower() not in _TABLES:
+            raise CommandError(f"{source} is no table of entities: its name must end in {', '.join(_TABLES)}.")
+        return _Records(source)
+    import datasets
+
+    try:
+        # Streamed from a directory: the cache of `datasets` would give the old rows of one that was written anew.
+        return datasets.load_dataset(source, "entities", split="kb", streaming=path.is_dir())
+    except (ValueError, OSError) as error:
+        raise CommandError(
+            f"The entities {source!r} cannot be loaded: {_one_line(error)} They are a data set's directory or Hub id, "
+            "with the configuration `entities` and the split `kb`, or a JSON Lines or CSV file."
+        ) from error
+
+
+def _json_lines(place: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    file = sys.stdin if place == "-" else open(place, encoding="utf-8-sig")  # noqa: SIM115
+    try:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CommandError(f"{place}, line {number}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise CommandError(f"{place}, line {number}: not an object, but a {type(record).__name__}.")
+            yield number, record
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{place} is not UTF-8: {error}") from error
+    finally:
+        if place != "-":
+            file.close()
+
+
+def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(place, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise CommandError(f"{place}, line {reader.line_num}: not as many cells as the header has.")
+                yield reader.line_num, dict(row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise CommandError(f"{place}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _seen_from(place: str, image: str | None) -> str | None:
+    """A path in a table, as seen from the table; a URL as it is."""
+    if not image or place == "-" or image.lower().startswith(("http://", "https://")):
+        return image or None
+    return str(Path(place).parent / image)
+
+
+def _load(source: str, device: str | None) -> tuple[Any, Any]:
+    """Model and processor; the package's own code, never a checkpoint's."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import PreTrainedConfig
+
+    from .configuration_mimic import MimicConfig
+    from .modeling_mimic import MimicModel
+    from .processing_mimic import MimicProcessor
+
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        if values.get("model_type") != MimicConfig.model_type:
+            raise CommandError(f"{source} is no MIMIC checkpoint: its model type is {values.get('model_type')!r}.")
+        # Without this, transformers would ask at the keyboard whether to run the code that the checkpoint brings.
+        own: dict[str, Any] = {"trust_remote_code": False}
+        model = MimicModel.from_pretrained(source, **own)
+        processor = MimicProcessor.from_pretrained(source, **own)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, MimicError):
+            raise
+        raise CommandError(f"The model {source!r} cannot be loaded: {_one_line(error)}") from error
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if accelerator is None else str(accelerator)
+    try:
+        return model.eval().to(device), processor
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"There is no device {device!r}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- Programs of their own --------------------------------------------------------------------------------------------
+
+_PROGRAMS = {
+    "train": ("mimic_el.train", "Train and evaluate a model: mimic-el train CONFIG.yaml, or sample, wikimel, ..."),
+    "prepare": ("mimic_el.datasets_scripts.prepare", "Turn the archives of a data set into a Hub data set."),
+    "convert": ("mimic_el.scripts.convert_original_checkpoint", "Convert a checkpoint of the published code, or back."),
+    "push": ("mimic_el.scripts.push_to_hub", "Publish a model, its index and data sets on the Hub."),
+    "demo": ("mimic_el.scripts.demo", "Train a small model on the sample data set and show what it links."),
+}
+
+
+def _add_program(name: str, module: str, help: str) -> None:
+    def command(context: typer.Context) -> None:
+        arguments = list(context.args)
+        if name == "train":
+            arguments = _with_packaged_config(arguments)
+        # Parsers that have no name of their own take it from here.
+        sys.argv = [f"mimic-el {name}", *arguments]
+        result = importlib.import_module(module).main(arguments)
+        raise typer.Exit(result if isinstance(result, int) else 0)
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+    app.command(name, help=help, context_settings=settings, add_help_option=False)(command)
+
+
+for _name, (_module, _help) in _PROGRAMS.items():
+    _add_program(_name, _module, _help)
+
+
+def _with_packaged_config(arguments: list[str]) -> list[str]:
+    """A configuration's name in place of its path; a data set that comes with the package is found there too."""
+    if not arguments or arguments[0].startswith("-") or Path(arguments[0]).is_file():
+        return arguments
+    path = CONFIGS / f"{arguments[0]}.yaml"
+    if Path(arguments[0]).name != arguments[0] or not path.is_file():
+        if Path(arguments[0]).suffix:
+            return arguments  # a file that is not there
+        known = ", ".join(sorted(item.stem for item in CONFIGS.glob("*.yaml")))
+        raise CommandError(f"There is no configuration {arguments[0]!r}: name a YAML or JSON file, or one of {known}.")
+    import yaml
+
+    data = yaml.safe_load(path.read_text(encoding="utf-8")).get("dataset_name")
+    packaged = [] if data is None or Path(data).exists() or not (ROOT / data).is_dir() else [str(ROOT / data)]
+    return [str(path), *(["--dataset_name", *packaged] if packaged else []), *arguments[1:]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status: 1 or 2 with a line on the standard error stream where something is wrong,
+    130 where it was interrupted."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="mimic-el")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of the output has seen enough
+        sys.stderr.close()
+        return 1
+    except MimicError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except OSError as error:  # no such file, a full disk, a Hub that does not answer
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+__all__ = ["CommandError", "app", "main", "read_entities"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What an index holds at one moment, and the changes that lead from one moment to the next.
+
+Contents never change: a change gives new ones. So a search that took them once is not disturbed by a change in another
+thread. Knows records, shards and files, not how they are searched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .building_mimic import Builder
+from .directory_mimic import (
+    SHARD_ENTITIES,
+    Manifest,
+    locked_for_change,
+    new_shard_name,
+    publish,
+)
+from .errors_mimic import EntityIndexError, UnknownEntityError
+from .records_mimic import Records, entity_id_of
+from .store_mimic import Shard, Store, read_shard, write_shard
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One state of an index.
+
+    Args:
+        manifest: what made it, and its list of files.
+        store: its rows, removed ones too.
+        directory: where it is stored; `None` in memory.
+        read_only: whether it lies in the Hub's cache, which must not be changed.
+    """
+
+    manifest: Manifest
+    store: Store
+    directory: Path | None = None
+    read_only: bool = False
+
+    def __len__(self) -> int:
+        """The number of entities."""
+        return len(self.store) - self.store.removed_count
+
+    def row(self, entity_id: object) -> int | None:
+        """The row of an entity, `None` where there is none of that id."""
+        try:
+            return self.store.row(entity_id_of(entity_id))
+        except ValueError:  # no id at all, or no valid text
+            return None
+
+    def rows(self, entity_ids: Iterable[Any]) -> list[int]:
+        """The rows of entities.
+
+        Raises:
+            UnknownEntityError: if some are not there.
+        """
+        found = [(entity_id, self.row(entity_id)) for entity_id in entity_ids]
+        if missing := [entity_id for entity_id, row in found if row is None]:
+            shown = ", ".join(repr(name) for name in missing[:5]) + (" ..." if len(missing) > 5 else "")
+            raise UnknownEntityError(f"{len(missing)} of the entities are not in this index of {len(self):,}: {shown}")
+        return [row for _, row in found if row is not None]
+
+    def candidate_rows(self, entity_ids: Sequence[str] | None) -> Tensor | None:
+        """The rows of a mention's candidates in order, int64; `None` for all.
+
+        Raises:
+            ValueError: if they are a string.
+            UnknownEntityError: if some are not there.
+        """
+        if entity_ids is None:
+            return None
+        if isinstance(entity_ids, str):
+            raise ValueError(
+                f"Candidates must be a list of entity ids for each mention, got the string {entity_ids!r}."
+            )
+        return torch.tensor(sorted(set(self.rows(entity_ids))), dtype=torch.long)
+
+    # --- Changes
+
+    def with_entities(self, builder: Builder, entities: Any, replace: bool) -> Contents:
+        """With new entities, or with new versions of those that are there.
+
+        Raises:
+            ValueError: if an id is already there, or twice among the new ones.
+            UnknownEntityError: if an id is to be replaced and is not there.
+            EntityIndexError: if another process is changing the index.
+        """
+        with self._changing():
+            new: list[_Entry] = []
+            removed = self.store.removed.clone()
+
+            def written(shard: Shard) -> Shard:
+                # At once, so that memory stays bounded; the index knows of them only when all are there.
+                new.append(self._written(shard))
+                return new[-1][0]
+
+            for shard in builder.shards(Records(entities), written, added_to=self.store, replace=replace):
+                if replace:
+                    removed[self.rows(record["id"] for record in shard.table)] = True
+            if not new:
+                return self
+            removed = torch.cat([removed, torch.zeros(sum(len(s) for s, _ in new), dtype=torch.bool)])
+            return self._next([*self._entries(), *new], removed)
+
+    def without(self, entity_ids: Iterable[str]) -> Contents:
+        """Without some entities, whose rows stay until the index is compacted.
+
+        Raises:
+            UnknownEntityError: if an id is not there.
+            EntityIndexError: if another process is changing the index.
+        """
+        if isinstance(entity_ids, str):
+            raise ValueError(f"`remove` takes a list of entity ids, got the string {entity_ids!r}.")
+        with self._changing():
+            removed = self.store.removed.clone()
+            removed[self.rows(entity_ids)] = True
+            return self._next(self._entries(), removed)
+
+    def compacted(self) -> Contents:
+        """Without the rows of removed entities, in shards of equal size.
+
+        Raises:
+            EntityIndexError: if no entity is left, or another process is changing the index.
+        """
+        with self._changing():
+            if not len(self):
+                raise EntityIndexError("All entities of this index were removed; build a new one instead.")
+            shards = self.store.compacted(SHARD_ENTITIES, new_shard_name)
+            return self._next([self._written(shard) for shard in shards], None)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the index for one change: nobody else may change it, nor may it have changed since it was opened."""
+        if self.directory is None:
+            yield
+            return
+        if self.read_only:
+            raise EntityIndexError(
+                f"This index lies in the Hub's cache ({self.directory}), which must not be changed. Save it to a "
+                "directory with save_pretrained and open it from there."
+            )
+        with locked_for_change(self.directory, self.manifest):
+            yield
+
+    def _entries(self) -> list[_Entry]:
+        entries = self.manifest.get("shards", [None] * len(self.store.shards))
+        return list(zip(self.store.shards, entries, strict=True))
+
+    def _written(self, shard: Shard) -> _Entry:
+        if self.directory is None:
+            return shard, None
+        entry = write_shard(self.directory, shard)
+        return read_shard(self.directory, entry), entry
+
+    def _next(self, entries: Sequence[_Entry], removed: Tensor | None) -> Contents:
+        """The state of these shards and removed rows, made real where the index is stored."""
+        store = Store([shard for shard, _ in entries], removed)
+        manifest = {**self.manifest, "generation": self.manifest["generation"] + 1, "removed": None}
+        if self.directory is not None:
+            manifest["shards"] = [entry for _, entry in entries]
+            publish(self.directory, manifest, store)
+        return dataclasses.replace(self, manifest=manifest, store=store)
+
+
+# A shard and its entry of the manifest; without one in memory.
+_Entry = tuple[Shard, dict[str, Any] | None]
+
+__all__ = ["Contents"]

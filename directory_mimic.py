@@ -1,0 +1,420 @@
+"""The directory of an index: its list of files (the manifest), its lock, and changes that are whole or not made at all.
+
+A change writes new files first, replaces the manifest in one step, and deletes what the manifest no longer names. So
+whoever opens the directory finds the old index or the new one, whenever a process is killed. Knows files, not searches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .configuration_mimic import MimicConfig
+from .errors_mimic import EntityIndexError
+from .index_card_mimic import card_of_index
+from .matching_mimic import Matcher
+from .store_mimic import (
+    STORED_DTYPES,
+    Store,
+    check_shards,
+    file_facts,
+    no_space_told,
+    read_shard,
+    shard_files,
+    write_atomically,
+    write_shard,
+)
+
+FORMAT, VERSION = "mimic-entity-index", 1
+MANIFEST = "index_config.json"
+BUILD_STATE = "build_state.json"
+SHARD_ENTITIES = 8192
+_LOCK = ".lock"
+_LOCK_SECONDS = 10.0
+_OPENINGS = 10
+_PART = re.compile(r"(shard|removed|matcher|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
+# Ours, and those that safetensors makes while it writes.
+_TEMPORARY = re.compile(rf"\.({_PART.pattern}|{MANIFEST}|{BUILD_STATE}|README\.md)\.[0-9]+\.tmp|\.tmp[A-Za-z0-9]{{6}}")
+
+Manifest = dict[str, Any]
+
+
+def new_manifest(dtype: str, model: Mapping[str, Any]) -> Manifest:
+    """The manifest of an index that has no shards yet."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "generation": 1,
+        "dtype": dtype,
+        "model": dict(model),
+        "removed": None,
+    }
+
+
+# --- Opening --------------------------------------------------------------------------------------------------------
+
+
+def open_directory(directory: Path) -> tuple[Manifest, Store, Matcher]:
+    """Opens the index in a directory; its features stay on disk until they are needed.
+
+    Raises:
+        EntityIndexError: if there is none, its build is unfinished, it is damaged, of a newer format, or changed
+            again and again while it is opened.
+    """
+    for _ in range(_OPENINGS):
+        manifest = read_manifest(directory)
+        try:
+            shards = [read_shard(directory, entry) for entry in manifest["shards"]]
+            removed = _read_removed(directory, manifest["removed"], sum(len(shard) for shard in shards))
+            matcher = _read_matcher(directory, manifest)
+            check_shards(shards, matcher, STORED_DTYPES[manifest["dtype"]], directory)
+            return manifest, Store(shards, removed), matcher
+        except (EntityIndexError, FileNotFoundError) as error:
+            # Another process may have replaced the files since their list was read.
+            if state_of(read_manifest(directory)) == state_of(manifest):
+                if isinstance(error, EntityIndexError):
+                    raise
+                raise EntityIndexError(
+                    f"The index {directory} lacks a file: {error}. Build the index again."
+                ) from error
+    raise EntityIndexError(f"The index {directory} is being changed again and again; try later.")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The list of files of the index in a directory, checked.
+
+    Raises:
+        EntityIndexError: if there is none, its build is unfinished, it is damaged, or of a newer format.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        if (directory / BUILD_STATE).exists():
+            raise EntityIndexError(
+                f"The build of the index {directory} was interrupted. Run the same EntityIndex.build again: it goes on "
+                "where it stopped."
+            )
+        raise EntityIndexError(f"There is no entity index in {directory}: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest.get("format") == FORMAT
+        version = manifest.get("version")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise EntityIndexError(f"{path} is damaged: {error}. Build the index again.") from error
+    if not known or not isinstance(version, int):
+        raise EntityIndexError(f"{path} does not describe an entity index.")
+    if version > VERSION:
+        raise EntityIndexError(
+            f"The index {directory} has the format {version}, newer than the {VERSION} that this version reads. "
+            "Update the code that reads it."
+        )
+    if wrong := _wrong_part(manifest):
+        raise EntityIndexError(f"{path} is damaged: its `{wrong}` is missing or not valid. Build the index again.")
+    return manifest
+
+
+def _wrong_part(manifest: Mapping[str, Any]) -> str | None:
+    """The first key of a manifest that is not as it must be."""
+    model, shards = manifest.get("model"), manifest.get("shards")
+    if not isinstance(manifest.get("generation"), int):
+        return "generation"
+    if manifest.get("dtype") not in list(STORED_DTYPES):
+        return "dtype"
+    if (
+        not isinstance(model, dict)
+        or not all(isinstance(model.get(key), str) for key in ("name", "fingerprint"))
+        or not isinstance(model.get("config"), dict)
+    ):
+        return "model"
+    if not isinstance(shards, list) or not shards:
+        return "shards"
+    for entry in shards:
+        if not isinstance(entry, dict) or not isinstance(entry.get("count"), int):
+            return "shards"
+        if not _are_file_facts(entry.get("files"), shard_files(entry.get("name"))):
+            return "shards"
+    if len({entry["name"] for entry in shards}) < len(shards):
+        return "shards"
+    shard_files(manifest.get("matcher"))
+    if manifest.get("removed") is not None:
+        shard_files(manifest["removed"])
+    if not _are_file_facts(manifest.get("files", {}), ()):
+        return "files"
+    return None
+
+
+def _are_file_facts(files: Any, names: Sequence[str]) -> bool:
+    """Whether `files` gives sizes and checksums, those of `names` at least, and names no file elsewhere."""
+    if not isinstance(files, dict) or not set(names) <= files.keys():
+        return False
+    return all(
+        is_part(name) and isinstance(facts, dict) and isinstance(facts.get("bytes"), int)
+        for name, facts in files.items()
+    )
+
+
+def state_of(manifest: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """What tells the states of an index apart; the names of shards are random."""
+    return manifest["generation"], [entry["name"] for entry in manifest["shards"]]
+
+
+def files_of(manifest: Mapping[str, Any]) -> list[str]:
+    """The names of the files that an index consists of."""
+    files = [MANIFEST, shard_files(manifest["matcher"])[0]]
+    for entry in manifest["shards"]:
+        files += shard_files(entry["name"])
+    if manifest["removed"]:
+        files.append(shard_files(manifest["removed"])[0])
+    return files
+
+
+def is_part(name: str) -> bool:
+    """Whether a file name is one that parts of indexes have."""
+    return _PART.fullmatch(name) is not None
+
+
+def verify_files(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Compares every file of an index with the checksum that was taken when it was written.
+
+    Raises:
+        EntityIndexError: if a file differs or is missing.
+    """
+    files = dict(manifest.get("files", {}))
+    for entry in manifest["shards"]:
+        files |= entry["files"]
+    for file, expected in files.items():
+        path = directory / file
+        if not path.is_file():
+            raise EntityIndexError(f"{path} is missing. Restore the file, or build the index again.")
+        if file_facts(path) != expected:
+            raise EntityIndexError(
+                f"{path} is not what was written: its checksum differs. Restore the file, or build the index again."
+            )
+
+
+# --- Changing -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the directory, which is made if there is none, for one writer; a full disk is told as such.
+
+    Raises:
+        EntityIndexError: if another process holds it.
+    """
+    with no_space_told(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with WeakFileLock(directory / _LOCK, timeout=_LOCK_SECONDS):
+                yield
+        except TimeoutError as error:
+            raise EntityIndexError(
+                f"Another process is building or changing the index {directory}. Wait for it to end, and try again."
+            ) from error
+
+
+@contextmanager
+def locked_for_change(directory: Path, manifest: Manifest) -> Iterator[None]:
+    """Holds an index for one change of what was opened; what a failed change has written is deleted.
+
+    Raises:
+        EntityIndexError: if another process holds it, or has changed it since it was opened.
+    """
+    with locked(directory):
+        if state_of(read_manifest(directory)) != state_of(manifest):
+            raise EntityIndexError(
+                f"The index {directory} was changed by another process since it was opened. Open it again "
+                "with EntityIndex.from_pretrained and repeat the change."
+            )
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError, EntityIndexError):
+                remove_strays(directory, read_manifest(directory))
+            raise
+
+
+def publish(directory: Path, manifest: Manifest, store: Store, matcher: Matcher | None = None) -> None:
+    """Makes a list of files the index: what it lacks is written, it is replaced in one step, and what it no longer
+    names is deleted after that."""
+    if matcher is not None:
+        manifest["matcher"] = _write_matcher(directory, matcher)
+    manifest["removed"] = (
+        _write_removed(directory, manifest["generation"], store.removed) if store.removed_count else None
+    )
+    own = [shard_files(name)[0] for name in (manifest["matcher"], manifest["removed"]) if name]
+    manifest["files"] = {file: file_facts(directory / file) for file in own}
+    card = card_of_index(directory.resolve().name, manifest, store)
+    write_atomically(directory / "README.md", lambda path: _write_text(path, card))
+    write_json(directory / MANIFEST, manifest)
+    remove_strays(directory, manifest)
+
+
+def save_copy(directory: Path, manifest: Manifest, store: Store, matcher: Matcher) -> None:
+    """Writes an index into another directory, without its removed entities; one that is there is replaced."""
+    with locked(directory):
+        manifest = {**manifest, "generation": next_generation(directory)}
+        manifest["shards"] = [
+            write_shard(directory, shard) for shard in store.compacted(SHARD_ENTITIES, new_shard_name)
+        ]
+        kept = Store([read_shard(directory, entry) for entry in manifest["shards"]])
+        publish(directory, manifest, kept, matcher)
+
+
+def remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Deletes parts that no list names: of older generations, and of changes that were interrupted."""
+    named = set(files_of(manifest))
+    with suppress(EntityIndexError):
+        if unfinished := unfinished_build(directory):
+            # A build that is to replace this index goes on later.
+            named |= {file for entry in unfinished["shards"] for file in shard_files(entry["name"])}
+        else:
+            (directory / BUILD_STATE).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if (is_part(path.name) and path.name not in named) or _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def unfinished_build(directory: Path) -> dict[str, Any] | None:
+    """The state of a build that was interrupted before its index was there.
+
+    Raises:
+        EntityIndexError: if it cannot be read.
+    """
+    path = directory / BUILD_STATE
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        files = [name for entry in state["shards"] for name in shard_files(entry["name"])]
+        known = isinstance(state["build"], str) and isinstance(files, list)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EntityIndexError(
+            f"{path} cannot be read: {error!r}. Delete it, and the build starts from the beginning."
+        ) from error
+    with suppress(EntityIndexError):
+        # Interrupted between the last two steps.
+        known = known and read_manifest(directory).get("build") != state["build"]
+    return state if known else None
+
+
+def next_generation(directory: Path) -> int:
+    """The number of the next state of the index in a directory; 1 where there is none."""
+    try:
+        return read_manifest(directory)["generation"] + 1
+    except EntityIndexError:
+        return 1
+
+
+def new_shard_name(number: int) -> str:
+    """A name that no other shard has or had; in the order of names the shards are in the order of entities."""
+    return f"shard-{number:06d}-{secrets.token_hex(6)}"
+
+
+def shortlist_path(directory: Path, manifest: Mapping[str, Any]) -> Path:
+    """Where the approximate shortlist of one state of an index is stored."""
+    return directory / f"first-stage-{manifest['generation']:05d}.faiss"
+
+
+# --- Single files ---------------------------------------------------------------------------------------------------
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, lambda temporary: _write_text(temporary, json_text(value)))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_removed(directory: Path, generation: int, removed: Tensor) -> str:
+    name = f"removed-{generation:05d}"
+    rows = removed.nonzero().squeeze(1)
+    write_atomically(directory / shard_files(name)[0], lambda path: save_file({"rows": rows}, path))
+    return name
+
+
+def _read_removed(directory: Path, name: str | None, count: int) -> Tensor | None:
+    if name is None:
+        return None
+    path = directory / shard_files(name)[0]
+    try:
+        rows = load_file(_regular(path))["rows"]
+        if rows.dtype != torch.int64 or rows.dim() != 1 or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
+            raise ValueError("it does not hold rows of this index")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise EntityIndexError(
+            f"The index file {path} is missing or damaged: {error}. Restore it, or build the index again."
+        ) from error
+    removed = torch.zeros(count, dtype=torch.bool)
+    removed[rows] = True
+    return removed
+
+
+def _write_matcher(directory: Path, matcher: Matcher) -> str:
+    weights = {name: t.detach().float().cpu().contiguous() for name, t in matcher.state_dict().items()}
+    name = f"matcher-{secrets.token_hex(6)}"
+    write_atomically(directory / shard_files(name)[0], lambda path: save_file(weights, path))
+    return name
+
+
+def _read_matcher(directory: Path, manifest: Mapping[str, Any]) -> Matcher:
+    path = directory / shard_files(manifest["matcher"])[0]
+    try:
+        # Without memory for its weights until they are read: a list of files may claim any size.
+        with torch.device("meta"):
+            matcher = Matcher(MimicConfig.from_dict(manifest["model"]["config"]))
+        weights = {name: tensor.float() for name, tensor in load_file(_regular(path)).items()}
+        matcher.load_state_dict(weights, assign=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EntityIndexError(
+            f"The index file {path} is missing or damaged: {error}. Restore it, or build the index again."
+        ) from error
+    return matcher
+
+
+def _regular(path: Path) -> Path:
+    """The path, if a file lies there: reading a named pipe or a device would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{os.fspath(path)} is no regular file")
+    return path
+
+
+__all__ = [
+    "BUILD_STATE",
+    "MANIFEST",
+    "SHARD_ENTITIES",
+    "files_of",
+    "is_part",
+    "json_text",
+    "locked",
+    "locked_for_change",
+    "new_manifest",
+    "new_shard_name",
+    "next_generation",
+    "open_directory",
+    "publish",
+    "read_manifest",
+    "remove_strays",
+    "save_copy",
+    "shortlist_path",
+    "state_of",
+    "unfinished_build",
+    "verify_files",
+    "write_json",
+]

@@ -1,0 +1,177 @@
+"""Reading a knowledge base: records from any list, data set or generator, and what an index keeps of each.
+
+Knows how records are read and checked, not how they are encoded or stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+_RECORDS_AT_ONCE = 512
+
+
+def entity_id_of(value: Any) -> str:
+    """An entity's id as text; an integer is taken too, so that 375 and "375" are the same id everywhere.
+
+    Raises:
+        ValueError: for what cannot tell entities apart: `None`, NaN, a boolean, an empty string.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        return str(operator.index(value))
+    raise ValueError(f"An entity's id must be a string that is not empty, or an integer; got {value!r}.")
+
+
+class Records:
+    """A knowledge base of records that can be read by number, or only one after the other.
+
+    Args:
+        entities: a `datasets.Dataset`, a `pandas.DataFrame`, a sequence or any iterable of dicts; or what has
+            `entities()`, such as an index or a `KnowledgeBase`.
+
+    Raises:
+        ValueError: if it is a single dict.
+    """
+
+    def __init__(self, entities: Any) -> None:
+        if isinstance(entities, Mapping):
+            raise ValueError("A knowledge base is a list or data set of records with `id`, not a single dict.")
+        if callable(getattr(entities, "entities", None)):
+            entities = entities.entities()
+        if callable(getattr(entities, "to_dict", None)) and hasattr(entities, "iloc"):
+            entities = entities.to_dict("records")  # a DataFrame
+        entities = undecoded(entities, "images")
+        self.total = len(entities) if hasattr(entities, "__len__") else None
+        self._by_number = entities if self.total is not None and hasattr(entities, "__getitem__") else None
+        self._iterator = None if self._by_number is not None else iter(entities)
+        # A generator can be read only once.
+        self.again = self._iterator is not entities
+        self._next = 0
+
+    @property
+    def at_once(self) -> int | None:
+        """How many records may be taken at a time: those that are read by number stay where they are."""
+        return None if self._by_number is not None else _RECORDS_AT_ONCE
+
+    def skip(self, count: int) -> Iterator[Mapping[str, Any]]:
+        """Passes over the next records and gives them, perhaps without their images."""
+        if self._by_number is None:
+            yield from itertools.islice(cast(Any, self._iterator), count)
+            return
+        span = self.take(count).without_images()
+        for row in range(len(span)):
+            yield span[row]
+
+    def take(self, count: int) -> Any:
+        """The next records, at most `count`; something with a length that is read by number."""
+        if self._by_number is None:
+            return list(itertools.islice(cast(Any, self._iterator), count))
+        first, self._next = self._next, self._next + count
+        return Span(self._by_number, first, min(self._next, cast(int, self.total)))
+
+
+class Span:
+    """Some records of a sequence, read when asked for: in a worker process, that is."""
+
+    def __init__(self, records: Any, start: int, stop: int) -> None:
+        self.records, self.start, self.stop = records, start, max(start, stop)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.records[self.start + row]
+
+    def without_images(self) -> Span:
+        """The same records; of a data set, whose images would be read too, without them."""
+        if not hasattr(self.records, "select_columns"):
+            return self
+        names = [name for name in self.records.column_names if name != "images"]
+        return Span(self.records.select_columns(names), self.start, self.stop)
+
+
+def undecoded(dataset: Any, column: str) -> Any:
+    """A data set with its images as bytes: they are decoded by our own reader, with its limits."""
+    features = getattr(dataset, "features", None)
+    if features is None or column not in features or not hasattr(dataset, "cast_column"):
+        return dataset
+    wrapped = features[column]
+    image = getattr(wrapped, "feature", wrapped)
+    if type(image).__name__ != "Image":
+        return dataset
+    plain = type(image)(decode=False)
+    return dataset.cast_column(column, plain if wrapped is image else dataclasses.replace(wrapped, feature=plain))
+
+
+def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an index keeps of a record: id, name, description, and other plain fields.
+
+    Raises:
+        ValueError: if it has no id, or its texts are no valid text.
+    """
+    if not isinstance(record, Mapping) or record.get("id") is None:
+        raise ValueError(
+            f"Every entity needs an `id`; this record has none: {str(record)[:200]}. The fields are id, name, "
+            "description and images."
+        )
+    kept: dict[str, Any] = {"id": entity_id_of(record["id"]), "name": "", "description": ""}
+    for name, value in record.items():
+        if name in ("id", "images") or is_absent(value):
+            continue
+        if name in ("name", "description") and not isinstance(value, str):
+            raise ValueError(f"Entity {kept['id']!r}: `{name}` must be a string, got {type(value).__name__}.")
+        if isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
+            kept[name] = value
+    for name, value in kept.items():
+        try:
+            f"{name}{value}".encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Entity {kept['id']!r} has text that is not valid Unicode: {error}.") from error
+    return kept
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a field has no value: `None`, or NaN, which is what pandas makes of it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def duplicate_id(entity_id: str) -> ValueError:
+    """The error of an id that is there twice."""
+    return ValueError(
+        f"The id {entity_id!r} is there more than once. Ids tell entities apart: make them unique, or, to replace an "
+        "entity that an index has, use EntityIndex.update."
+    )
+
+
+def ids_of(values: Iterable[Any]) -> list[str]:
+    """Ids in the form in which an index has them; see [`entity_id_of`]."""
+    return [entity_id_of(value) for value in values]
+
+
+def in_order_of_length(records: Sequence[Mapping[str, Any]] | Span) -> list[int]:
+    """The numbers of records, in the order of the length of their texts."""
+    texts = records.without_images() if isinstance(records, Span) else records
+    kept = [table_record(texts[row]) for row in range(len(records))]
+    lengths = [len(record["name"]) + len(record["description"]) for record in kept]
+    return sorted(range(len(kept)), key=lengths.__getitem__)
+
+
+__all__ = [
+    "Records",
+    "Span",
+    "duplicate_id",
+    "entity_id_of",
+    "ids_of",
+    "in_order_of_length",
+    "is_absent",
+    "table_record",
+    "undecoded",
+]

@@ -1,0 +1,240 @@
+"""The console command, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published import entities_and_mentions, save_linker
+from toy_data import write_dataset
+
+from mimic_el import EntityIndex, MimicModel, MimicProcessor, MultimodalEntityLinkingPipeline, cli
+from mimic_el.errors_mimic import MimicError
+
+PROGRAMS = {
+    "train": "mimic_el.train",
+    "prepare": "mimic_el.datasets_scripts.prepare",
+    "convert": "mimic_el.scripts.convert_original_checkpoint",
+    "push": "mimic_el.scripts.push_to_hub",
+    "demo": "mimic_el.scripts.demo",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and a JSON Lines file of entities and one of mentions whose images lie beside them."""
+    root = tmp_path_factory.mktemp("made")
+    save_linker(root / "linker")
+    (root / "tables" / "images").mkdir(parents=True)
+    entities, mentions = entities_and_mentions(root / "tables" / "images")
+    for name, records, column in (("entities", entities, "images"), ("mentions", mentions, "image")):
+        lines = []
+        for record in records:
+            image = record.get(column)
+            if image:
+                paths = [f"images/{Path(path).name}" for path in (image if isinstance(image, list) else [image])]
+                record = {**record, column: paths if column == "images" else paths[0]}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        (root / "tables" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return root
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Gives the one line with which the command refuses."""
+
+    def refused(*arguments: object) -> str:
+        assert run(*arguments) == 1
+        output, errors = capsys.readouterr()
+        assert output == ""
+        *bars, said = errors.splitlines()
+        assert said.startswith("error: ")
+        assert all("entities" in bar or not bar for bar in bars), errors  # progress bars
+        return said
+
+    return refused
+
+
+def test_links_as_the_pipeline_does(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables, linker = made / "tables", made / "linker"
+    index = tmp_path / "index"
+    built = ("--entities", tables / "entities.jsonl", "--output_dir", index, "--dtype", "float32")
+    assert run("index", "build", "--model", linker, *built) == 0
+    entities, mentions = entities_and_mentions(tmp_path / "images")
+    assert f"Wrote {len(entities)} entities" in capsys.readouterr().out
+    model = MimicModel.from_pretrained(linker)
+    processor = MimicProcessor.from_pretrained(linker, trust_remote_code=False)
+    expected = MultimodalEntityLinkingPipeline(
+        model=model, processor=processor, entities=entities, index_kwargs={"dtype": "float32"}
+    )(mentions, top_k=3)
+
+    capsys.readouterr()
+    common = ("--model", linker, "--index", index, "--top_k", 3)
+    assert run("link", tables / "mentions.jsonl", *common, "--batch_size", 2) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["mention"] for line in lines] == [mention["mention"] for mention in mentions]
+    for line, entities in zip(lines, expected, strict=True):
+        assert [found["entity_id"] for found in line["entities"]] == [found["entity_id"] for found in entities]
+        assert [found["score"] for found in line["entities"]] == pytest.approx([e["score"] for e in entities], abs=1e-4)
+
+    one = mentions[0]
+    image = ("--image", one["image"]) if one.get("image") else ()
+    text = one.get("text") or one["sentence"]
+    single = ("--mention", one["mention"], "--text", text, *image, "--output_file", tmp_path / "out.jsonl")
+    assert run("link", *single, *common) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["entities"] == [
+        {**found, **{name: pytest.approx(value, abs=1e-4) for name, value in found.items() if name.endswith("score")}}
+        for found in expected[0]
+    ]
+
+    assert run("index", "info", index) == 0
+    assert json.loads(capsys.readouterr().out)["entities"] == len(EntityIndex.from_pretrained(index))
+    assert run("index", "verify", index) == 0
+    assert "is whole" in capsys.readouterr().out
+
+
+def test_method_and_candidates_are_handed_on(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Any] = []
+
+    class Pipeline:
+        def __init__(self, **options: Any) -> None:
+            calls.append(options)
+
+        def __call__(self, mentions: Any, **options: Any) -> Any:
+            calls.append((mentions, options))
+            return [[] for _ in mentions]
+
+    monkeypatch.setattr("mimic_el.pipeline_mimic.MultimodalEntityLinkingPipeline", Pipeline)
+    (tmp_path / "m.jsonl").write_text('{"mention": "A", "sentence": "A b.", "candidates": ["x"], "own": 3}\n')
+    assert run("link", tmp_path / "m.jsonl", "--model", made / "linker", "--method", "exhaustive") == 0
+    [mention], options = calls[1]
+    assert (mention["text"], mention["candidates"], mention["image"]) == ("A b.", ["x"], None)
+    assert options == {"top_k": 5, "batch_size": 32, "method": "exhaustive"}
+    assert json.loads(capsys.readouterr().out)["own"] == 3
+
+
+def test_tables_of_entities(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("id,name,description,images\n1,Ann,A chemist,a.jpg|b.jpg\n2,Bo,,\n")
+    (tmp_path / "e.jsonl").write_text('{"id": 1, "name": "Ann", "image": "http://x/a.jpg"}\n\n{"id": "2"}\n')
+    table = cli.read_entities(str(tmp_path / "e.csv"))
+    for _ in range(2):  # it is read anew
+        first, second = table
+        assert first["images"] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]
+        assert second == {"id": "2", "name": "Bo", "description": "", "images": []}
+    assert list(cli.read_entities(str(tmp_path / "e.jsonl"))) == [
+        {"id": 1, "name": "Ann", "images": ["http://x/a.jpg"]},
+        {"id": "2", "images": []},
+    ]
+
+
+def test_entities_of_a_directory_are_those_of_now(tmp_path: Path) -> None:
+    directory = write_dataset(tmp_path / "toys")
+    assert len({row["id"] for row in cli.read_entities(str(directory))}) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("e.jsonl", '{"id": 1}\n{', "line 2: not JSON"),
+        ("e.jsonl", "[" * 100_000, "line 1: not JSON"),
+        ("e.jsonl", "[1]\n", "line 1: not an object, but a list"),
+        ("e.jsonl", '{"name": "Ann"}\n', "line 1: the entity has no `id`"),
+        ("e.jsonl", '{"id": 1, "images": 5}\n', "`images` must be paths"),
+        ("e.jsonl", "\udcff", "is not UTF-8"),
+        ("e.csv", "id,name\n1\n", "line 2: not as many cells"),
+        ("e.txt", "id", "its name must end in"),
+    ],
+)
+def test_broken_tables(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(MimicError, match=message):
+        list(cli.read_entities(str(tmp_path / name)))
+
+
+def test_what_a_user_gets_wrong(made: Path, tmp_path: Path, refused: Any) -> None:
+    model, index = ("--model", made / "linker"), ("--index", tmp_path / "none")
+    single = ("--mention", "A", "--text", "A b.")
+    assert "Give either a file of mentions" in refused("link", *model)
+    assert "--mention needs --text" in refused("link", *model, "--mention", "A")
+    assert "not both" in refused("link", *model, *single, *index, "--entities", "x.jsonl")
+    assert "There is no file" in refused("link", *model, tmp_path / "none.jsonl")
+    assert "There is no file" in refused("index", "build", *model, "--entities", "no.csv", "--output_dir", tmp_path)
+    assert "is no MIMIC checkpoint" in refused("link", "--model", tmp_path, *single, *index)
+    assert "cannot be loaded" in refused("link", "--model", tmp_path / "none", *single, *index)
+    assert "There is no device" in refused("index", "build", *model, "--entities", made / "tables" / "entities.jsonl",
+                                           "--output_dir", tmp_path / "i", "--device", "cuda:99")  # fmt: skip
+    assert "configuration 'nope'" in refused("train", "nope")
+    (tmp_path / "m.jsonl").write_text('{"mention": "A", "text": "A b."}\n{"mention": " ", "text": "A b."}\n')
+    entities = ("--entities", made / "tables" / "entities.jsonl")
+    assert "line 2: the mention needs `mention`" in refused("link", tmp_path / "m.jsonl", *model, *entities)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_get_their_arguments_untouched(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[Any] = []
+    program = types.ModuleType(PROGRAMS[name])
+
+    def main(argv: list[str]) -> int:
+        given.append((argv, sys.argv[0]))
+        return 3
+
+    program.main = main  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, PROGRAMS[name], program)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    arguments = ["--help", "-x", "--a=b", "c d", "--top_k", "3"]
+    assert run(name, *arguments) == 3
+    assert given == [(arguments, f"mimic-el {name}")]
+
+
+def test_configurations_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[Any] = []
+    program = types.ModuleType("mimic_el.train")
+    program.main = given.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mimic_el.train", program)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "sample", "--output_dir", "o") == 0
+    config, *rest = given.pop()
+    assert Path(config).samefile(cli.CONFIGS / "sample.yaml")
+    assert rest[-2:] == ["--output_dir", "o"]
+    (tmp_path / "sample").write_text("mine")
+    assert run("train", "sample") == 0
+    assert given.pop() == ["sample"]
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(argv: Any) -> None:
+        raise KeyboardInterrupt
+
+    program = types.ModuleType(PROGRAMS["demo"])
+    program.main = interrupt  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, PROGRAMS["demo"], program)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    assert run("demo") == 130
+
+
+def test_help_is_cheap() -> None:
+    """`prepare --help` is prepare's own, and loads neither torch nor transformers."""
+    program = """
+import sys
+from mimic_el.cli import main
+for arguments in (["--version"], ["--help"], ["index", "build", "--help"], ["prepare", "--help"]):
+    assert main(arguments) == 0, arguments
+assert main(["nope"]) == 2
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("mimic-el 0.")
+    assert "--max_shard_size" in result.stdout

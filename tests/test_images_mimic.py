@@ -1,0 +1,65 @@
+"""Images are read in one place, within limits; without corrections they come out as the published code makes them."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_processor
+from tiny_clip import tiny_model
+
+from mimic_el.errors_mimic import MimicImageError
+from mimic_el.images_mimic import first_image, load_image, open_image
+
+PUBLISHED = Path(__file__).parent / "golden" / "images"
+CASES = sorted(path.name for path in PUBLISHED.iterdir() if not path.name.startswith("expected_"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_published_code_makes_of_an_image(name: str):
+    """It opens an image, resizes it as it is stored, and makes it RGB then."""
+    stem, _, suffix = name.rpartition(".")
+    expected = np.asarray(Image.open(PUBLISHED / f"expected_{stem}_{suffix}.png").convert("RGB"))
+    height, width = expected.shape[:2]
+    made = load_image(PUBLISHED / name, correct=False, resize=(width, height))
+    np.testing.assert_array_equal(np.asarray(made), expected)
+
+
+def test_the_processor_without_corrections_resizes_before_it_makes_rgb():
+    processor = tiny_processor(tiny_model())
+    processor.correct_images = False
+    side = processor.image_processor.size["height"]
+    for name in CASES:
+        resized = processor.resized(PUBLISHED / name)
+        assert resized is not None
+        expected = Image.open(PUBLISHED / name).resize((side, side), Image.Resampling.LANCZOS).convert("RGB")
+        np.testing.assert_array_equal(resized.transpose(1, 2, 0), np.asarray(expected))
+
+
+def test_an_image_is_not_decoded_before_its_size_is_known():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "PNG")
+    cut = file.getvalue()[:60]  # the header, and nothing of the pixels
+    opened, where = open_image(cut)
+    assert (opened.size, where) == ((40, 30), "the given bytes")
+    with pytest.raises(MimicImageError, match="has 40 x 30 pixels, more than the 1,199"):
+        open_image(cut, max_pixels=1199)
+    with pytest.raises(MimicImageError, match="cannot be decoded"):
+        load_image(cut)
+
+
+def test_the_first_of_an_entitys_images():
+    assert first_image(["a", "b"]) == first_image(("a",)) == first_image("a") == "a"
+    assert first_image([]) is first_image(None) is None
+
+
+def test_where_there_is_no_image(tmp_path: Path):
+    assert load_image(None) is load_image("") is load_image({"bytes": None, "path": None}) is None
+    with pytest.raises(MimicImageError, match=f"There is no image file {tmp_path / 'no.png'}"):
+        load_image(os.fspath(tmp_path / "no.png"))
+    with pytest.raises(MimicImageError, match="is a directory"):
+        load_image(tmp_path)

@@ -1,0 +1,216 @@
+"""Batches of mentions and the entities that they mean. It knows the processor, and no model."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub.utils import chunk_iterable
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors_mimic import MimicImageError
+from ..processing_mimic import MimicProcessor
+from .knowledge_base import KnowledgeBase, clean_id, listed
+
+
+class MentionEntityCollator:
+    """Joins mentions with the entities that they mean into a batch for [`MimicModel`].
+
+    A batch of M mentions holds `input_ids`, `attention_mask` and `pixel_values` of the mentions; the same with the
+    prefix `entity_` of their answers; `labels`, int64 of shape (M,), the row of each answer among the N entities;
+    `entity_labels`, int64 of shape (N,), their numbers in the knowledge base. All are tensors.
+
+    Which image of an entity is taken is drawn from the seed and the mentions that make up the batch. It so differs
+    from epoch to epoch with their order, and is the same again in every run, however many processes load the data and
+    wherever training was interrupted.
+
+    Args:
+        processor ([`MimicProcessor`]): makes texts and images into tensors.
+        entities: a [`KnowledgeBase`], or what makes one.
+        random_images (`bool`, defaults to `True`): whether an entity's image is drawn at random, as in training, or
+            is its first, as in evaluation.
+        seed (`int`, defaults to 43): of the random images.
+        merge_duplicates (`bool`, defaults to `False`): whether an entity that several mentions of the batch mean is
+            in it once. The published batches have it once for each, so that it is its own negative.
+        unreadable_log (path, *optional*): JSON Lines file to which images that cannot be read are appended. Each is
+            warned of and taken as absent in any case.
+
+    Example:
+
+    ```python
+    >>> collator = MentionEntityCollator(processor, entities)
+    >>> trainer = Trainer(model, args, data_collator=collator, train_dataset=mentions)
+    ```
+    """
+
+    def __init__(
+        self,
+        processor: MimicProcessor,
+        entities: KnowledgeBase | datasets.Dataset | Sequence[Mapping[str, Any]],
+        *,
+        random_images: bool = True,
+        seed: int = 43,
+        merge_duplicates: bool = False,
+        unreadable_log: str | Path | None = None,
+    ) -> None:
+        self.processor = processor
+        self.knowledge_base = entities if isinstance(entities, KnowledgeBase) else KnowledgeBase(entities)
+        self.random_images = random_images
+        self.seed = seed
+        self.merge_duplicates = merge_duplicates
+        self.unreadable_log = None if unreadable_log is None else Path(unreadable_log)
+        self._records = self.knowledge_base.entities()
+        self._reported: set[str] = set()
+        self._normalized: np.ndarray | None = None
+
+    def __call__(self, mentions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of some mentions: dicts with `mention`, `sentence`, `image`, `answer` and, for messages, `id`.
+
+        Raises:
+            ValueError: if an answer is not in the knowledge base.
+        """
+        rows = [self._row(mention) for mention in mentions]
+        if self.merge_duplicates:
+            entity_rows = list(dict.fromkeys(rows))
+            position = {row: place for place, row in enumerate(entity_rows)}
+            labels = [position[row] for row in rows]
+        else:
+            entity_rows, labels = rows, list(range(len(rows)))
+        draw = self._draw(mentions)
+        entities = [self._records[row] for row in entity_rows]
+        images = [_pick(entity.get("images"), draw) for entity in entities]
+        batch = self.encode_mentions(mentions)
+        joined = self._inputs(
+            [entity["name"] or "" for entity in entities],
+            [entity["description"] or "" for entity in entities],
+            [image for image, _ in images],
+            [f"entity {entity['id']}, image {place}" for entity, (_, place) in zip(entities, images, strict=True)],
+        )
+        batch |= {f"entity_{name}": tensor for name, tensor in joined.items()}
+        batch["labels"] = torch.tensor(labels)
+        batch["entity_labels"] = torch.tensor(entity_rows)
+        return batch
+
+    def encode_mentions(self, mentions: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and `pixel_values` of mentions alone."""
+        return self._inputs(
+            [mention["mention"] or "" for mention in mentions],
+            [mention["sentence"] or "" for mention in mentions],
+            [mention.get("image") for mention in mentions],
+            [f"mention {mention.get('id')}" for mention in mentions],
+        )
+
+    def cache_pixels(
+        self, mentions: Iterable[Mapping[str, Any]], num_threads: int = 1, show_progress: bool = True
+    ) -> list[dict[str, Any]]:
+        """Decodes and resizes the images of mentions and of all entities once, and keeps them in memory.
+
+        Batches are the same bit by bit. A image takes 3 bytes for each pixel of the backbone's input: 150 kB at
+        224 x 224.
+
+        Args:
+            mentions: the mentions of the training data.
+            num_threads: how many images are decoded at a time.
+
+        Returns:
+            The mentions, to be used in place of those given.
+        """
+
+        def resize(record: Mapping[str, Any], name: str, what: str) -> dict[str, Any]:
+            value = record.get(name)
+            if name == "image":
+                return {**record, name: self._resized(value, f"{what} {record.get('id')}")}
+            resized = [self._resized(item, f"{what} {record['id']}, image {i}") for i, item in enumerate(listed(value))]
+            return {**record, name: resized}
+
+        def all_of(records: Iterable[Mapping[str, Any]], total: int | None, name: str, what: str) -> list[dict]:
+            with ThreadPoolExecutor(max(1, num_threads)) as pool:
+                # In slices, so that the bytes of no more than a slice wait for a thread.
+                done: list[dict[str, Any]] = []
+                bar = tqdm(total=total, desc=f"Resizing images ({what})", disable=not show_progress)
+                for part in chunk_iterable(records, 256):
+                    part = list(part)
+                    done += pool.map(lambda record: resize(record, name, what), part)
+                    bar.update(len(part))
+                bar.close()
+                return done
+
+        self._records = all_of(self.knowledge_base.entities(), len(self.knowledge_base), "images", "entity")
+        return all_of(mentions, length(mentions), "image", "mention")
+
+    def _row(self, mention: Mapping[str, Any]) -> int:
+        try:
+            return self.knowledge_base.row(clean_id(mention["answer"], f"The answer of mention {mention.get('id')!r}"))
+        except KeyError:
+            raise ValueError(
+                f"The answer {mention.get('answer')!r} of mention {mention.get('id')!r} is no entity of the knowledge "
+                "base, so it cannot be trained on. Leave such mentions out first."
+            ) from None
+
+    def _draw(self, mentions: Sequence[Mapping[str, Any]]) -> random.Random | None:
+        if not self.random_images:
+            return None
+        names = [f"{mention.get('id')}\0{mention['answer']}" for mention in mentions]
+        return random.Random("\0".join([str(self.seed), *names]))
+
+    def _inputs(self, heads: list[str], bodies: list[str], sources: list[Any], names: list[str]) -> dict[str, Tensor]:
+        separator = self.processor.separator
+        inputs = self.processor.tokenize([head + separator + body for head, body in zip(heads, bodies, strict=True)])
+        size = self.processor.image_processor.size
+        pixel_values = torch.zeros(len(sources), 3, size["height"], size["width"])
+        for row, (source, name) in enumerate(zip(sources, names, strict=True)):
+            image = self._resized(source, name)
+            if image is not None:
+                self._normalize(image, pixel_values[row])
+        return {**inputs, "pixel_values": pixel_values}
+
+    def _resized(self, source: Any, name: str) -> np.ndarray | None:
+        if source is None or isinstance(source, float | np.ndarray):
+            # Resized before; or NaN, which is what pandas gives for no image.
+            return None if isinstance(source, float) else source
+        try:
+            return self.processor.resized(source)
+        except MimicImageError as error:
+            self._report(name, error)
+            return None
+
+    def _normalize(self, image: np.ndarray, out: Tensor) -> None:
+        if self._normalized is None:
+            # What the image processor makes of each of the 256 values, for each channel.
+            ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+            table = self.processor.image_processor([ramp], do_resize=False, return_tensors="np")["pixel_values"]
+            self._normalized = table[0].reshape(3, 256).astype(np.float32)
+        for channel, values in enumerate(self._normalized):
+            np.take(values, image[channel], out=out[channel].numpy())
+
+    def _report(self, name: str, error: MimicImageError) -> None:
+        if name in self._reported:
+            return
+        self._reported.add(name)
+        warnings.warn(f"The image of {name} is left out. {error}", stacklevel=2)
+        if self.unreadable_log is not None:
+            # One short write in append mode: lines of several processes do not mix.
+            with open(self.unreadable_log, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"image": name, "error": str(error)}, ensure_ascii=False) + "\n")
+
+
+def _pick(images: Any, draw: random.Random | None) -> tuple[Any, int]:
+    """One of an entity's images and its number: at random, or the first."""
+    images = listed(images)
+    if not images:
+        return None, 0
+    place = 0 if draw is None or len(images) == 1 else draw.randrange(len(images))
+    return images[place], place
+
+
+def length(items: Any) -> int | None:
+    return len(items) if hasattr(items, "__len__") else None

@@ -1,0 +1,223 @@
+"""Ranking the answers of mentions among a whole knowledge base, and the metrics of it. It knows no trainer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    EvalPrediction,
+)
+
+from ..index_mimic import EntityIndex
+from ..modeling_mimic import MentionFeatures, MimicModel
+from .collator import MentionEntityCollator, length
+from .knowledge_base import clean_id, undecoded
+
+HITS_AT = (1, 3, 5, 10, 20)
+
+
+# Mentions whose features are held at once while they are ranked: some 30 kB each in the published model.
+_MENTIONS_AT_ONCE = 8192
+
+
+_METRIC = Path(__file__).parent.parent / "metrics" / "mel_ranking"
+
+
+@functools.cache
+def mel_ranking() -> evaluate.EvaluationModule:
+    """The project's ranking metric, metrics/mel_ranking."""
+    return evaluate.load(str(_METRIC), keep_in_memory=True)
+
+
+@dataclass
+class RankedMentions:
+    """Mentions with the ranks of their answers in a knowledge base, in the order in which they came.
+
+    Args:
+        ids, answers (`list[str]`): of the M mentions.
+        kinds (`list[str]`, *optional*): the column `kind`, where the mentions have one.
+        ranks (`numpy.ndarray` of shape `(M,)`, float64): from 1; NaN where the answer is not in the knowledge base.
+        entities (`list[list[dict]]`, *optional*): the best entities, best first: `entity_id`, `name` and `score`.
+        mentions, texts (`list[str]`): what is linked, and the text that it stands in.
+    """
+
+    ids: list[str]
+    answers: list[str]
+    kinds: list[str] | None
+    ranks: np.ndarray
+    entities: list[list[dict[str, Any]]] | None = None
+    mentions: list[str | None] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
+
+    def metrics(self, missing: str = "exclude") -> dict[str, float]:
+        """`hits@k` for k in 1, 3, 5, 10, 20, `mrr` and `mean_rank`; `mentions`, the number that they are over, and
+        `missing_answers`, the mentions whose answer is not in the knowledge base. Where the mentions have kinds, also
+        Hits@1, MRR and number of each kind, such as `KIND_mrr`.
+
+        Args:
+            missing: what a missing answer counts: see metrics/mel_ranking.
+        """
+        metrics = self._metrics(self.ranks, missing)
+        for kind in sorted(set(self.kinds or [])):
+            ranks = self.ranks[[own == kind for own in self.kinds or []]]
+            if missing == "miss" or not np.isnan(ranks).all():
+                own = self._metrics(ranks, missing)
+                metrics |= {f"{kind}_{name}": own[name] for name in ("hits@1", "mrr", "mentions")}
+        return metrics
+
+    @staticmethod
+    def _metrics(ranks: np.ndarray, missing: str) -> dict[str, float]:
+        metrics = dict(mel_ranking().compute(ranks=ranks, ks=list(HITS_AT), missing=missing))
+        count, absent = metrics.pop("count"), metrics.pop("missing")
+        if math.isnan(metrics["mean_rank"]):  # no answer is in the knowledge base, and each counts as a miss
+            del metrics["mean_rank"]
+        return {**metrics, "mentions": count, "missing_answers": absent}
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """For each mention a dict of `id`, `mention`, `text`, `answer`, `rank` (`None` where
+        the answer is not in the knowledge base),
+        `kind` where there is one, and `entities`, a list of `entity_id`, `name` and `score`."""
+        for row, (mention_id, answer) in enumerate(zip(self.ids, self.answers, strict=True)):
+            rank = float(self.ranks[row])
+            record: dict[str, Any] = {"id": mention_id}
+            if self.mentions:
+                record |= {"mention": self.mentions[row], "text": self.texts[row]}
+            record |= {"answer": answer, "rank": None if math.isnan(rank) else rank}
+            if self.kinds is not None:
+                record["kind"] = self.kinds[row]
+            if self.entities is not None:
+                record["entities"] = [{**found, "score": round(found["score"], 5)} for found in self.entities[row]]
+            yield record
+
+
+def rank_mentions(
+    model: MimicModel,
+    collator: MentionEntityCollator,
+    index: EntityIndex,
+    mentions: Iterable[Mapping[str, Any]],
+    *,
+    top_k: int = 0,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    show_progress: bool = True,
+) -> RankedMentions:
+    """Ranks the answer of each mention among all entities of an index.
+
+    Memory is bounded by the features of 8,192 mentions, the index's own needs, and the results.
+
+    Args:
+        model: made the index.
+        collator: encodes the mentions; only its `encode_mentions` is used.
+        index: the knowledge base.
+        mentions: dicts with `mention`, `sentence`, `image`, `answer` and `id`, maybe `kind`; a data set or any
+            iterable.
+        top_k: how many of the best entities to note for each mention.
+        batch_size, num_workers: of encoding.
+
+    Raises:
+        ValueError: if there are no mentions, or the model's features are not finite.
+    """
+    mentions = undecoded(mentions)
+    if not hasattr(mentions, "__getitem__") and not isinstance(mentions, torch.utils.data.IterableDataset):
+        mentions = list(mentions)
+    loader: DataLoader = DataLoader(
+        mentions,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=functools.partial(_encoded_and_named, collator),
+    )
+    results = RankedMentions([], [], [], np.empty(0), [] if top_k else None)
+    ranks: list[np.ndarray] = []
+    features: list[MentionFeatures] = []
+    waiting: list[str] = []
+    was_training = model.training
+    model.eval()
+    total = length(mentions)
+    try:
+        with torch.inference_mode(), tqdm(total=total, desc="Encoding mentions", disable=not show_progress) as bar:
+            for inputs, named in loader:
+                encoded = model.encode_mentions(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+                if not all(tensor.isfinite().all() for tensor in encoded.tensors.values()):
+                    raise ValueError(
+                        "The model's features of mentions are not finite: training has diverged. Try a smaller "
+                        "learning rate."
+                    )
+                features.append(encoded)  # on the model's device: that is where ranking is done
+                waiting += named["answer"]
+                results.ids += named["id"]
+                results.kinds += named["kind"]
+                results.mentions += named["mention"]
+                results.texts += named["text"]
+                if len(waiting) >= _MENTIONS_AT_ONCE:
+                    ranks.append(_rank(index, features, waiting, top_k, results, show_progress))
+                    features, waiting = [], []
+                bar.update(len(named["id"]))
+            if waiting:
+                ranks.append(_rank(index, features, waiting, top_k, results, show_progress))
+    finally:
+        model.train(was_training)
+    if not ranks:
+        raise ValueError("There are no mentions to rank.")
+    results.ranks = np.concatenate(ranks)
+    if all(kind is None for kind in results.kinds or []):
+        results.kinds = None
+    return results
+
+
+def _encoded_and_named(
+    collator: MentionEntityCollator, mentions: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+    named = {name: [mention.get(name) for mention in mentions] for name in ("id", "answer", "kind")}
+    named["answer"] = [
+        clean_id(answer, f"The answer of mention {mention_id!r}")
+        for mention_id, answer in zip(named["id"], named["answer"], strict=True)
+    ]
+    named["mention"] = [mention["mention"] for mention in mentions]
+    named["text"] = [mention["sentence"] for mention in mentions]
+    return collator.encode_mentions(mentions), named
+
+
+def _rank(
+    index: EntityIndex,
+    features: list[MentionFeatures],
+    answers: list[str],
+    top_k: int,
+    results: RankedMentions,
+    show_progress: bool,
+) -> np.ndarray:
+    joined = MentionFeatures.cat(features)
+    results.answers += answers
+    if results.entities is not None:
+        found = index.search(joined, top_k=min(top_k, len(index)), show_progress=show_progress)
+        for entity_ids, scores in zip(found.entity_ids, found.scores, strict=True):
+            results.entities.append(
+                [
+                    {"entity_id": entity_id, "name": index.entity(entity_id)["name"], "score": float(score)}
+                    for entity_id, score in zip(entity_ids, scores, strict=False)
+                ]
+            )
+    return index.rank(joined, answers, show_progress=show_progress).ranks
+
+
+def in_batch_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` for a plain `Trainer`: each mention's answer among the entities of its batch.
+
+    The metrics are those of `mel_ranking`. They tell whether training works; they are no figures for a paper, for
+    which the answer is ranked among the whole knowledge base, as [`MimicTrainer`] does.
+    """
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    labels = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
+    # The Trainer pads the rows of smaller batches with -100.
+    scores = np.where(logits == -100, -np.inf, logits.astype(np.float64))
+    return dict(mel_ranking().compute(predictions=scores, references=labels, ks=list(HITS_AT)))

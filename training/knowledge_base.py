@@ -1,0 +1,149 @@
+"""The entities that mentions are linked to, found by id or read by number. It knows no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..errors_mimic import UnknownEntityError
+
+
+def undecoded(data: Any) -> Any:
+    """A data set whose column `image` stays bytes, to be decoded by [`load_image`] within its limits; others as is."""
+    features = getattr(data, "features", None) or {}
+    if isinstance(features.get("image"), datasets.Image):
+        return data.cast_column("image", datasets.Image(decode=False))
+    return data
+
+
+def require_columns(present: Iterable[str] | None, needed: Iterable[str], what: str) -> None:
+    """Raises a `ValueError` that names the columns which are not there."""
+    present = list(present or [])
+    missing = [name for name in needed if name not in present]
+    if missing:
+        raise ValueError(f"{what.capitalize()} have no column {', '.join(missing)}; they have {', '.join(present)}.")
+
+
+def clean_id(value: Any, what: str) -> str:
+    """An id as the string that it is known by; integers are written out.
+
+    Raises:
+        ValueError: if it is anything else, such as NaN, a truth value or nothing; `what` says whose id it is.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{what} is {value!r}. An id must be a string that is not empty, or an integer.")
+
+
+def listed(value: Any) -> list[Any]:
+    """The items of what may be a list, a tuple, an array, one item or, as `None` or NaN, nothing.
+
+    A numpy array of three axes, or of two, is one image; one of a single axis is a list.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return []
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
+        return list(value)
+    return [value]
+
+
+class _Records(Sequence[Mapping[str, Any]]):
+    """The records of a knowledge base by number, each read when it is asked for."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[place] for place in range(*row.indices(len(self)))]
+        place = range(len(self))[row]
+        if isinstance(self._source, datasets.Dataset):
+            record = self._source[place].to_pylist()[0]
+        else:
+            record = self._source[place]
+        # As in the index: an integer id is the string that writes it.
+        return record if isinstance(record["id"], str) else {**record, "id": clean_id(record["id"], "An entity's id")}
+
+
+class KnowledgeBase:
+    """The entities that mentions are linked to. `in` and iteration are about ids, [`entities`] about records.
+
+    Images stay bytes, to be decoded by [`load_image`] within its limits.
+
+    Args:
+        entities: a `datasets.Dataset`, a pandas `DataFrame`, or a sequence of dicts, with `id`, `name`,
+            `description` and `images`. Integer ids are taken as the strings that write them.
+
+    Raises:
+        ValueError: if there are no entities, an id is no string or integer, or two share an id.
+    """
+
+    def __init__(self, entities: Any) -> None:
+        self._source: Any = entities
+        if isinstance(entities, datasets.Dataset):
+            require_columns(entities.column_names, ("id", "name", "description", "images"), "the entities")
+            # As Arrow, nothing is decoded. (A cast to undecoded images would write the data set anew.)
+            self._source = entities.with_format("arrow")
+        elif hasattr(entities, "to_dict") and hasattr(entities, "columns"):  # a DataFrame
+            require_columns(entities.columns, ("id", "name", "description", "images"), "the entities")
+            rows = entities.to_dict("records")
+            self._source = [{name: None if _is_nan(value) else value for name, value in row.items()} for row in rows]
+        self._rows: dict[str, int] = {}
+        duplicates = []
+        for row, value in enumerate(self.column("id")):
+            entity_id = clean_id(value, f"The id of entity {row} (counted from 0)")
+            if self._rows.setdefault(entity_id, row) != row:
+                duplicates.append(entity_id)
+        if not self._rows:
+            raise ValueError("The knowledge base is empty: there is no entity to link to.")
+        if duplicates:
+            raise ValueError(
+                f"{len(duplicates)} entities have the id of another, such as {duplicates[0]!r}. Ids must be unique."
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, entity_id: object) -> bool:
+        """Whether there is an entity of that id."""
+        return entity_id in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids, in the order of the entities."""
+        return iter(self._rows)
+
+    def entities(self) -> Sequence[Mapping[str, Any]]:
+        """The records, read by number when they are asked for."""
+        return _Records(self._source)
+
+    def entity(self, entity_id: str) -> Mapping[str, Any]:
+        """The record of an entity; `UnknownEntityError` where there is none of that id."""
+        return self.entities()[self.row(entity_id)]
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of one field of all entities, as they were given."""
+        if isinstance(self._source, datasets.Dataset):
+            for table in self._source.select_columns([name]).iter(1000):
+                yield from table[name].to_pylist()
+        else:
+            yield from (entity[name] for entity in self._source)
+
+    def row(self, entity_id: str) -> int:
+        """The number of an entity, from 0; `UnknownEntityError` (a `KeyError`) where there is none of that id."""
+        try:
+            return self._rows[entity_id]
+        except KeyError:
+            raise UnknownEntityError(f"There is no entity {entity_id!r} in the knowledge base.") from None
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,89 @@
+"""Which checkpoint a training goes on from, judged by the files in its directory. It loads no model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .arguments import MimicTrainingArguments
+from .data import MISSING_LOG
+from .trainer import INDEX_FOLDER
+
+logger = logging.getLogger("mimic_el.train")
+
+
+UNREADABLE_LOG = "unreadable_images.jsonl"
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; `None` if all that training needs is there and whole."""
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return "it has no trainer_state.json"
+    try:
+        if not isinstance(json.loads(state.read_text(encoding="utf-8")), dict):
+            return "its trainer_state.json holds no mapping"
+    except (OSError, ValueError) as error:
+        return f"its trainer_state.json cannot be read ({error})"
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not weights:
+        return "it has no weights (*.safetensors)"
+    for path in weights:
+        try:
+            with safe_open(path, framework="np"):  # compares the header with the file's size
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"its {path.name} is not whole ({error})"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        path = checkpoint / name
+        # The end of a zip archive lists what is in it: a file that was cut has none.
+        if path.exists() and not zipfile.is_zipfile(path):
+            return f"its {name} is not whole"
+    return None
+
+
+def checkpoint_to_resume(args: MimicTrainingArguments, overwrite: bool = False) -> str | None:
+    """The checkpoint from which training goes on, `None` for a new training.
+
+    That is `resume_from_checkpoint` where it is given, else the last complete checkpoint in the output directory.
+
+    Raises:
+        ValueError: if the output directory holds a finished training, or there is no such checkpoint.
+    """
+    directory = Path(args.output_dir or ".")
+    checkpoints = sorted(
+        (path for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+    )
+    results = [*directory.glob("*_results.json"), *directory.glob("predictions_*.jsonl"), directory / MISSING_LOG]
+    if overwrite:
+        for path in [*checkpoints, directory / INDEX_FOLDER]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in [*results, directory / UNREADABLE_LOG]:
+            path.unlink(missing_ok=True)
+        return None
+    wanted = args.resume_from_checkpoint
+    faults = {path: fault_of(path) for path in checkpoints}
+    complete = [path for path in checkpoints if faults[path] is None]
+    if wanted is not None and wanted.lower() not in ("last", "true"):
+        fault = fault_of(Path(wanted))
+        if fault is not None:
+            raise ValueError(f"{wanted} is no complete checkpoint of a training: {fault}.")
+        return wanted
+    if wanted is None and (directory / "train_results.json").is_file():
+        raise ValueError(
+            f"{directory} holds a finished training. Give another --output_dir, or --overwrite_output_dir to delete "
+            "it, or --resume_from_checkpoint last to train it further."
+        )
+    if wanted is not None and not complete:
+        raise ValueError(f"There is no complete checkpoint in {directory} to go on from.")
+    for path in checkpoints:
+        if path not in complete:
+            logger.warning("%s is not complete and is left out of account: %s.", path, faults[path])
+    return str(complete[-1]) if complete else None
