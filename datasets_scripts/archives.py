@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import struct
+import sys
 import tarfile
 import threading
 import zipfile
@@ -25,25 +26,24 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from mimic_el.errors_mimic import MimicError, MimicImageError
+from mimic_el.images_mimic import MAX_PIXELS, load_image, open_image
 
 MAX_JSON_BYTES = 4 << 30
 MAX_IMAGE_BYTES = 256 << 20
 # An archive that is compressed inside another one is unpacked in memory up to this size.
 MAX_NESTED_BYTES = 256 << 20
-MAX_IMAGE_PIXELS = 100_000_000
 # Deflate reaches about 1000:1 on nothing but zeros; pictures and JSON stay far below this.
 MAX_COMPRESSION_RATIO = 200
 SMALL_MEMBER_BYTES = 1 << 20
-
-# Formats whose decoders are plain image decoders. Left out on purpose: EPS and PDF start other programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 # What a damaged or hostile archive member can raise while it is read.
 READ_ERRORS = (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
-class ArchiveError(ValueError):
+class ArchiveError(MimicError, ValueError):
     """A file cannot be read safely. `kind` is a kind of [`mimic_el.datasets_scripts.report`]; `str()` is the detail."""
 
     def __init__(self, kind: str, detail: str):
@@ -474,34 +474,22 @@ class ImageFolder:
         raise ArchiveError("missing_image", f"{reference!r} could be {paths[0]!r} or {paths[1]!r} in {self.label}")
 
 
-def _open_image(data: bytes, max_pixels: int) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ArchiveError("oversized_image", str(error)) from error
-    if image.width * image.height > max_pixels:
-        raise ArchiveError(
-            "oversized_image", f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}"
-        )
-    return image
-
-
-def inspect_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[str, str] | None:
-    """Decode a picture completely, to know that a reader of the data set can.
+def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
+    """Decode a picture completely, to know that a reader of the data set can: it is read as training reads it.
 
     Returns:
         `None` for a sound picture, else `(kind, detail)` with `oversized_image` (more than `max_pixels` pixels; it is
-        not decoded) or `unreadable_image` (not a picture, truncated, damaged, or not one of `IMAGE_FORMATS`).
+        not decoded) or `unreadable_image` (not a picture, truncated, damaged, or not one of the formats of
+        `mimic_el.images_mimic`).
     """
     try:
-        with _open_image(data, max_pixels) as image:
-            image.load()
-    except ArchiveError as error:
-        return error.kind, str(error)
-    except UnidentifiedImageError:
-        return "unreadable_image", "not a picture in a known format"
-    except Exception as error:  # decoders raise anything on damaged input: SyntaxError, struct.error, ...
-        return "unreadable_image", f"{type(error).__name__}: {error}"
+        load_image(data, max_pixels)
+    except MimicImageError as error:
+        # The reader's own limit has no cause; above twice Pillow's, Pillow refuses.
+        too_large = error.__cause__ is None or isinstance(error.__cause__, Image.DecompressionBombError)
+        # The reader has no name for bytes; the caller has.
+        detail = str(error).replace("The image the given bytes", "it").replace("the given bytes", "it")
+        return "oversized_image" if too_large else "unreadable_image", detail
     return None
 
 
@@ -515,7 +503,8 @@ def shrink_image(data: bytes, longest_side: int) -> bytes:
     A picture that is small enough, or has more than 8 bits a channel, keeps its bytes. One with transparency becomes
     PNG, any other JPEG (quality 90). The camera's orientation is applied, as `datasets.Image` does when it decodes.
     """
-    with _open_image(data, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS) as image:
+    opened, _ = open_image(data, sys.maxsize)  # its pixels were counted when it was found sound
+    with opened as image:
         if max(image.size) <= longest_side or image.mode not in _EIGHT_BIT_MODES:
             return data
         image.draft("RGB", (longest_side, longest_side))  # JPEG decodes at a fraction of its size where that is enough

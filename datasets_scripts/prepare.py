@@ -32,7 +32,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .archives import MAX_IMAGE_PIXELS, ArchiveError, Picture, inspect_image, shrink_image
+from mimic_el.errors_mimic import MimicError
+from mimic_el.images_mimic import MAX_PIXELS
+
+from .archives import ArchiveError, Picture, inspect_image, shrink_image
 from .builders import encode, features_of
 from .cards import CardFacts, SplitFacts, write_card
 from .report import SPLITS, Report
@@ -47,7 +50,7 @@ PROBLEMS_FILE = "problems.jsonl"
 _FORMAT_VERSION = 1
 
 
-class PrepareError(Exception):
+class PrepareError(MimicError):
     """The data set cannot be written as asked; the message says why and what to do."""
 
 
@@ -71,7 +74,7 @@ class Options:
     source: str = "auto"
     use_images: bool = True
     image_size: int | None = None
-    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_image_pixels: int = MAX_PIXELS
     max_shard_bytes: int = 500_000_000
     strict: bool = False
     num_workers: int = min(8, os.cpu_count() or 1)
@@ -91,7 +94,7 @@ class Options:
             options["without_images"] = ""
         if self.image_size:
             options["image_size"] = str(self.image_size)
-        if self.max_image_pixels != MAX_IMAGE_PIXELS:
+        if self.max_image_pixels != MAX_PIXELS:
             options["max_image_pixels"] = str(self.max_image_pixels)
         return options
 
@@ -409,7 +412,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="the archive of the MIMIC authors or the data set's own release")  # fmt: skip
     parser.add_argument("--without_images", action="store_true", help="texts alone")
     parser.add_argument("--image_size", type=_positive, help="shrink pictures to this many pixels at most a side")
-    parser.add_argument("--max_image_pixels", type=_positive, default=MAX_IMAGE_PIXELS,
+    parser.add_argument("--max_image_pixels", type=_positive, default=MAX_PIXELS,
                         help="leave larger pictures out (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--max_shard_size", type=_size, default="500MB", help="of a Parquet file (default: %(default)s)"

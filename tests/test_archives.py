@@ -235,6 +235,7 @@ def test_json_in_any_unicode_encoding(tmp_path: Path, encoding: str) -> None:
         (b"[" * 200_000, "broken_json", "RecursionError"),
         (b"[" + b"9" * 5000 + b"]", "broken_json", "ValueError"),
     ],
+    ids=["no_colon", "empty", "gbk", "nested_without_end", "long_number"],
 )
 def test_broken_json_says_where(tmp_path: Path, data: bytes, kind: str, message: str) -> None:
     tree = open_tree(write_folder({"a.json": data}, tmp_path))
@@ -311,22 +312,23 @@ def test_image_of_a_refused_member_is_not_merely_missing(tmp_path: Path) -> None
     }
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"])
 def test_sound_images(format: str) -> None:
-    assert inspect_image(picture(format=format)) is None
+    assert inspect_image(picture(size=(32, 32), format=format)) is None
 
 
 @pytest.mark.parametrize(
     ("data", "kind", "message"),
     [
         (noise(0)[:-5000], "unreadable_image", "truncated"),
-        (b"", "unreadable_image", "not a picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unreadable_image", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unreadable_image", "not a picture"),
-        (png_claiming(12_000, 12_000), "oversized_image", "12000 x 12000 pixels, more than the limit of 100,000,000"),
+        (b"", "unreadable_image", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unreadable_image", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unreadable_image", "not an image"),
+        (png_claiming(9_500, 9_500), "oversized_image", "9500 x 9500 pixels, more than the 90,000,000"),
         (png_claiming(60_000, 60_000), "oversized_image", "decompression bomb"),
         (png_claiming(10, 10), "unreadable_image", ""),
     ],
+    ids=["cut", "empty", "svg", "postscript", "above_limit", "bomb", "no_pixels"],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unsound_images(data: bytes, kind: str, message: str) -> None:
