@@ -14,36 +14,36 @@ import os
 import re
 import stat
 import struct
+import sys
 import tarfile
 import threading
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from mimic_el.errors_mimic import MimicError, MimicImageError
+from mimic_el.images_mimic import MAX_PIXELS, load_image, open_image
 
 MAX_JSON_BYTES = 4 << 30
 MAX_IMAGE_BYTES = 256 << 20
 # An archive that is compressed inside another one is unpacked in memory up to this size.
 MAX_NESTED_BYTES = 256 << 20
-MAX_IMAGE_PIXELS = 100_000_000
 # Deflate reaches about 1000:1 on nothing but zeros; pictures and JSON stay far below this.
 MAX_COMPRESSION_RATIO = 200
 SMALL_MEMBER_BYTES = 1 << 20
-
-# Formats whose decoders are plain image decoders. Left out on purpose: EPS and PDF start other programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 # What a damaged or hostile archive member can raise while it is read.
 READ_ERRORS = (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
-class ArchiveError(ValueError):
+class ArchiveError(MimicError, ValueError):
     """A file cannot be read safely. `kind` is a kind of [`mimic_el.datasets_scripts.report`]; `str()` is the detail."""
 
     def __init__(self, kind: str, detail: str):
@@ -399,13 +399,15 @@ def _stem(name: str) -> str:
 class ImageFolder:
     """Pictures by name, below one folder or several.
 
-    Data sets name a picture with folders that no longer exist and with the extension it had before it was converted, so
-    [`find`] falls back in this order, and says which step it took:
+    Data sets name a picture with the extension it had before it was converted, so [`find`] falls back in this order,
+    and says which step it took:
 
-    1. `exact`: the path as given, or a file of that name in any folder;
-    2. `jpg`: the name up to its last dot, or its first, with `.jpg` (how the MIMIC archives store pictures);
+    1. `exact`: the path as given, or a file whose path ends in it;
+    2. `jpg`: the path up to its last dot, with `.jpg` (how the MIMIC archives store pictures);
     3. `case`: either, in another case;
-    4. `extension`: the name with any other extension.
+    4. `extension`: the path with any other extension.
+
+    The folders that a path names are part of it: `Q1/2.jpg` is not found in `Q2/`.
 
     Args:
         label: what to call the folder in messages.
@@ -418,22 +420,27 @@ class ImageFolder:
     def __init__(self, label: str, parts: list[tuple[Tree, str]]):
         self.label = label
         self.files: dict[str, tuple[Tree, str]] = {}
-        self._refused: dict[str, tuple[str, str]] = {}
+        self._refused: dict[str, dict[str, tuple[str, str]]] = {}
         for tree, prefix in parts:
             for name in tree.files:
                 if name.startswith(prefix):
                     self.files.setdefault(name[len(prefix) :], (tree, name))
             for name, refusal in tree.refused.items():
                 if name.startswith(prefix):
-                    self._refused.setdefault(_base(name), refusal)
+                    self._refused.setdefault(_base(name), {}).setdefault(name[len(prefix) :], refusal)
         self._bases: dict[str, list[str]] = {}
         for path in self.files:
             self._bases.setdefault(_base(path), []).append(path)
-        self._folded: dict[str, str] | None = None
-        self._stems: dict[str, str] | None = None
+        self._folded: dict[str, list[str]] | None = None
+        self._stems: dict[str, list[str]] | None = None
 
-    def find(self, reference: str) -> tuple[Picture, str]:
+    def find(self, reference: str, moved: bool = False) -> tuple[Picture, str]:
         """Look a picture up by the name or path that a row gives.
+
+        Args:
+            reference: the name or path.
+            moved: whether the path may name folders that are gone and a name with more after its first dot, as the
+                `imgPath` of the MIMIC archives does: then its last part, or that up to its first dot, is enough.
 
         Returns:
             The picture and the step that found it: `exact`, `jpg`, `case` or `extension`.
@@ -447,61 +454,69 @@ class ImageFolder:
             raise ArchiveError("unsafe_image_path", f"{reference!r} {reason}")
         if reference in self.files:
             return Picture(self, reference), "exact"
-        base = _base(reference)
-        stems = list(dict.fromkeys((_stem(base), base.partition(".")[0])))
+        *folders, base = [part for part in re.split(r"[\\/]", reference) if part not in ("", ".")] or [""]
+        # The file must lie in the folders that are named. Where these may be gone, in them or else anywhere.
+        places = list(dict.fromkeys(("/".join(folders), ""))) if moved else ["/".join(folders)]
+        stems = list(dict.fromkeys((_stem(base), base.partition(".")[0]))) if moved else [_stem(base)]
         names = [base, *(stem + ".jpg" for stem in stems)]
         for name in names:
-            if name in self._bases:
-                return self._picture(reference, name), "exact" if name == base else "jpg"
-            if name in self._refused:
-                kind, detail = self._refused[name]
+            if found := _in_places(self._bases.get(name, ()), places):
+                return self._picture(reference, found), "exact" if name == base else "jpg"
+            refused = self._refused.get(name, {})
+            if found := _in_places(refused, places):
+                kind, detail = refused[found[0]]
                 raise ArchiveError(_IMAGE_KINDS.get(kind, "unreadable_image"), f"{reference!r} {detail}")
         if self._folded is None or self._stems is None:
-            self._folded = {name.lower(): name for name in reversed(self._bases)}
-            self._stems = {_stem(name).lower(): name for name in reversed(self._bases)}
+            self._folded, self._stems = {}, {}
+            for name, paths in self._bases.items():
+                self._folded.setdefault(name.lower(), []).extend(paths)
+                self._stems.setdefault(_stem(name).lower(), []).extend(paths)
         for name in names:
-            if name.lower() in self._folded:
-                return self._picture(reference, self._folded[name.lower()]), "case"
+            if found := _in_places(self._folded.get(name.lower(), ()), places, fold=True):
+                return self._picture(reference, found), "case"
         for stem in stems:
-            if stem.lower() in self._stems:
-                return self._picture(reference, self._stems[stem.lower()]), "extension"
+            if found := _in_places(self._stems.get(stem.lower(), ()), places, fold=True):
+                return self._picture(reference, found), "extension"
         raise ArchiveError("missing_image", f"{reference!r} is not in {self.label}")
 
-    def _picture(self, reference: str, base: str) -> Picture:
-        paths = self._bases[base]
-        if len(paths) == 1 or base in self.files:  # the one that lies in no folder comes first
-            return Picture(self, base if base in self.files else paths[0])
-        raise ArchiveError("missing_image", f"{reference!r} could be {paths[0]!r} or {paths[1]!r} in {self.label}")
+    def _picture(self, reference: str, paths: list[str]) -> Picture:
+        # Of names that differ in case or extension alone the first; the one that lies in no folder comes before others.
+        same = [path for path in paths if _base(path) == _base(paths[0])]
+        if len(same) == 1 or _base(same[0]) in same:
+            return Picture(self, same[0] if len(same) == 1 else _base(same[0]))
+        raise ArchiveError("missing_image", f"{reference!r} could be {same[0]!r} or {same[1]!r} in {self.label}")
 
 
-def _open_image(data: bytes, max_pixels: int) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ArchiveError("oversized_image", str(error)) from error
-    if image.width * image.height > max_pixels:
-        raise ArchiveError(
-            "oversized_image", f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}"
-        )
-    return image
+def _in_places(paths: Iterable[str], places: list[str], fold: bool = False) -> list[str]:
+    """Those of `paths` in a folder whose path ends in the first of `places` that any is in; all are in `""`."""
+    for place in places:
+        ending = f"/{place.lower() if fold else place}" if place else ""
+        found = []
+        for path in paths:
+            folder = "/" + "/".join(re.split(r"[\\/]", path)[:-1])
+            if (folder.lower() if fold else folder).endswith(ending):
+                found.append(path)
+        if found:
+            return found
+    return []
 
 
-def inspect_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[str, str] | None:
-    """Decode a picture completely, to know that a reader of the data set can.
+def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
+    """Decode a picture completely, to know that a reader of the data set can: it is read as training reads it.
 
     Returns:
         `None` for a sound picture, else `(kind, detail)` with `oversized_image` (more than `max_pixels` pixels; it is
-        not decoded) or `unreadable_image` (not a picture, truncated, damaged, or not one of `IMAGE_FORMATS`).
+        not decoded) or `unreadable_image` (not a picture, truncated, damaged, or not one of the formats of
+        `mimic_el.images_mimic`).
     """
     try:
-        with _open_image(data, max_pixels) as image:
-            image.load()
-    except ArchiveError as error:
-        return error.kind, str(error)
-    except UnidentifiedImageError:
-        return "unreadable_image", "not a picture in a known format"
-    except Exception as error:  # decoders raise anything on damaged input: SyntaxError, struct.error, ...
-        return "unreadable_image", f"{type(error).__name__}: {error}"
+        load_image(data, max_pixels)
+    except MimicImageError as error:
+        # The reader's own limit has no cause; above twice Pillow's, Pillow refuses.
+        too_large = error.__cause__ is None or isinstance(error.__cause__, Image.DecompressionBombError)
+        # The reader has no name for bytes; the caller has.
+        detail = str(error).replace("The image the given bytes", "it").replace("the given bytes", "it")
+        return "oversized_image" if too_large else "unreadable_image", detail
     return None
 
 
@@ -515,7 +530,8 @@ def shrink_image(data: bytes, longest_side: int) -> bytes:
     A picture that is small enough, or has more than 8 bits a channel, keeps its bytes. One with transparency becomes
     PNG, any other JPEG (quality 90). The camera's orientation is applied, as `datasets.Image` does when it decodes.
     """
-    with _open_image(data, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS) as image:
+    opened, _ = open_image(data, sys.maxsize)  # its pixels were counted when it was found sound
+    with opened as image:
         if max(image.size) <= longest_side or image.mode not in _EIGHT_BIT_MODES:
             return data
         image.draft("RGB", (longest_side, longest_side))  # JPEG decodes at a fraction of its size where that is enough

@@ -23,7 +23,9 @@ from typing import Any, ClassVar
 
 import datasets
 
-from .archives import MAX_IMAGE_PIXELS, ArchiveError, Picture, inspect_image, shrink_image
+from mimic_el.images_mimic import MAX_PIXELS
+
+from .archives import ArchiveError, Picture, inspect_image, shrink_image
 from .report import SPLITS, Report
 from .sources import BENCHMARKS, EntityRow, MentionRow, Source, open_source, source_format
 
@@ -84,7 +86,7 @@ def checked_rows(
     config: str,
     split: str,
     report: Report,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    max_image_pixels: int = MAX_PIXELS,
     image_size: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a split as they are stored, each picture decoded first; one that cannot be is left out and reported.
@@ -127,7 +129,7 @@ class MelConfig(datasets.BuilderConfig):
 
     source: str = "auto"
     use_images: bool = True
-    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_image_pixels: int = MAX_PIXELS
     image_size: int | None = None
     fingerprint: str | None = None
 

@@ -21,18 +21,23 @@ from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.utils.py_utils import convert_file_size_to_int
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .archives import MAX_IMAGE_PIXELS, ArchiveError, Picture, inspect_image, shrink_image
+from mimic_el.errors_mimic import MimicError
+from mimic_el.hub_files_mimic import hub_files
+from mimic_el.images_mimic import MAX_PIXELS
+
+from .archives import ArchiveError, Picture, inspect_image, shrink_image
 from .builders import encode, features_of
 from .cards import CardFacts, SplitFacts, write_card
 from .report import SPLITS, Report
@@ -47,7 +52,7 @@ PROBLEMS_FILE = "problems.jsonl"
 _FORMAT_VERSION = 1
 
 
-class PrepareError(Exception):
+class PrepareError(MimicError):
     """The data set cannot be written as asked; the message says why and what to do."""
 
 
@@ -71,7 +76,7 @@ class Options:
     source: str = "auto"
     use_images: bool = True
     image_size: int | None = None
-    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_image_pixels: int = MAX_PIXELS
     max_shard_bytes: int = 500_000_000
     strict: bool = False
     num_workers: int = min(8, os.cpu_count() or 1)
@@ -91,7 +96,7 @@ class Options:
             options["without_images"] = ""
         if self.image_size:
             options["image_size"] = str(self.image_size)
-        if self.max_image_pixels != MAX_IMAGE_PIXELS:
+        if self.max_image_pixels != MAX_PIXELS:
             options["max_image_pixels"] = str(self.max_image_pixels)
         return options
 
@@ -378,24 +383,33 @@ def push(output_dir: str | os.PathLike, repo_id: str, *, private: bool = False) 
 
     Returns:
         The repository's address.
+
+    Raises:
+        HubFilesError: if a file is a symbolic link to a place outside of the folder; nothing is sent then.
     """
+    files, _ = hub_files(output_dir, "dataset")
     api = HfApi()
     url = api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=os.fspath(output_dir),
-        ignore_patterns=[f"{Manifest.FOLDER}/*", "*.incomplete"],
-        # Files of an earlier version that had another number of shards.
-        delete_patterns=[f"{config}/*.parquet" for config in CONFIGS],
+    # Files of an earlier version that had another number of shards.
+    stale = [
+        path
+        for path in api.list_repo_files(repo_id, repo_type="dataset")
+        if path not in files and any(fnmatchcase(path, f"{config}/*.parquet") for config in CONFIGS)
+    ]
+    api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(path, file) for path, file in files.items()),
+            *(CommitOperationDelete(path) for path in stale),
+        ],
         commit_message="Upload the data set",
+        repo_type="dataset",
     )
     return str(url)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mimic_el.datasets_scripts.prepare",
         description="Turn the archives of a multimodal entity linking data set into a Hub data set.",
     )
     parser.add_argument("name", choices=list(BENCHMARKS), help="the data set; 'custom' for your own CSV or JSON Lines")
@@ -409,7 +423,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="the archive of the MIMIC authors or the data set's own release")  # fmt: skip
     parser.add_argument("--without_images", action="store_true", help="texts alone")
     parser.add_argument("--image_size", type=_positive, help="shrink pictures to this many pixels at most a side")
-    parser.add_argument("--max_image_pixels", type=_positive, default=MAX_IMAGE_PIXELS,
+    parser.add_argument("--max_image_pixels", type=_positive, default=MAX_PIXELS,
                         help="leave larger pictures out (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--max_shard_size", type=_size, default="500MB", help="of a Parquet file (default: %(default)s)"
@@ -475,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. What is written is kept: run the same command again to go on.", file=sys.stderr)
         return 130
-    except (PrepareError, ArchiveError, FileExistsError) as error:
+    except (MimicError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         print(

@@ -324,12 +324,18 @@ class Source(ABC):
         return plain
 
     def _picture(
-        self, folder: ImageFolder | None, reference: str, report: Report, file: str, row: int | str
+        self,
+        folder: ImageFolder | None,
+        reference: str,
+        report: Report,
+        file: str,
+        row: int | str,
+        moved: bool = False,
     ) -> Picture | None:
         if folder is None:
             return None
         try:
-            picture, step = folder.find(reference)
+            picture, step = folder.find(reference, moved)
             if picture in self.bad_pictures:
                 raise ArchiveError(*self.bad_pictures[picture])
         except ArchiveError as error:
@@ -468,7 +474,7 @@ class MimicArchive(Source):
             if not isinstance(path, str):
                 report.add("bad_field", file, row, f"imgPath is {_json_type(path)}")
             elif path:
-                picture = self._picture(self.mention_images, path, report, file, row)
+                picture = self._picture(self.mention_images, path, report, file, row, moved=True)
             source_id = item.get("id")
             if source_id is not None:
                 source_id = self._clean(str(source_id), report, file, row, "id")

@@ -97,7 +97,8 @@ def zip_bytes(files: Files, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, data in files.items():
-            archive.writestr(name, data)
+            # ZipInfo's own date, not the clock's: the same files give the same bytes.
+            archive.writestr(zipfile.ZipInfo(name), data, compress_type=compression)
     return buffer.getvalue()
 
 

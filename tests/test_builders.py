@@ -83,7 +83,9 @@ def test_unusable_pictures_are_left_out_and_logged(
         mentions, entities = load_raw("wikimel", archive, cache_dir=str(tmp_path / "cache"))
     assert image_bytes(entities, "images")[0] == [picture(2)]
     assert image_bytes(mentions["train"], "image") == [None, picture(6), None]
-    assert "wikimel, kb: 1 unreadable_image, e.g. kb_entity.json, row 0: 'Q0_0.jpg': OSError" in caplog.text
+    assert (
+        "wikimel, kb: 1 unreadable_image, e.g. kb_entity.json, row 0: 'Q0_0.jpg': it cannot be decoded" in caplog.text
+    )
     assert "wikimel, train: 1 missing_image, e.g. WIKIMEL_train.json, row 0: 'm0.jpg' is not in" in caplog.text
 
 

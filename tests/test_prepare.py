@@ -18,7 +18,8 @@ from test_sources import planted_archive
 
 from mimic_el.datasets_scripts import prepare as module
 from mimic_el.datasets_scripts.builders import load_raw
-from mimic_el.datasets_scripts.prepare import Options, PrepareError, main, prepare
+from mimic_el.datasets_scripts.prepare import Options, PrepareError, main, prepare, push
+from mimic_el.hub_files_mimic import HubFilesError
 
 # The command without the package's model, which takes seconds to import and is not used.
 RUN = f"""
@@ -328,6 +329,29 @@ def test_push_to_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ]
     entities = datasets.load_dataset("ann/own", "entities", split="kb")
     assert entities["id"] == [f"e{number}" for number in range(8)]
+
+
+def test_push_sends_nothing_from_outside_of_the_folder(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("eve", token="hf_eve"))
+    folder = write_folder({"data.txt": b"1"}, tmp_path / "out")
+    write_folder({"secret.txt": b"secret"}, tmp_path)
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(HubFilesError, match=r"notes\.txt is a symbolic link"):
+        push(folder, "eve/own")
+    (folder / "notes.txt").unlink()
+    push(folder, "eve/own")
+    assert set(hub.files("eve/own", repo_type="dataset")) - {".gitattributes"} == {"data.txt"}
+
+
+def test_usage_names_the_command_that_was_typed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mimic-el prepare"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: mimic-el prepare [-h]")
 
 
 def test_failed_upload_says_so(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
