@@ -23,6 +23,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_mimic import MimicConfig
 
+# The total is the mean of the units' scores; the text and the image unit are themselves means of two parts.
+UNITS = 3
+HALF_UNITS = 2 * UNITS
 # Expanded squares lose digits where the terms of a sum nearly cancel. Where a square is below this fraction of its
 # terms, the pair is computed again without the expansion (see `VisionDualDirection`); above it, errors grow tenfold at
 # most.
@@ -245,6 +248,11 @@ class TextGlobalLocalUnit(nn.Module):
         return (dot(widened(mention["text_embed"]), widened(entity["text_embed"])) + local) / 2
 
 
+def _column(stats: Tensor, names: tuple[str, ...], name: str) -> Tensor:
+    """One of the named numbers that a side keeps beside its vectors."""
+    return stats[:, names.index(name)]
+
+
 class VisionDualDirection(nn.Module):
     """One direction of VDLU: a gated layer norm of the key side, compared with the query side.
 
@@ -367,11 +375,19 @@ class VisionDualDirection(nn.Module):
         q, query_a, m = (widened(query[name]) for name in ("q", "a", "m"))
         z, key_a, k = (widened(key[name]) for name in ("z", "a", "k"))
         query_stats, key_stats = widened(query["stats"]), widened(key["stats"])
-        x, projected, gate = q + z, query_a + key_a, query_stats[:, 5] + key_stats[:, 6]
+        x, projected, gate = (
+            q + z,
+            query_a + key_a,
+            _column(query_stats, self.QUERY_STATS, "w.A") + _column(key_stats, self.KEY_STATS, "w.A"),
+        )
         x_square = dot(x, x)
         with torch.no_grad():
             # Where z~ is almost -q~, the rounding errors of A_z and A_q are large beside their sum.
-            rows = (x_square < _CANCELLATION * (query_stats[:, 0] + key_stats[:, 0])).nonzero(as_tuple=True)
+            rows = (
+                x_square
+                < _CANCELLATION
+                * (_column(query_stats, self.QUERY_STATS, "q.q") + _column(key_stats, self.KEY_STATS, "z.z"))
+            ).nonzero(as_tuple=True)
         if rows[0].numel():
             again = self._project(x[rows])
             projected = projected.index_put(rows, centered(again))
@@ -380,7 +396,9 @@ class VisionDualDirection(nn.Module):
         r = (x_square / self.fc.out_features + self.add_layer_norm.eps).rsqrt()
         gate = torch.tanh(r * gate + self._gate(h0) + self.gate_fc.bias.to(x.dtype))
         y = gate.unsqueeze(-1) * (r.unsqueeze(-1) * projected + centered(h0)) + k
-        return dot(y, m) * (y.square().mean(dim=-1) + self.layer_norm.eps).rsqrt() + query_stats[:, 6]
+        return dot(y, m) * (y.square().mean(dim=-1) + self.layer_norm.eps).rsqrt() + _column(
+            query_stats, self.QUERY_STATS, "beta.n"
+        )
 
 
 class VisionDualUnit(nn.Module):
@@ -400,6 +418,23 @@ class VisionDualUnit(nn.Module):
         return _prefixed("image_query_", self.dual_men2ent.query_features(embeds)) | _prefixed(
             "image_key_", self.dual_ent2men.key_features(embeds, tokens)
         )
+
+    def entity_stats(self, vectors: dict[str, Tensor], stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The numbers of entities whose vectors were rounded, made anew from these.
+
+        Args:
+            vectors: features of N entities, as they were rounded.
+            stats: their "image_query_stats" and "image_key_stats" before.
+        """
+        query, key = stats["image_query_stats"], stats["image_key_stats"]
+        names = VisionDualDirection.QUERY_STATS, VisionDualDirection.KEY_STATS
+        kept = [_column(query, names[0], name) for name in ("w.A", "beta.n")]
+        return {
+            "image_query_stats": self.dual_ent2men.query_stats(without_prefix("image_query_", vectors), *kept),
+            "image_key_stats": self.dual_men2ent.key_stats(
+                without_prefix("image_key_", vectors), _column(key, names[1], "w.A")
+            ),
+        }
 
     def score(self, mention: dict[str, Tensor], entity: dict[str, Tensor]) -> Tensor:
         mention_query, mention_key = without_prefix("image_query_", mention), without_prefix("image_key_", mention)
@@ -512,7 +547,7 @@ class Matcher(nn.Module):
 
 
 def _mean_of(text: Tensor, image: Tensor, cross_modal: Tensor) -> PairScores:
-    total = (text + image + cross_modal) / 3
+    total = (text + image + cross_modal) / UNITS
     return PairScores(total=total, text=text, image=image, cross_modal=cross_modal)
 
 
@@ -521,6 +556,8 @@ def _full_precision(device: torch.device) -> torch.autocast:
 
 
 __all__ = [
+    "HALF_UNITS",
+    "UNITS",
     "CrossModalFusionUnit",
     "EntityFeatures",
     "Matcher",

@@ -1,29 +1,25 @@
 """Exact search and ranking over encoded entities, without scoring every pair exactly.
 
 A total score is the sum of dot products, which are cheap; of the image unit, which is not as cheap; and of the text
-unit's attention, which takes nearly all the time. Three looks leave ever fewer pairs:
+unit's attention, which takes nearly all the time. So pairs are pruned in stages, by upper bounds of the total:
 
-1. At all pairs: the dot products, the most that the image unit can give, and a coarse bound of the attention's part.
-2. At those that this leaves: the image unit, exactly, one direction after the other.
-3. At those that this leaves: a tighter bound of the attention's part.
+    for each block of entities:
+        bound every pair: dot products, bounds of the image unit, coarse bounds of the attention
+        if there are no k best yet: score the pairs with the highest bounds exactly
+        contenders = the pairs whose bound reaches the mention's k-th best score
+        put the image unit's scores in the place of their bounds; prune the contenders again
+        put the bounds of the hull in the place of the coarse ones; prune the contenders again
+        where too many contenders are left of a mention: score all of the block's pairs of that mention
+        while contenders are left:
+            re-score exactly those with the highest bounds, and merge them into the k best
+            prune the contenders again
 
-What is left is scored exactly, in the order of its upper bound, until no bound is above the k-th best exact score. The
-answer is that of exhaustive scoring; only the work differs.
-
-The attention's part is `b + (c . w) / sqrt(|c|^2 / d + eps)` for the entity's vector w and number b, where c is a
-convex combination of the mention's centred value vectors u_1 .. u_L. So it is bounded, for all that the entity's tokens
-may do, by
-
-- a few balls that the u_j lie in: with centres z_k and radii R_k, `c . w` is at most the largest `z_k . w + R_k |w|`;
-- the hull: `c . w` lies between the smallest and the largest `u_j . w`;
-
-and by `|c|^2`, which lies between the squared distance of the hull from the origin and the largest `|u_j|^2`.
-
-The image unit's part, `|m| sqrt(d)` at most in each direction, comes from the length of a vector divided by its own.
+Both methods are exact: "exhaustive" scores every pair, and the answers are the same. Knows rows, not ids or files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,7 +27,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .bounds_mimic import COARSE_NAMES, CoarseFeatures, MentionBounds
 from .matching_mimic import (
+    HALF_UNITS,
+    UNITS,
     EntityFeatures,
     Matcher,
     MentionFeatures,
@@ -41,32 +40,35 @@ from .matching_mimic import (
     without_prefix,
 )
 
+METHODS = ("pruned", "exhaustive")
+_MENTION_BLOCK = 256
+# Of so many candidates, bounding their scores takes less time than scoring them all.
+_MANY_CANDIDATES = 2048
+_CANDIDATE_BYTES = 64 * 2**20
 # Rounding differs with the shape of a matrix product. Relative to the largest terms of a mention's scores, bounds and
 # block-wise scores are trusted up to _SLACK; what is closer is decided by `score_pairs`, which gives a pair the same
 # score in any company, up to _TIE of the score.
 _SLACK = 2e-5
 _TIE = 1e-6
 # Pairs of each mention from which the best k are scored exactly at first; those that are scored before the others'
-# bounds are looked at again; and how often that is done before counting what is left.
+# bounds are compared again; and how often that is done before counting what is left.
 _SEEDS = 32
 _ROUND = 16
 _PATIENCE = 4
-_BALLS = 4
 # Where more than this fraction of a picture's pairs are left, the image unit is cheaper for all of them at once; beside
 # few pictures, where its products have few rows, it is so later.
-_CROWDED, _FEW_CROWDED = 0.07, 0.4
+_DENSE, _FEW_DENSE = 0.07, 0.4
 _FEW = 16
 # Where more than this fraction of a mention's pairs in a block would be scored exactly, bounding them does not pay.
 _EXHAUSTIVE_FRACTION = 0.2
 # Pairs whose vectors are gathered in one go, and bytes of attention made in one go: they stay in a CPU's cache.
 _PAIRS_AT_ONCE = 2048
 _CACHE_BYTES = 16 * 2**20
-_BIAS, _MOST = (VisionDualDirection.QUERY_STATS.index(name) for name in ("beta.n", "most"))
+_BIAS = VisionDualDirection.QUERY_STATS.index("beta.n")
 
-# Features of the attention, and those that each look needs.
+# Features of the attention.
 _MENTION_TOKENS = ("text_key", "text_value", "text_mask")
 _ATTENTION = ("text_query", "text_local", "text_bias", "text_mask")
-_FIRST_LOOK = ("text_embed", "cross_modal", "text_local", "text_bias", "image_query_stats")
 # Directions of the image unit: the entity's picture is the query, or the mention's is. Features of the entity's side;
 # the mention's are those of the other direction.
 _ENT2MEN, _MEN2ENT = 0, 1
@@ -145,71 +147,6 @@ def _rows(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass
-class _FirstLook:
-    """What the first look needs of N entities."""
-
-    text: Tensor  # (N, projection_dim)
-    cross_modal: Tensor  # (N, d)
-    local: Tensor  # (N, d + 1): w, and its length
-    most: Tensor  # (N,) the most that the entity's side of the image unit adds to a total
-    offset: Tensor  # (N,) that, and the attention's b
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> _FirstLook:
-        local = widened(tensors["text_local"])
-        most = widened(tensors["image_query_stats"][:, _MOST]) / 6
-        return cls(
-            widened(tensors["text_embed"]),
-            widened(tensors["cross_modal"]),
-            torch.cat([local, local.norm(dim=-1, keepdim=True)], dim=1),
-            most,
-            torch.add(most, widened(tensors["text_bias"]), alpha=1 / 6),
-        )
-
-    def extent(self) -> Tensor:
-        """The largest size of each kind of number but the products, (3,)."""
-        return torch.stack([self.most.abs().amax(), self.offset.abs().amax(), self.local[:, -1].amax()])
-
-
-@dataclass
-class _MentionBounds:
-    """What bounds the attention's part for each of M mentions."""
-
-    values: Tensor  # (M, L, d) centred value vectors; of padding, repeats of a real one
-    balls: Tensor  # (K * M, d + 1) centres of K balls that hold them, and their radii; all first balls come first
-    by_small: Tensor  # (M, 1) 1 / sqrt(s / d + eps) where s is at most the squared distance of the hull from the origin
-    by_large: Tensor  # (M, 1) the same for the largest |u_j|^2
-    cap: Tensor  # (M, 1) the largest attention's part of a w of length 1
-
-    @classmethod
-    def of(cls, matcher: Matcher, mentions: MentionFeatures) -> _MentionBounds:
-        values = widened(mentions.tensors["text_value"])
-        if matcher.tglu.mask_padding:
-            mask = mentions.tensors["text_mask"]
-            first = mask.int().argmax(dim=1)
-            real = values[torch.arange(len(values), device=values.device), first].unsqueeze(1)
-            values = torch.where(mask.unsqueeze(-1), values, real)
-        count, size, eps = min(_BALLS, values.shape[1]), values.shape[-1], matcher.tglu.layer_norm.eps
-        balls = torch.cat(_balls(values, count), dim=2).transpose(0, 1).flatten(0, 1)
-        largest = values.square().sum(dim=-1).amax(dim=1, keepdim=True)
-        by_small, by_large = ((square / size + eps).rsqrt() for square in (_hull_distance(values), largest))
-        return cls(values, balls, by_small, by_large, largest.sqrt() * by_large)
-
-    def ball(self, local: Tensor) -> Tensor:
-        """Upper bounds (M, N) of the attention's part, less b; `local` is w and its length, (N, d + 1)."""
-        upper = (self.balls @ local.T).unflatten(0, (-1, len(self.values))).amax(dim=0)
-        # The larger factor where the bound is positive, the smaller where it is negative.
-        return torch.maximum(upper * self.by_small, upper.mul_(self.by_large))
-
-    def hull(self, row: int, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds (N,) of the attention's part of one mention, less b; `local` is w, (N, d)."""
-        products = local @ self.values[row].T
-        lower, upper = products.aminmax(dim=1)
-        small, large = self.by_small[row], self.by_large[row]
-        return torch.minimum(lower * small, lower * large), torch.maximum(upper * small, upper * large)
-
-
-@dataclass
 class _Query:
     """M mentions, prepared for a search."""
 
@@ -217,18 +154,18 @@ class _Query:
     text: Tensor  # (M, projection_dim) as parts of the total
     cross_modal: Tensor  # (M, d)
     most: Tensor  # (M, 1) the most that the mention's side of the image unit adds to a total
-    bounds: _MentionBounds
-    size: Tensor  # (M, 1) the largest terms of a score, but for what `_FirstLook.extent` says
+    bounds: MentionBounds
+    size: Tensor  # (M, 1) the largest terms of a score, but for what `CoarseFeatures.extent` says
     images: tuple[dict[str, Tensor], dict[str, Tensor]]  # of G different pictures, what each direction needs
     image_of: Tensor  # (M,) which of them is a mention's
     picture_most: Tensor  # (G, 1) the most that they add to a total
-    crowded: Tensor  # (G,) whether so many of its pairs are left that the image unit is cheaper for all at once
+    dense: Tensor  # (G,) whether so many of its pairs are left that the image unit is cheaper for all at once
     first: int = -1  # the direction of the image unit that is computed first, which tells more; -1 before that is known
 
     @classmethod
     def of(cls, matcher: Matcher, mentions: MentionFeatures) -> _Query:
         tensors = mentions.tensors
-        text, cross_modal = widened(tensors["text_embed"]) / 6, widened(tensors["cross_modal"]) / 3
+        text, cross_modal = widened(tensors["text_embed"]) / HALF_UNITS, widened(tensors["cross_modal"]) / UNITS
         size = torch.ones(len(mentions), 1, device=text.device)
         for vectors, norm in ((text, matcher.text_cls_layernorm), (cross_modal, matcher.cmfu.gate_layer_norm)):
             # No entity's vector is longer than a layer norm's output can be; a tenth more for how it is stored.
@@ -237,14 +174,12 @@ class _Query:
         pictures, image_of = _different({name: tensors[name] for name in (*_KEY, *_QUERY)})
         vector, stats = widened(pictures["image_query_m"]), widened(pictures["image_query_stats"])
         # From the vectors: of features in half precision the stored number is rounded.
-        picture_most = (VisionDualDirection.most(vector, stats[:, _BIAS]) / 6).unsqueeze(1)
+        picture_most = (VisionDualDirection.most(vector, stats[:, _BIAS]) / HALF_UNITS).unsqueeze(1)
         most = picture_most.index_select(0, image_of)
         images = ({name: pictures[name] for name in _KEY}, {name: pictures[name] for name in _QUERY})
-        crowded = torch.zeros(len(picture_most), dtype=torch.bool, device=text.device)
-        bounds = _MentionBounds.of(matcher, mentions)
-        return cls(
-            mentions, text, cross_modal, most, bounds, size + most.abs(), images, image_of, picture_most, crowded
-        )
+        dense = torch.zeros(len(picture_most), dtype=torch.bool, device=text.device)
+        bounds = MentionBounds.of(matcher, mentions)
+        return cls(mentions, text, cross_modal, most, bounds, size + most.abs(), images, image_of, picture_most, dense)
 
     def __len__(self) -> int:
         return len(self.mentions)
@@ -252,7 +187,7 @@ class _Query:
     def margin(self, extent: Tensor) -> Tensor:
         """How far rounding may move the scores and bounds of entities of an extent, (M, 1)."""
         most, offset, local = extent
-        return _SLACK * (self.size + most + offset + self.bounds.cap * local / 6)
+        return _SLACK * (self.size + most + offset + self.bounds.cap * local / HALF_UNITS)
 
 
 def _different(images: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -306,64 +241,6 @@ class _Pairs:
 
     def __len__(self) -> int:
         return len(self.columns)
-
-
-def _balls(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Centres (M, count, d) and radii (M, count, 1) of balls that hold each of M sets of points (M, L, d).
-
-    The points nearest to each of `count` of them that are far apart (each the farthest from those before) make a ball
-    around their mean. Padding and function words lie close together, so that a few small balls hold them.
-    """
-    every = torch.arange(len(points), device=points.device)
-    distances = torch.cdist(points, points)
-    picked = [(points - points.mean(dim=1, keepdim=True)).norm(dim=-1).argmin(dim=1)]
-    nearest = distances[every, picked[0]]
-    for _ in range(count - 1):
-        picked.append(nearest.argmax(dim=1))
-        nearest = torch.minimum(nearest, distances[every, picked[-1]])
-    to_picked = distances.gather(1, torch.stack(picked, dim=1).unsqueeze(-1).expand(-1, -1, points.shape[1]))
-    member = torch.nn.functional.one_hot(to_picked.argmin(dim=1), count).to(points.dtype)
-    centres = member.transpose(1, 2) @ points / member.sum(dim=1).clamp(min=1).unsqueeze(-1)
-    radii = ((points.unsqueeze(2) - centres.unsqueeze(1)).norm(dim=-1) * member).amax(dim=1)
-    # An empty ball, of points that are all the same, must not lower a bound: it repeats the first.
-    empty = member.sum(dim=1) == 0
-    radii = torch.where(empty, radii[:, :1], radii).unsqueeze(-1)
-    return torch.where(empty.unsqueeze(-1), centres[:, :1], centres), radii
-
-
-def _hull_distance(points: Tensor, steps: int = 100) -> Tensor:
-    """A lower bound (M, 1) of the squared distance of the origin from the hull of each of M sets of points (M, L, d).
-
-    Pairwise Frank-Wolfe with exact steps on `min |x|^2`, x in the hull: weight moves from the point with the largest
-    `<x, v>` to that with the smallest. At any x the distance squared is at least `|x|^2 - gap` with the duality gap
-    `2 <x, x - v>`, v the point with the smallest `<x, v>`; and, as any hull point's dot product with x is at least
-    `<x, v>`, it is also at least `(<x, v> / |x|)^2` where that product is positive.
-    """
-    gram = points @ points.transpose(1, 2)
-    squares = gram.diagonal(dim1=1, dim2=2)
-    rows = torch.arange(points.shape[0], device=points.device)
-    tiny = torch.finfo(points.dtype).tiny
-    weights = torch.zeros(points.shape[:2], dtype=points.dtype, device=points.device)
-    weights[rows, squares.argmin(dim=1)] = 1
-    best = torch.zeros(points.shape[0], dtype=points.dtype, device=points.device)
-    for step in range(steps):
-        products = (gram @ weights.unsqueeze(-1)).squeeze(-1)  # <x, u_j>
-        square = (weights * products).sum(dim=1)
-        smallest, to = products.min(dim=1)
-        gap = 2 * (square - smallest)
-        positive = smallest.clamp(min=0)
-        bound = positive * (positive / square.clamp(min=tiny))
-        best = torch.maximum(best, torch.maximum(square - gap, bound))
-        if step % 10 == 9 and bool((square - best <= 1e-3 * square + 1e-12).all()):
-            break
-        largest, away = products.masked_fill(weights <= 0, -torch.inf).max(dim=1)
-        # |x + t (to - away)|^2 is smallest at t = <x, away - to> / |to - away|^2.
-        distance = squares[rows, to] + squares[rows, away] - 2 * gram[rows, to, away]
-        move = ((largest - smallest) / distance.clamp(min=tiny)).clamp(min=0).minimum(weights[rows, away])
-        weights[rows, to] += move
-        weights[rows, away] -= move
-    # The sums above are rounded: keep clear of it.
-    return (best * (1 - 1e-4) - 1e-6 * squares.amax(dim=1)).clamp(min=0).unsqueeze(1)
 
 
 # --- Exact scores of given pairs ----------------------------------------------------------------------------------
@@ -508,7 +385,7 @@ class Searcher:
         matcher: the model's matcher, in float32, on the device where the work is done.
         blocks: the entities.
         block_bytes: memory that the tensors of one block of pairs may take.
-        sub_block: rows of entities that get their first look in one go, so that its tensors stay in a CPU's cache.
+        sub_block: rows of entities that are bounded in one go, so that its tensors stay in a CPU's cache.
     """
 
     matcher: Matcher
@@ -521,7 +398,7 @@ class Searcher:
         """The k best entities of each mention; `advance` is told of each block's number of pairs."""
         top = _TopK(len(mentions), k, mentions.tensors["text_embed"].device)
         query = _Query.of(self.matcher, mentions)
-        self._each_block(query, self._exhaustive_block if exhaustive else self._certified_block, top, advance)
+        self._each_block(query, self._exhaustive_block if exhaustive else self._pruned_block, top, advance)
         return top
 
     def ranks(
@@ -539,7 +416,7 @@ class Searcher:
         gold = score_pairs(self.matcher, mentions, every, self.blocks, answers, self.block_bytes).total.unsqueeze(1)
         places = _Places(answers, gold)
         query = _Query.of(self.matcher, mentions)
-        self._each_block(query, self._rank_exhaustive if exhaustive else self._rank_certified, places, advance)
+        self._each_block(query, self._rank_exhaustive if exhaustive else self._rank_pruned, places, advance)
         return places.above, places.equal
 
     def _each_block(
@@ -575,7 +452,7 @@ class Searcher:
             scores = self.matcher(mentions, entities).total
             self.stats.exact_pairs += scores.numel()
             self._hide_removed(scores, first, last)
-            yield first, scores, query.margin(_FirstLook.of(entities.tensors).extent())
+            yield first, scores, query.margin(CoarseFeatures.of(entities.tensors).extent())
 
     def _exhaustive_block(self, query: _Query, start: int, stop: int, top: _TopK) -> None:
         for first, scores, margin in self._all_scores(query, start, stop):
@@ -592,63 +469,63 @@ class Searcher:
         if alive is not None:
             scores.masked_fill_(~alive.to(scores.device), -torch.inf)
 
-    # --- The three looks
+    # --- The stages
 
-    def _first_look(self, query: _Query, start: int, stop: int) -> _Block:
+    def _coarse_stage(self, query: _Query, start: int, stop: int) -> _Block:
         device = query.text.device
         shape = (len(query), stop - start)
         high, gap = torch.empty(shape, device=device), torch.empty(shape, device=device)
         most, extent = torch.empty(shape[1], device=device), torch.zeros(3, device=device)
-        dense = bool(query.crowded.any())
+        dense = bool(query.dense.any())
         for first in range(start, stop, self.sub_block):
             last = min(first + self.sub_block, stop)
-            look = _FirstLook.of(self.blocks.gather(slice(first, last), _FIRST_LOOK, device))
+            coarse = CoarseFeatures.of(self.blocks.gather(slice(first, last), COARSE_NAMES, device))
             place = slice(first - start, last - start)
-            scores = torch.addmm(look.offset, query.text, look.text.T)
-            scores.addmm_(query.cross_modal, look.cross_modal.T)
+            scores = torch.addmm(coarse.offset, query.text, coarse.text.T)
+            scores.addmm_(query.cross_modal, coarse.cross_modal.T)
             if dense:
-                scores += self._image_change(query, query.crowded, slice(first, last), look.most)
-            bound = query.bounds.ball(look.local).div_(6)
+                scores += self._image_change(query, query.dense, slice(first, last), coarse.most)
+            bound = query.bounds.ball(coarse.local).div_(HALF_UNITS)
             gap[:, place] = bound
             torch.add(scores, bound, out=high[:, place])
-            most[place] = look.most
-            extent = torch.maximum(extent, look.extent())
+            most[place] = coarse.most
+            extent = torch.maximum(extent, coarse.extent())
         self._hide_removed(high, start, stop)
         if query.first < 0:
-            query.first = self._telling(query, most, start)
-        known = query.crowded.index_select(0, query.image_of)
+            query.first = self._tighter_direction(query, most, start)
+        known = query.dense.index_select(0, query.image_of)
         return _Block(start, high, gap, most, known, query.margin(extent))
 
-    def _telling(self, query: _Query, most: Tensor, start: int) -> int:
+    def _tighter_direction(self, query: _Query, most: Tensor, start: int) -> int:
         """The direction of the image unit that is further below the most that it may add, for some of the entities."""
         places = torch.arange(0, len(most), max(1, len(most) // _FEW), device=most.device)[:_FEW]
-        every = torch.arange(len(query.crowded), device=most.device)
+        every = torch.arange(len(query.dense), device=most.device)
         less = [
             self._direction(query, side, every, self.blocks.gather(places + start, _SIDES[side], most.device))
             for side in (_ENT2MEN, _MEN2ENT)
         ]
         return int((less[_MEN2ENT] - query.picture_most).sum() < (less[_ENT2MEN] - most[places]).sum())
 
-    def _left(self, query: _Query, block: _Block, floor: Tensor) -> _Pairs:
+    def _contenders(self, query: _Query, block: _Block, floor: Tensor) -> _Pairs:
         """The pairs of a block whose total may reach `floor` (M, 1)."""
         wanted = self._may_reach(query, block, floor)
-        left = torch.zeros(len(query.crowded), dtype=torch.long, device=wanted.device)
+        left = torch.zeros(len(query.dense), dtype=torch.long, device=wanted.device)
         left.index_add_(0, query.image_of, wanted.count_nonzero(dim=1))
-        crowded = left > (_CROWDED if len(left) > _FEW else _FEW_CROWDED) * block.width
-        crowded &= ~query.crowded
-        if bool(crowded.any()):
-            self._image_scores_of_all(query, block, crowded)
+        dense = left > (_DENSE if len(left) > _FEW else _FEW_DENSE) * block.width
+        dense &= ~query.dense
+        if bool(dense.any()):
+            self._image_scores_of_all(query, block, dense)
             wanted = self._may_reach(query, block, floor)
-        pairs = self._hull(query, block, self._second_look(query, block, wanted, floor))
+        pairs = self._hull(query, block, self._image_stage(query, block, wanted, floor))
         return pairs[self._reach(block, pairs, floor)]
 
     @staticmethod
-    def _hopeless(query: _Query, block: _Block, pairs: _Pairs) -> tuple[_Pairs, Tensor]:
+    def _part_unprunable(query: _Query, block: _Block, pairs: _Pairs) -> tuple[_Pairs, Tensor]:
         """Parts pairs that would be scored exactly: those of mentions that have few of them, and the rows of the other
         mentions, for which all entities are better scored."""
         left = torch.bincount(pairs.mention_rows, minlength=len(query))
-        hopeless = left > max(_EXHAUSTIVE_FRACTION * block.width, _ROUND)
-        return pairs[~hopeless[pairs.mention_rows]], hopeless.nonzero().squeeze(1)
+        unprunable = left > max(_EXHAUSTIVE_FRACTION * block.width, _ROUND)
+        return pairs[~unprunable[pairs.mention_rows]], unprunable.nonzero().squeeze(1)
 
     @staticmethod
     def _may_reach(query: _Query, block: _Block, floor: Tensor) -> Tensor:
@@ -661,15 +538,15 @@ class Searcher:
     def _reach(block: _Block, pairs: _Pairs, floor: Tensor) -> Tensor:
         return pairs.upper >= (floor - block.margin)[pairs.mention_rows, 0]
 
-    def _image_scores_of_all(self, query: _Query, block: _Block, crowded: Tensor) -> None:
+    def _image_scores_of_all(self, query: _Query, block: _Block, dense: Tensor) -> None:
         """Puts the scores of the image unit's first direction in the place of their bound, for all pairs of mentions
-        with some pictures (G,); in the blocks that follow the first look does that."""
+        with some pictures (G,); in the blocks that follow the coarse stage does that."""
         for first in range(0, block.width, self.sub_block):
             last = min(first + self.sub_block, block.width)
             rows = slice(block.start + first, block.start + last)
-            block.high[:, first:last] += self._image_change(query, crowded, rows, block.most[first:last])
-        query.crowded |= crowded
-        block.known = query.crowded.index_select(0, query.image_of)
+            block.high[:, first:last] += self._image_change(query, dense, rows, block.most[first:last])
+        query.dense |= dense
+        block.known = query.dense.index_select(0, query.image_of)
 
     def _image_change(self, query: _Query, chosen: Tensor, rows: slice, most: Tensor) -> Tensor:
         """How much less than it may the image unit's first direction adds to the totals of some rows, (M, rows); 0 for
@@ -692,7 +569,7 @@ class Searcher:
         unit, queries, keys = self._sides(direction, _rows(query.images[direction], pictures), entities)
         scores = unit.score(queries, keys)
         self.stats.image_pairs += scores.numel()
-        return (scores.T.contiguous() if direction == _ENT2MEN else scores).div_(6)
+        return (scores.T.contiguous() if direction == _ENT2MEN else scores).div_(HALF_UNITS)
 
     def _sides(
         self, direction: int, mention: dict[str, Tensor], entity: dict[str, Tensor]
@@ -707,7 +584,7 @@ class Searcher:
             return unit.dual_ent2men, entity, mention
         return unit.dual_men2ent, mention, entity
 
-    def _second_look(
+    def _image_stage(
         self, query: _Query, block: _Block, wanted: Tensor, floor: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores the image unit for the pairs that `wanted` (M, N) marks.
@@ -756,7 +633,7 @@ class Searcher:
         (pairs,)."""
         result = torch.empty(len(images), device=images.device)
         names = _SIDES[direction]
-        if len(query.crowded) <= _FEW:
+        if len(query.dense) <= _FEW:
             # Products of one picture with all of its entities.
             for number in images.unique():
                 pairs = (images == number).nonzero().squeeze(1)
@@ -774,7 +651,7 @@ class Searcher:
             mention, entity = _rows(query.images[direction], images[pairs]), _rows(entities, places[pairs])
             unit, queries, keys = self._sides(direction, mention, entity)
             result[pairs] = unit.score_pairs(queries, keys)
-        return result.div_(6)
+        return result.div_(HALF_UNITS)
 
     def _hull(self, query: _Query, block: _Block, found: tuple[Tensor, Tensor, Tensor]) -> _Pairs:
         """The hull's bounds of the totals of given pairs, in the order of mentions."""
@@ -789,27 +666,27 @@ class Searcher:
             if len(part):
                 place = slice(first, first + len(part))
                 low, high = query.bounds.hull(row, local.index_select(0, part))
-                lower[place] += low / 6
-                upper[place] += high / 6
+                lower[place] += low / HALF_UNITS
+                upper[place] += high / HALF_UNITS
                 first += len(part)
         return _Pairs(mention_rows, columns, lower, upper)
 
     # --- The best k
 
-    def _certified_block(self, query: _Query, start: int, stop: int, top: _TopK) -> None:
-        block = self._first_look(query, start, stop)
+    def _pruned_block(self, query: _Query, start: int, stop: int, top: _TopK) -> None:
+        block = self._coarse_stage(query, start, stop)
         if bool((top.threshold == -torch.inf).any()):
             self._score_seeds(query, block, top)
-        pairs = self._left(query, block, top.threshold)
+        pairs = self._contenders(query, block, top.threshold)
         # The first pairs of a mention may leave few others that reach its best ones.
         pairs = self._best_first(query, block, pairs, top, _PATIENCE)
-        pairs, hopeless = self._hopeless(query, block, pairs)
+        pairs, unprunable = self._part_unprunable(query, block, pairs)
         self._best_first(query, block, pairs, top)
-        if len(hopeless):
-            some = top.part(hopeless)
+        if len(unprunable):
+            some = top.part(unprunable)
             some.forget(start, stop)  # they all come again
-            self._exhaustive_block(_Query.of(self.matcher, query.mentions[hopeless]), start, stop, some)
-            top.scores[hopeless], top.rows[hopeless] = some.scores, some.rows
+            self._exhaustive_block(_Query.of(self.matcher, query.mentions[unprunable]), start, stop, some)
+            top.scores[unprunable], top.rows[unprunable] = some.scores, some.rows
 
     def _score_seeds(self, query: _Query, block: _Block, top: _TopK) -> None:
         """Scores a few pairs that promise most, so that all others have a good score to reach."""
@@ -864,19 +741,19 @@ class Searcher:
             places.above += surely.sum(dim=1)
             self._compare(query, rows, columns + first, places)
 
-    def _rank_certified(self, query: _Query, start: int, stop: int, places: _Places) -> None:
-        block = self._first_look(query, start, stop)
+    def _rank_pruned(self, query: _Query, start: int, stop: int, places: _Places) -> None:
+        block = self._coarse_stage(query, start, stop)
         places.hide_answers(block.high, start)
-        pairs = self._left(query, block, places.gold)
+        pairs = self._contenders(query, block, places.gold)
         surely = pairs.lower > (places.gold + block.margin)[pairs.mention_rows, 0]
         above = torch.bincount(pairs.mention_rows[surely], minlength=len(query))
-        pairs, hopeless = self._hopeless(query, block, pairs[~surely])
+        pairs, unprunable = self._part_unprunable(query, block, pairs[~surely])
         self._compare(query, pairs.mention_rows, pairs.columns + start, places)
-        if len(hopeless):
-            some = _Places(places.answers[hopeless], places.gold[hopeless])
-            self._rank_exhaustive(_Query.of(self.matcher, query.mentions[hopeless]), start, stop, some)
-            above[hopeless] = some.above
-            places.equal[hopeless] += some.equal
+        if len(unprunable):
+            some = _Places(places.answers[unprunable], places.gold[unprunable])
+            self._rank_exhaustive(_Query.of(self.matcher, query.mentions[unprunable]), start, stop, some)
+            above[unprunable] = some.above
+            places.equal[unprunable] += some.equal
         places.above += above
 
     def _compare(self, query: _Query, mention_rows: Tensor, entity_rows: Tensor, places: _Places) -> None:
@@ -889,32 +766,47 @@ class Searcher:
         places.equal += torch.bincount(mention_rows[tie], minlength=len(query))
 
 
-__all__ = ["ChosenRows", "SearchStats", "Searcher", "score_pairs"]
-
-
-# --- temporary, until the search's own rewrite is merged
-METHODS = ("pruned", "exhaustive")
-_MENTION_BLOCK = 256
-_MANY_CANDIDATES = 2048
-_CANDIDATE_BYTES = 64 * 2**20
+# --- The two questions ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class FoundEntities:
+    """The best entities of M mentions, best first.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(M, k)`): their rows; -1 where there are fewer than k.
+        scores ([`PairScores`] of shape `(M, k)`): their scores; NaN where there is no entity.
+        stats ([`SearchStats`]): how much work it was.
+    """
+
     rows: Tensor
     scores: PairScores
     stats: SearchStats
 
 
-def _searcher(matcher: Matcher, rows: Any, device: torch.device) -> Searcher:
+def _searcher(matcher: Matcher, rows: EntityBlocks, device: torch.device) -> Searcher:
     return Searcher(matcher, rows, sub_block=1024 if device.type == "cpu" else 8192)
 
 
 def best_entities(
-    matcher: Matcher, entities: Any, mentions: MentionFeatures, k: int, *, method: str, candidates: Any, advance: Any
+    matcher: Matcher,
+    entities: EntityBlocks,
+    mentions: MentionFeatures,
+    k: int,
+    *,
+    method: str,
+    candidates: Sequence[Tensor | None],
+    advance: Callable[[int], Any],
 ) -> FoundEntities:
-    import dataclasses
+    """The k best entities of each of M mentions.
 
+    Args:
+        matcher: in float32, on the mentions' device.
+        entities: the rows that are searched.
+        method: "pruned" or "exhaustive".
+        candidates: for each mention the rows that it may mean, int64 and in order; `None` for all.
+        advance: told of pairs that are done.
+    """
     device = mentions.device
     rows = torch.full((len(mentions), k), -1, dtype=torch.long, device=device)
     searcher = _searcher(matcher, entities, device)
@@ -950,8 +842,22 @@ def best_entities(
 
 
 def answer_ranks(
-    matcher: Matcher, entities: Any, mentions: MentionFeatures, answers: Tensor, *, method: str, advance: Any
+    matcher: Matcher,
+    entities: EntityBlocks,
+    mentions: MentionFeatures,
+    answers: Tensor,
+    *,
+    method: str,
+    advance: Callable[[int], Any],
 ) -> tuple[Tensor, SearchStats]:
+    """The rank of each of M mentions' answers among all entities, from 1; among equals the mean of the places.
+
+    Args:
+        answers (`torch.LongTensor` of shape `(M,)`): the row of each mention's answer.
+
+    Returns:
+        `torch.DoubleTensor` of shape `(M,)`, and how much work it was.
+    """
     searcher = _searcher(matcher, entities, mentions.device)
     ranks = torch.full((len(mentions),), torch.nan, dtype=torch.float64)
     with torch.inference_mode():
@@ -960,3 +866,15 @@ def answer_ranks(
             above, equal = searcher.ranks(mentions[part], answers[part], method == "exhaustive", advance)
             ranks[part] = (1 + above + equal / 2).double().cpu()
     return ranks, searcher.stats
+
+
+__all__ = [
+    "METHODS",
+    "EntityBlocks",
+    "FoundEntities",
+    "SearchStats",
+    "Searcher",
+    "answer_ranks",
+    "best_entities",
+    "score_pairs",
+]

@@ -283,14 +283,7 @@ def quantized(features: EntityFeatures, matcher: Matcher, dtype: torch.dtype) ->
             if not bool(torch.isfinite(stored[name]).all()):
                 raise EntityIndexError(f'The values of `{name}` are too large for float16; use dtype="float32".')
         rounded[name] = dequantized(stored, name)
-    for side, unit, kept in (
-        ("image_query_", matcher.vdlu.dual_ent2men, (5, 6)),
-        ("image_key_", matcher.vdlu.dual_men2ent, (6,)),
-    ):
-        vectors = {name.removeprefix(side): tensor for name, tensor in rounded.items() if name.startswith(side)}
-        numbers = [stored[side + "stats"][:, column] for column in kept]
-        make = unit.query_stats if side == "image_query_" else unit.key_stats
-        stored[side + "stats"] = make(vectors, *numbers)
+    stored |= matcher.vdlu.entity_stats(rounded, stored)
     for name in _EXACT:
         _check_finite(name, stored[name])
     return stored

@@ -108,15 +108,15 @@ def best(scores: Tensor, k: int) -> list[list[str]]:
 
 def check(case: Case, k: int, scores: Tensor, tolerance: float = 1e-5) -> None:
     """Both searches find the k best of `scores`, and the same ones."""
-    certified = case.index.search(case.mentions, k)
+    pruned = case.index.search(case.mentions, k)
     exhaustive = case.index.search(case.mentions, k, method="exhaustive")
-    assert certified.entity_ids == best(scores, k)
-    assert exhaustive.entity_ids == certified.entity_ids
-    expected = scores.sort(dim=1, descending=True).values[:, : certified.scores.shape[1]].numpy()
+    assert pruned.entity_ids == best(scores, k)
+    assert exhaustive.entity_ids == pruned.entity_ids
+    expected = scores.sort(dim=1, descending=True).values[:, : pruned.scores.shape[1]].numpy()
     scale = 1 + np.abs(expected[np.isfinite(expected)]).max()
-    np.testing.assert_allclose(certified.scores, expected, rtol=0, atol=tolerance * scale)
+    np.testing.assert_allclose(pruned.scores, expected, rtol=0, atol=tolerance * scale)
     np.testing.assert_allclose(exhaustive.scores, expected, rtol=0, atol=tolerance * scale)
-    for stats in (certified.stats, exhaustive.stats):
+    for stats in (pruned.stats, exhaustive.stats):
         assert stats.pairs == len(case.mentions) * len(case.index._contents.store)
         assert 0 < stats.exact_pairs <= stats.pairs
 
@@ -144,19 +144,19 @@ def test_small_blocks_many_shards_and_every_precision(dtype: str, mask: bool, mo
     assert (scores - case.expected).abs().max() <= allowed * case.expected.abs().max()
 
 
-@pytest.mark.parametrize("crowded", [-1, 2], ids=["pictures-for-all", "pictures-for-what-is-left"])
+@pytest.mark.parametrize("dense", [-1, 2], ids=["pictures-for-all", "pictures-for-what-is-left"])
 @pytest.mark.parametrize("few", [0, 10**6], ids=["many-pictures", "few-pictures"])
 @pytest.mark.parametrize("pictures", [None, 9, 1])
 @pytest.mark.parametrize("first", [_ENT2MEN, _MEN2ENT])
 def test_every_way_of_scoring_pictures(
-    crowded: int, few: int, pictures: int | None, first: int, monkeypatch: pytest.MonkeyPatch
+    dense: int, few: int, pictures: int | None, first: int, monkeypatch: pytest.MonkeyPatch
 ):
     """The image unit is scored for all pairs or for those that are left, by picture or by pair, in either order of its
     directions, and pictures that several have once."""
-    monkeypatch.setattr(search_mimic, "_CROWDED", crowded)
-    monkeypatch.setattr(search_mimic, "_FEW_CROWDED", crowded)
+    monkeypatch.setattr(search_mimic, "_DENSE", dense)
+    monkeypatch.setattr(search_mimic, "_FEW_DENSE", dense)
     monkeypatch.setattr(search_mimic, "_FEW", few)
-    monkeypatch.setattr(Searcher, "_telling", lambda *_: first)
+    monkeypatch.setattr(Searcher, "_tighter_direction", lambda *_: first)
     case = make_case(entities=2 * ENTITIES, clusters=40, pictures=pictures, shards=3)
     small_blocks(monkeypatch, block_bytes=30_000, sub_block=13)
     check(case, 7, case.expected)
@@ -199,16 +199,16 @@ def test_the_direction_that_tells_more_comes_first(constant: str, monkeypatch: p
     index = index_of(model, *random_encoded(model.config, ENTITIES, 1))
     mentions = mention_features(model, *random_encoded(model.config, MENTIONS, 2))
     chosen = []
-    telling = Searcher._telling
+    telling = Searcher._tighter_direction
 
     def told(*args: Any) -> int:
         chosen.append(telling(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(Searcher, "_telling", told)
-    certified = index.search(mentions, 5)
+    monkeypatch.setattr(Searcher, "_tighter_direction", told)
+    pruned = index.search(mentions, 5)
     assert set(chosen) == {_ENT2MEN if constant == "dual_men2ent" else _MEN2ENT}
-    assert certified.entity_ids == index.search(mentions, 5, method="exhaustive").entity_ids
+    assert pruned.entity_ids == index.search(mentions, 5, method="exhaustive").entity_ids
 
 
 @pytest.mark.parametrize("k", [1, ENTITIES - 1, ENTITIES, ENTITIES + 7])
@@ -262,11 +262,11 @@ def test_bounds_that_are_tight(repeat: int):
     encoded, mask = random_encoded(model.config, MENTIONS, 2)
     mask[:, 1:] = False
     mentions = mention_features(model, encoded, mask)
-    certified = index.search(mentions, 40)
+    pruned = index.search(mentions, 40)
     exhaustive = index.search(mentions, 40, method="exhaustive")
-    assert certified.entity_ids == exhaustive.entity_ids
+    assert pruned.entity_ids == exhaustive.entity_ids
     number = len(index) // repeat
-    for row in certified.entity_ids:
+    for row in pruned.entity_ids:
         places = [int(entity_id[1:]) for entity_id in row]
         copies = [place for place in places if place % number == places[0] % number]
         assert copies == sorted(copies)
@@ -346,10 +346,10 @@ def test_scores_a_thousand_times_as_large(part: str):
         norm.weight.mul_(1000)
     index = index_of(case.model, encoded, mask)
     mentions = mention_features(case.model, mention, mention_mask)
-    certified = index.search(mentions, 10)
+    pruned = index.search(mentions, 10)
     exhaustive = index.search(mentions, 10, method="exhaustive")
-    assert certified.entity_ids == exhaustive.entity_ids
-    np.testing.assert_array_equal(certified.scores, exhaustive.scores)
+    assert pruned.entity_ids == exhaustive.entity_ids
+    np.testing.assert_array_equal(pruned.scores, exhaustive.scores)
 
 
 def test_scores_of_the_units():
@@ -444,11 +444,11 @@ def test_ranks_of_no_known_answer():
 
 def test_bounds_spare_work_where_features_are_as_training_makes_them():
     case = make_case(entities=2000, clusters=500, noise=0.1)
-    certified = case.index.search(case.mentions, 5)
-    assert certified.stats.exact_pairs < 0.1 * certified.stats.pairs
-    assert certified.stats.hull_pairs < certified.stats.pairs
-    assert certified.stats.exact_fraction == certified.stats.exact_pairs / certified.stats.pairs
-    assert certified.entity_ids == case.index.search(case.mentions, 5, method="exhaustive").entity_ids
+    pruned = case.index.search(case.mentions, 5)
+    assert pruned.stats.exact_pairs < 0.1 * pruned.stats.pairs
+    assert pruned.stats.hull_pairs < pruned.stats.pairs
+    assert pruned.stats.exact_fraction == pruned.stats.exact_pairs / pruned.stats.pairs
+    assert pruned.entity_ids == case.index.search(case.mentions, 5, method="exhaustive").entity_ids
     answers = [f"e{row}" for row in range(MENTIONS)]
     ranked = case.index.rank(case.mentions, answers)
     assert ranked.stats.exact_pairs < 0.1 * ranked.stats.pairs
@@ -556,10 +556,10 @@ def test_mentions_of_another_precision(dtype: torch.dtype, mask: bool):
     """A model in double or half precision gives such features."""
     case = make_case(clusters=12, mask_text_padding=mask)
     mentions = case.mentions.to(dtype)
-    certified = case.index.search(mentions, 5)
-    assert certified.entity_ids == case.index.search(mentions, 5, method="exhaustive").entity_ids
+    pruned = case.index.search(mentions, 5)
+    assert pruned.entity_ids == case.index.search(mentions, 5, method="exhaustive").entity_ids
     if dtype == torch.float64:
-        assert certified.entity_ids == case.index.search(case.mentions, 5).entity_ids
+        assert pruned.entity_ids == case.index.search(case.mentions, 5).entity_ids
 
 
 # --- The bounds

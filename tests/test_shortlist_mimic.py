@@ -13,7 +13,7 @@ from mimic_el import EntityIndex, EntityIndexError, MentionFeatures, MimicConfig
 from mimic_el.contents_mimic import Contents
 from mimic_el.index_mimic import Store
 from mimic_el.matching_mimic import Matcher, MimicEncoderOutput
-from mimic_el.shortlist_mimic import first_stage_vectors
+from mimic_el.shortlist_mimic import shortlist_vectors
 from mimic_el.store_mimic import make_shard, quantized
 
 ENTITIES, MENTIONS = 400, 6
@@ -61,7 +61,7 @@ def test_candidates_are_those_with_the_largest_dot_products(index: EntityIndex, 
     found = index._shortlist[1].candidates(mention, 20, nprobe=1)
     for row in range(MENTIONS):
         assert set(found[row].tolist()) == set(products[row].topk(20).indices.tolist())
-    together = first_stage_vectors(mention) @ first_stage_vectors(entity).T
+    together = shortlist_vectors(mention) @ shortlist_vectors(entity).T
     np.testing.assert_allclose(together, products.numpy(), atol=1e-4)
 
 
@@ -108,7 +108,16 @@ def test_it_is_stored_beside_the_index_and_belongs_to_its_generation(
         again.search(mentions, 5, num_candidates=50)
 
 
+def test_removed_entities_take_no_candidates_place(index: EntityIndex, mentions: MentionFeatures) -> None:
+    index.remove([f"e{row}" for row in range(ENTITIES - 16)])
+    index.build_shortlist(show_progress=False)
+    found = index.search(mentions, 10, num_candidates=16)
+    assert found.entity_ids == index.search(mentions, 10).entity_ids
+
+
 def test_bad_arguments(index: EntityIndex, mentions: MentionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="faiss cannot make the index 'IVF100000,Flat'"):
+        index.build_shortlist("IVF100000,Flat", show_progress=False)
     with pytest.raises(ValueError, match="NoSuchThing"):
         index.build_shortlist("NoSuchThing7", show_progress=False)
     with pytest.raises(ValueError, match="an integer of at least 5, got 4"):
