@@ -78,7 +78,7 @@ class MentionBounds:
         count, size, eps = min(_BALLS, values.shape[1]), values.shape[-1], matcher.tglu.layer_norm.eps
         balls = torch.cat(_balls(values, count), dim=2).transpose(0, 1).flatten(0, 1)
         largest = values.square().sum(dim=-1).amax(dim=1, keepdim=True)
-        by_small, by_large = ((square / size + eps).rsqrt() for square in (_hull_distance(values), largest))
+        by_small, by_large = ((square / size + eps).rsqrt() for square in (hull_distance(values), largest))
         return cls(values, balls, by_small, by_large, largest.sqrt() * by_large)
 
     def ball(self, local: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _balls(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.where(empty.unsqueeze(-1), centres[:, :1], centres), radii
 
 
-def _hull_distance(points: Tensor, steps: int = 100) -> Tensor:
+def hull_distance(points: Tensor, steps: int = 100) -> Tensor:
     """A lower bound (M, 1) of the squared distance of the origin from the hull of each of M sets of points (M, L, d).
 
     Pairwise Frank-Wolfe with exact steps on `min |x|^2`, x in the hull: weight moves from the point with the largest
@@ -153,4 +153,4 @@ def _hull_distance(points: Tensor, steps: int = 100) -> Tensor:
     return (best * (1 - 1e-4) - 1e-6 * squares.amax(dim=1)).clamp(min=0).unsqueeze(1)
 
 
-__all__ = ["COARSE_NAMES", "CoarseFeatures", "MentionBounds"]
+__all__ = ["COARSE_NAMES", "CoarseFeatures", "MentionBounds", "hull_distance"]

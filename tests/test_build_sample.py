@@ -174,8 +174,8 @@ class TestShippedData:
         count: Counter[str] = Counter()
         for row in (row for split in mentions.values() for row in split if row["kind"] != "image"):
             words = re.findall(r"\w+|[^\w\s]", row["sentence"].replace(row["mention"], "_", 1).lower())
-            for phrase in {pair for pair in itertools.pairwise(words) if "_" not in pair}:
-                phrases[" ".join(phrase)][row["answer"]] += 1
+            for pair in {pair for pair in itertools.pairwise(words) if "_" not in pair}:
+                phrases[" ".join(pair)][row["answer"]] += 1
             forms[row["form"]][row["answer"]] += 1
             count[row["answer"]] += 1
         for phrase, entities in phrases.items():

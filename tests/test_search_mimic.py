@@ -24,6 +24,7 @@ from tiny_clip import tiny_model
 from torch import Tensor
 
 from mimic_el import search_mimic
+from mimic_el.bounds_mimic import MentionBounds, hull_distance
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MentionFeatures, MimicModel
 from mimic_el.search_mimic import (
@@ -32,8 +33,6 @@ from mimic_el.search_mimic import (
     Searcher,
     _different,
     _grouped,
-    _hull_distance,
-    _MentionBounds,
     score_pairs,
 )
 
@@ -565,11 +564,12 @@ def test_mentions_of_another_precision(dtype: torch.dtype, mask: bool):
 # --- The bounds
 
 
-def bounds_of(values: Tensor, mask: Tensor | None = None) -> _MentionBounds:
+def bounds_of(values: Tensor, mask: Tensor | None = None) -> MentionBounds:
     """Bounds for the value vectors (M, L, d) of mentions."""
     unit: Any = SimpleNamespace(mask_padding=mask is not None, layer_norm=SimpleNamespace(eps=1e-5))
     tensors = {"text_value": values} if mask is None else {"text_value": values, "text_mask": mask}
-    return _MentionBounds.of(SimpleNamespace(tglu=unit), MentionFeatures(tensors))  # type: ignore[arg-type]
+    matcher: Any = SimpleNamespace(tglu=unit)
+    return MentionBounds.of(matcher, MentionFeatures(tensors))
 
 
 KINDS = ("plain", "far", "near the origin", "equal", "line", "through the origin", "uneven")
@@ -660,7 +660,7 @@ def test_hull_distance_is_below_the_true_one(shape: tuple[int, int]):
     generator = torch.Generator().manual_seed(0)
     scales = 10.0 ** torch.randint(-8, 9, (len(KINDS) * 12, 1, 1), generator=generator)
     sets = torch.stack([hard_points(kind, *shape, generator) for kind in KINDS for _ in range(12)]) * scales
-    found = _hull_distance(sets).squeeze(1).double()
+    found = hull_distance(sets).squeeze(1).double()
     assert torch.isfinite(found).all()
     assert (found <= nearest_to_the_origin(sets) * (1 + 1e-9)).all()
 
@@ -668,7 +668,7 @@ def test_hull_distance_is_below_the_true_one(shape: tuple[int, int]):
 def test_hull_distance_is_close_where_the_origin_is_outside():
     generator = torch.Generator().manual_seed(0)
     sets = torch.randn(50, 12, 8, generator=generator) + 2 * torch.randn(50, 1, 8, generator=generator)
-    found, true = _hull_distance(sets).squeeze(1), nearest_to_the_origin(sets)
+    found, true = hull_distance(sets).squeeze(1), nearest_to_the_origin(sets)
     assert (found <= true).all()
     assert (found >= 0.97 * true - 1e-3).all()
     assert (true > 1).any()
