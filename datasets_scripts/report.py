@@ -34,6 +34,7 @@ KINDS: dict[str, Kind] = {
     "broken_json": Kind("fatal", "a file is not JSON"),
     "wrong_encoding": Kind("fatal", "a file's text is not in the encoding it should be in"),
     "wrong_structure": Kind("fatal", "a file is JSON, CSV or JSON Lines of another structure"),
+    "open_quote": Kind("fatal", "a quote in a CSV file is not closed, and the rows after it became its text"),
     "oversized": Kind("fatal", "a file is too large to be what it should be"),
     "unreadable": Kind("fatal", "a file is damaged"),
     "unsafe_member": Kind("error", "archive members with unsafe names, links, encryption or absurd sizes, not read"),
@@ -47,7 +48,7 @@ KINDS: dict[str, Kind] = {
     # Mentions.
     "bad_row": Kind("error", "rows without the fields they need, left out"),
     "answer_without_entity": Kind("error", "mentions whose answer is not in the knowledge base, left out"),
-    "nil_answer": Kind("note", "mentions whose answer is 'nil', left out"),
+    "nil_answer": Kind("note", "mentions whose answer is 'nil', null or empty, left out"),
     "duplicate_mention_id": Kind("note", "mentions that share a record's id, kept"),
     "empty_mention": Kind("note", "mentions of nothing but white space, kept"),
     "mention_not_in_sentence": Kind("note", "mentions that do not occur literally in their sentence, kept"),

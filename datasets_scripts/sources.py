@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 from urllib.parse import unquote
 
 from .archives import (
@@ -39,6 +39,8 @@ from .report import SPLITS, Report
 
 # The pictures of one entity must fit in one cell of an Arrow table.
 MAX_ROW_IMAGE_BYTES = 1 << 30
+# Of a cell of a CSV file; above the 131,072 that Python's reader takes.
+MAX_CELL_CHARACTERS = 1 << 24
 
 _SPLIT_WORDS = {
     "train": ("train",),
@@ -805,11 +807,9 @@ class CustomData(Source):
         self._add_file(self.report, name, self.tree.files[path], digest.hexdigest())
         if name.lower().endswith(".csv"):
             with self.tree.open(path) as file:
-                header = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline="")).fieldnames or []
-            missing = [column for column in columns if column not in header]
-            if missing:
-                detail = f"has no column {', '.join(missing)}; its columns are {', '.join(map(str, header[:12]))}"
-                self.report.add("wrong_structure", name, detail=detail)
+                problem = _csv_problem(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""), columns)
+            if problem:
+                self.report.add(problem[0], name, detail=problem[1])
                 return None
         return name
 
@@ -835,19 +835,17 @@ class CustomData(Source):
 
     @staticmethod
     def _read_csv(text: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any] | str]]:
-        reader = csv.DictReader(text)
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield reader.line_num, f"not CSV: {error}"
-                continue
-            if None in row or None in row.values():
-                yield reader.line_num, f"has not the {len(reader.fieldnames or ())} cells of the header"
+        header: list[str] | None = None
+        for lines, last, cells in _csv_rows(text):
+            if isinstance(cells, str):
+                yield last, f"not CSV: {cells}"
+            elif header is None:
+                header = cells
+            elif len(cells) != len(header):
+                over = f", in {len(lines)} lines" if len(lines) > 1 else ""
+                yield last, f"has {len(cells)} cells{over}; the header has {len(header)}"
             else:
-                yield reader.line_num, row
+                yield last, dict(zip(header, cells, strict=True))
 
     def entities(self, report: Report) -> Iterator[EntityRow]:
         file = self._entity_file or ""
@@ -893,6 +891,8 @@ class CustomData(Source):
                 report.add("bad_row", file, row, item)
                 continue
             mention, sentence, answer = item.get("mention"), item.get("sentence"), _id(item.get("answer"))
+            if "answer" in item and (item["answer"] is None or not str(item["answer"]).strip()):
+                answer = "nil"
             if not isinstance(mention, str) or not isinstance(sentence, str) or answer is None:
                 report.add("bad_row", file, row, "mention, sentence or answer is not a string")
                 continue
@@ -949,6 +949,60 @@ class CustomData(Source):
         return self._pictures(self.mention_images, names, report, file, row)
 
 
+def _csv_rows(text: TextIO) -> Iterator[tuple[list[str], int, list[str] | str]]:
+    """Each row of a CSV file as its lines, the number of the last, and its cells, or what is wrong with it.
+
+    Quotes are read strictly: what follows a closing one must be a comma or the line's end.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))  # the whole process's; never lowered
+    lines: list[str] = []
+
+    def counted() -> Iterator[str]:
+        for line in text:
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(counted(), strict=True)
+    while True:
+        lines.clear()
+        cells: list[str] | str
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            cells = str(error)
+        if cells:  # an empty line is none
+            yield lines, reader.line_num, cells
+
+
+def _csv_problem(text: TextIO, columns: tuple[str, ...]) -> tuple[str, str] | None:
+    """`(kind, detail)` of what makes a CSV file as a whole unusable.
+
+    A quote that is not closed, or that is closed in a later row, turns the rows between into the text of one cell. A
+    row in several lines is taken for such where it is not CSV, or where each of its lines alone has the header's number
+    of cells. Commas before a space do not count: they are a text's.
+    """
+    header: list[str] | None = None
+    for lines, last, cells in _csv_rows(text):
+        if header is None:
+            header = [] if isinstance(cells, str) else cells
+            if missing := [column for column in columns if column not in header]:
+                here = cells if isinstance(cells, str) else f"its columns are {', '.join(header[:12])}"
+                return "wrong_structure", f"has no column {', '.join(missing)}; {here}"
+        elif len(lines) > 1 and (
+            isinstance(cells, str) or all(len(re.split(",(?! )", line)) == len(header) for line in lines)
+        ):
+            first = last - len(lines) + 1
+            why = f" ({cells})" if isinstance(cells, str) else ", though each has as many cells as the header"
+            return (
+                "open_quote",
+                f"lines {first} to {last} are one row{why}: a cell of line {first} begins with a quote that is not "
+                'closed there; close it, or where it is part of the text write the cell as """text"',
+            )
+    return None
+
+
 def _id(value: Any) -> str | None:
     """An id as a string, or `None` where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
@@ -957,7 +1011,8 @@ def _id(value: Any) -> str | None:
 
 
 def _split_named(word: Any) -> str | None:
-    return next((split for split, words in _SPLIT_WORDS.items() if isinstance(word, str) and word in words), None)
+    plain = word.strip().lower() if isinstance(word, str) else ""
+    return next((split for split, words in _SPLIT_WORDS.items() if plain in words), None)
 
 
 def _whole(text: str) -> str:
