@@ -1,9 +1,9 @@
 """The formats that multimodal entity linking data come in, read into one kind of row.
 
 A [`Source`] yields [`MentionRow`] and [`EntityRow`] objects and tells a [`Report`] of everything that is wrong with
-them. Rows are light: they name their pictures, which are read when they are written or used. There are four formats:
+them. Rows are light: they name their images, which are read when they are written or used. There are four formats:
 
-- [`MimicArchive`]: what the authors of MIMIC publish, with a knowledge base of names, descriptions and pictures;
+- [`MimicArchive`]: what the authors of MIMIC publish, with a knowledge base of names, descriptions and images;
 - [`MelBench`]: MELBench's `Wikidata-MEL.json` and `Richpedia-MEL.json`;
 - [`WikiDiverseRelease`]: WikiDiverse's own files;
 - [`CustomData`]: anyone's own CSV or JSON Lines files.
@@ -37,7 +37,7 @@ from .archives import (
 )
 from .report import SPLITS, Report
 
-# The pictures of one entity must fit in one cell of an Arrow table.
+# The images of one entity must fit in one cell of an Arrow table.
 MAX_ROW_IMAGE_BYTES = 1 << 30
 # Of a cell of a CSV file; above the 131,072 that Python's reader takes.
 MAX_CELL_CHARACTERS = 1 << 24
@@ -142,7 +142,7 @@ class Source(ABC):
         format: what the card and the log call the format.
         extra_columns: columns of `mentions` beyond the common ones, with their types.
         is_closed: whether the knowledge base is no more than the answers of the mentions.
-        bad_pictures: `(kind, detail)` of pictures that were found unusable; rows then come without them.
+        bad_pictures: `(kind, detail)` of images that were found unusable; rows then come without them.
     """
 
     format: ClassVar[str]
@@ -200,7 +200,7 @@ class Source(ABC):
         return digest.hexdigest()
 
     def hash_archives(self, report: Report, advance: Callable[[int], Any] = lambda count: None) -> None:
-        """Report the MD5 sums of the archives of pictures; `advance` is told the bytes read, as it goes."""
+        """Report the MD5 sums of the archives of images; `advance` is told the bytes read, as it goes."""
         for name in self._image_archives:
             digest = hashlib.md5()
             with self.tree.open(name) as file:
@@ -263,7 +263,7 @@ class Source(ABC):
         return _find_split(self._names_here, self.benchmark.aliases, split, suffix)
 
     def _image_folder(self, names: tuple[str, ...]) -> ImageFolder | None:
-        """The pictures in folders or zip archives called one of `names`, next to the JSON files."""
+        """The images in folders or zip archives called one of `names`, next to the JSON files."""
         parts: list[tuple[Tree, str]] = []
         found = []
         top = dict.fromkeys(name.partition("/")[0] for name in self._names_here)
@@ -369,7 +369,7 @@ class Source(ABC):
 
 
 class MimicArchive(Source):
-    """The archives of the MIMIC authors: `kb_entity.json`, `qid2id.json`, three files of mentions, two of pictures."""
+    """The archives of the MIMIC authors: `kb_entity.json`, `qid2id.json`, three files of mentions, two of images."""
 
     format = "the archive of the MIMIC authors"
     _MENTION_FIELDS = frozenset({"id", "mentions", "sentence", "imgPath", "answer"})
@@ -390,7 +390,7 @@ class MimicArchive(Source):
         self.mention_images = self._required_images(("mention_image", "mention_images"))
         self.entity_images = self._required_images(("kb_image", "kb_images"))
         if not use_images:
-            report.add("no_images", benchmark.name, detail="pictures left out on request")
+            report.add("no_images", benchmark.name, detail="images left out on request")
 
     def entities(self, report: Report) -> Iterator[EntityRow]:
         file = "kb_entity.json"
@@ -517,13 +517,13 @@ class _ClosedSource(Source):
             self.mention_images = self._image_folder(self._IMAGE_FOLDERS)
         if self.mention_images is None:
             reason = f"no folder or zip archive called {', '.join(self._IMAGE_FOLDERS)}" if self.use_images else ""
-            self.report.add("no_images", self.benchmark.name, detail=reason or "pictures left out on request")
+            self.report.add("no_images", self.benchmark.name, detail=reason or "images left out on request")
 
 
 class MelBench(_ClosedSource):
     """MELBench's `Wikidata-MEL.json` or `Richpedia-MEL.json`: records by id, each with one mention or several.
 
-    Pictures, where the folder has any, are named by the record's id. The file has no splits: see [`split_of`].
+    Images, where the folder has any, are named by the record's id. The file has no splits: see [`split_of`].
     """
 
     format = "MELBench's original file"
@@ -746,7 +746,7 @@ def wikipedia_page(url: str) -> WikipediaPage | None:
 
 
 def image_name(url: str) -> str:
-    """The file that WikiDiverse stores a picture in: the MD5 sum of the address's last part, `.svg` as `.png`."""
+    """The file that WikiDiverse stores an image in: the MD5 sum of the address's last part, `.svg` as `.png`."""
     last = url.rpartition("/")[2]
     extension = re.search(r"\.(jpe?g|png|svg|gif|tiff?|webp)", last, re.IGNORECASE)
     suffix = extension[0] if extension else ""
@@ -760,7 +760,7 @@ class CustomData(Source):
 
     Columns of entities: `id`, `name`, and optionally `description`, `qid`, `images` (a list; in CSV separated by `|`).
     Columns of mentions: `mention`, `sentence`, `answer`, and optionally `id`, `image`, and `split` in a single file
-    (without it, see [`split_of`]). `images/` or `images.zip` holds the pictures of both.
+    (without it, see [`split_of`]). `images/` or `images.zip` holds the images of both.
     """
 
     format = "own files"
@@ -779,7 +779,7 @@ class CustomData(Source):
             self._files = dict.fromkeys(SPLITS, name) if name else {}
         self.mention_images = self.entity_images = self._image_folder(("images",)) if use_images else None
         if not use_images:
-            report.add("no_images", benchmark.name, detail="pictures left out on request")
+            report.add("no_images", benchmark.name, detail="images left out on request")
 
     def _table(self, stem: str, columns: tuple[str, ...], required: bool = True) -> str | None:
         names = [name for name in self._names_here if name.lower() in (f"{stem}.csv", f"{stem}.jsonl")]
@@ -944,7 +944,7 @@ class CustomData(Source):
             for name in names if self.use_images else ():
                 report.add("missing_image", file, row, f"{name!r}: there is no folder images/ and no images.zip")
             return []
-        # A path may begin at the tables' folder or at the pictures'.
+        # A path may begin at the tables' folder or at the images'.
         names = [name.removeprefix("images/") for name in names]
         return self._pictures(self.mention_images, names, report, file, row)
 
@@ -1149,7 +1149,7 @@ def open_source(
             run names everything; nothing should be written from it.
         source: `published` for the archive of the MIMIC authors, `original` for the data set's own release, `auto` for
             the first of these that is there.
-        use_images: whether to look for pictures.
+        use_images: whether to look for images.
 
     Raises:
         ArchiveError: there is no such folder or archive, or it holds no data set of that name.

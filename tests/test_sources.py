@@ -41,7 +41,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def rows_of(source: Source) -> dict[str, list[dict[str, Any]]]:
-    """All rows as plain values, pictures by their bytes."""
+    """All rows as plain values, images by their bytes."""
     entities = [
         {
             "id": row.id,
@@ -193,7 +193,7 @@ def planted_archive(folder: Path) -> Path:
         "kb_image/truncated.png": noise(0)[:-6000],
         "kb_image/bomb.png": png_claiming(50_000, 50_000),
         "kb_image/folder.jpg/inner.txt": b"",
-        "kb_image/note.jpg": b"The picture was removed.",
+        "kb_image/note.jpg": b"The image was removed.",
         "mention_images/m0.jpg": picture(2),
         "mention_images/m1.jpg": picture(3),
         "mention_images/m2.webp": picture(4, format="WEBP"),
@@ -574,10 +574,10 @@ def wikidiverse(with_candidates: bool = False) -> dict[str, bytes]:
         ["The Lions versus the Packers (2007).", url, "sports", [lions, packers]],
         ["Nobody", url.replace("jpg", "svg"), "crime", [["Nobody", "Person", 0, 6, "NIL"]]],
         [
-            "No picture",
+            "No image",
             "",
             "crime",
-            [["picture", "Thing", "x", 10, f"{wiki}Caf%C3%A9"], ["bad"], ["a", "b", 0, 1, "x"]],
+            [["image", "Thing", "x", 10, f"{wiki}Caf%C3%A9"], ["bad"], ["a", "b", 0, 1, "x"]],
         ],
         "text",
     ]
