@@ -1,8 +1,8 @@
-"""Safe reading of what other people packed: folders, zip and tar archives, JSON files and pictures.
+"""Safe reading of what other people packed: folders, zip and tar archives, JSON files and images.
 
 Nothing here trusts a name, a size or a byte that comes from an archive. A [`Tree`] is a read-only view of a folder,
-a zip or an uncompressed tar that never leaves it; an [`ImageFolder`] finds pictures in trees by file name;
-[`inspect_image`] decodes a picture within bounds. Archives are read in place, also a zip inside a tar.
+a zip or an uncompressed tar that never leaves it; an [`ImageFolder`] finds images in trees by file name;
+[`inspect_image`] decodes an image within bounds. Archives are read in place, also a zip inside a tar.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_JSON_BYTES = 4 << 30
 MAX_IMAGE_BYTES = 256 << 20
 # An archive that is compressed inside another one is unpacked in memory up to this size.
 MAX_NESTED_BYTES = 256 << 20
-# Deflate reaches about 1000:1 on nothing but zeros; pictures and JSON stay far below this.
+# Deflate reaches about 1000:1 on nothing but zeros; images and JSON stay far below this.
 MAX_COMPRESSION_RATIO = 200
 SMALL_MEMBER_BYTES = 1 << 20
 
@@ -364,7 +364,7 @@ def open_nested(tree: Tree, name: str) -> Tree:
 
 
 class Picture(NamedTuple):
-    """A picture found in `folder` (an [`ImageFolder`]) under `name`, its path there."""
+    """An image found in `folder` (an [`ImageFolder`]) under `name`, its path there."""
 
     folder: ImageFolder
     name: str
@@ -397,13 +397,13 @@ def _stem(name: str) -> str:
 
 
 class ImageFolder:
-    """Pictures by name, below one folder or several.
+    """Images by name, below one folder or several.
 
-    Data sets name a picture with the extension it had before it was converted, so [`find`] falls back in this order,
+    Data sets name an image with the extension it had before it was converted, so [`find`] falls back in this order,
     and says which step it took:
 
     1. `exact`: the path as given, or a file whose path ends in it;
-    2. `jpg`: the path up to its last dot, with `.jpg` (how the MIMIC archives store pictures);
+    2. `jpg`: the path up to its last dot, with `.jpg` (how the MIMIC archives store images);
     3. `case`: either, in another case;
     4. `extension`: the path with any other extension.
 
@@ -414,7 +414,7 @@ class ImageFolder:
         parts: the trees and, for each, the folder in it to look below (`""` for all of it, else ending in `/`).
 
     Attributes:
-        files: by path below its folder, the tree and the name in it of every picture.
+        files: by path below its folder, the tree and the name in it of every image.
     """
 
     def __init__(self, label: str, parts: list[tuple[Tree, str]]):
@@ -435,7 +435,7 @@ class ImageFolder:
         self._stems: dict[str, list[str]] | None = None
 
     def find(self, reference: str, moved: bool = False) -> tuple[Picture, str]:
-        """Look a picture up by the name or path that a row gives.
+        """Look an image up by the name or path that a row gives.
 
         Args:
             reference: the name or path.
@@ -443,7 +443,7 @@ class ImageFolder:
                 `imgPath` of the MIMIC archives does: then its last part, or that up to its first dot, is enough.
 
         Returns:
-            The picture and the step that found it: `exact`, `jpg`, `case` or `extension`.
+            The image and the step that found it: `exact`, `jpg`, `case` or `extension`.
 
         Raises:
             ArchiveError: `unsafe_image_path`, `image_not_a_file`, `oversized_image`, `unreadable_image` or
@@ -502,11 +502,11 @@ def _in_places(paths: Iterable[str], places: list[str], fold: bool = False) -> l
 
 
 def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
-    """Decode a picture completely, to know that a reader of the data set can: it is read as training reads it.
+    """Decode an image completely, to know that a reader of the data set can: it is read as training reads it.
 
     Returns:
-        `None` for a sound picture, else `(kind, detail)` with `oversized_image` (more than `max_pixels` pixels; it is
-        not decoded) or `unreadable_image` (not a picture, truncated, damaged, or not one of the formats of
+        `None` for a sound image, else `(kind, detail)` with `oversized_image` (more than `max_pixels` pixels; it is
+        not decoded) or `unreadable_image` (not an image, truncated, damaged, or not one of the formats of
         `mimic_el.images_mimic`).
     """
     try:
@@ -525,9 +525,9 @@ _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGB
 
 
 def shrink_image(data: bytes, longest_side: int) -> bytes:
-    """Re-encode a sound picture so that its longest side has at most `longest_side` pixels.
+    """Re-encode a sound image so that its longest side has at most `longest_side` pixels.
 
-    A picture that is small enough, or has more than 8 bits a channel, keeps its bytes. One with transparency becomes
+    An image that is small enough, or has more than 8 bits a channel, keeps its bytes. One with transparency becomes
     PNG, any other JPEG (quality 90). The camera's orientation is applied, as `datasets.Image` does when it decodes.
     """
     opened, _ = open_image(data, sys.maxsize)  # its pixels were counted when it was found sound

@@ -63,7 +63,7 @@ def features_of(config: str, source: Source) -> datasets.Features:
 
 
 def encode(row: MentionRow | EntityRow, read: Callable[[Picture], bytes]) -> dict[str, Any]:
-    """A row as it is stored, its pictures as `{"bytes", "path"}` with the bytes that `read` gives."""
+    """A row as it is stored, its images as `{"bytes", "path"}` with the bytes that `read` gives."""
 
     def image(picture: Picture) -> dict[str, Any]:
         return {"bytes": read(picture), "path": picture.name.rpartition("/")[2]}
@@ -89,7 +89,7 @@ def checked_rows(
     max_image_pixels: int = MAX_PIXELS,
     image_size: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a split as they are stored, each picture decoded first; one that cannot be is left out and reported.
+    """The rows of a split as they are stored, each image decoded first; one that cannot be is left out and reported.
 
     `image_size` as in [`mimic_el.datasets_scripts.archives.shrink_image`].
     """
@@ -121,9 +121,9 @@ class MelConfig(datasets.BuilderConfig):
 
     Args:
         source: `published`, `original` or `auto`, as in [`mimic_el.datasets_scripts.sources.open_source`].
-        use_images: whether to read pictures.
-        max_image_pixels: larger pictures are left out.
-        image_size: re-encode larger pictures so that their longest side has this many pixels.
+        use_images: whether to read images.
+        max_image_pixels: larger images are left out.
+        image_size: re-encode larger images so that their longest side has this many pixels.
         fingerprint: tells versions of the data in one folder apart in the cache; [`load_raw`] fills it in.
     """
 
@@ -252,8 +252,8 @@ def load_raw(
         data_dir: the folder, `.zip` or uncompressed `.tar`.
         source: `published` for the archive of the MIMIC authors, `original` for the data set's own release, `auto` for
             the first of these that is there.
-        use_images: whether to read pictures.
-        image_size: re-encode larger pictures so that their longest side has this many pixels.
+        use_images: whether to read images.
+        image_size: re-encode larger images so that their longest side has this many pixels.
         streaming: read rows when they are asked for, instead of copying the data to the cache of `datasets` first.
         cache_dir: another folder for that cache.
 

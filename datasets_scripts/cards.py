@@ -52,12 +52,12 @@ _CITATIONS = {
     "custom": [],
 }
 _ORIGINS = {
-    "wikimel": "WikiMEL: mentions in captions of pictures, from Wikipedia, linked to Wikidata.",
+    "wikimel": "WikiMEL: mentions in captions of images, from Wikipedia, linked to Wikidata.",
     "richpediamel": "RichpediaMEL: mentions in sentences from Wikipedia, linked to Wikidata through Richpedia.",
-    "wikidiverse": "WikiDiverse: mentions in captions of pictures, from Wikinews, linked to Wikipedia.",
+    "wikidiverse": "WikiDiverse: mentions in captions of images, from Wikinews, linked to Wikipedia.",
     "custom": "",
 }
-_PICTURES_LICENCE = "Pictures of Wikimedia Commons have licences of their own, each its own."
+_PICTURES_LICENCE = "Images of Wikimedia Commons have licences of their own, each its own."
 
 # Spelled here, because they are the user's to read; the names are the columns'.
 _FIELDS = {
@@ -65,7 +65,7 @@ _FIELDS = {
         "id": "unique in the data set",
         "mention": "the words that name the entity",
         "sentence": "the sentence or caption that the mention is in",
-        "image": "the picture that goes with the sentence, or null",
+        "image": "the image that goes with the sentence, or null",
         "answer": "the id of the entity that is meant",
         "source_id": "the id that the source gives the record that the mention is from, or null",
         "topic": "the topic of the news",
@@ -78,7 +78,7 @@ _FIELDS = {
         "qid": "the entity's id in Wikidata, or null",
         "name": "the entity's name",
         "description": "a text on the entity, or empty",
-        "images": "its pictures, none or more",
+        "images": "its images, none or more",
     },
 }
 
@@ -214,7 +214,7 @@ def _statistics(source: Source, report: Report) -> str:
     plain = stats.to_dict()
     rows = [
         ["mentions", *(plain["mentions"][split] for split in SPLITS)],
-        ["with a picture", *(plain["mentions_with_image"][split] for split in SPLITS)],
+        ["with an image", *(plain["mentions_with_image"][split] for split in SPLITS)],
         ["distinct answers", *(plain["distinct_answers"][split] for split in SPLITS)],
         ["answers that are none in train", 0, *(stats.unseen_answers(split) for split in SPLITS[1:])],
     ]
@@ -227,8 +227,8 @@ def _statistics(source: Source, report: Report) -> str:
                 ["all", stats.entities],
                 ["with a qid", stats.entities_with_qid],
                 ["with a description", stats.entities_with_description],
-                ["with a picture", plain["entities_with_image"]],
-                ["pictures in all", plain["entity_images"]],
+                ["with an image", plain["entities_with_image"]],
+                ["images in all", plain["entity_images"]],
             ],
         ),
         "",
@@ -252,7 +252,7 @@ def _made(source: Source, report: Report, facts: CardFacts) -> str:
     if isinstance(source, MimicArchive):
         lines.append(
             "Names and mentions are URL-decoded. Splits are the archive's. An answer is the entity's number in "
-            "`kb_entity.json`, found through `qid2id.json`. The order of an entity's pictures is the archive's."
+            "`kb_entity.json`, found through `qid2id.json`. The order of an entity's images is the archive's."
         )
     if isinstance(source, MelBench):
         lines.append(
@@ -273,12 +273,12 @@ def _made(source: Source, report: Report, facts: CardFacts) -> str:
         lines += [
             "",
             "**The source has no knowledge base.** The one here is closed: it holds the answers of the mentions and "
-            "nothing else, with names and without descriptions or pictures. Linking to it is easier than linking to "
+            "nothing else, with names and without descriptions or images. Linking to it is easier than linking to "
             "all of Wikidata or Wikipedia, and results on it do not compare with published ones.",
         ]
     lines += [
         "",
-        "Pictures keep their bytes unless an option above says otherwise. `datasets` turns a picture as its camera's "
+        "Images keep their bytes unless an option above says otherwise. `datasets` turns an image as its camera's "
         "orientation tag says when it decodes it.",
         "",
         _table(
@@ -318,7 +318,7 @@ def _histograms(source: Source, report: Report) -> dict[str, tuple[str, Counter[
         "sentence_words": ("words of a sentence", stats.sentence_words),
         "mention_words": ("words of a mention", stats.mention_words),
         "description_words": ("words of a description", stats.description_words),
-        "images_per_entity": ("pictures of an entity", stats.images_per_entity),
+        "images_per_entity": ("images of an entity", stats.images_per_entity),
     }
     return {name: entry for name, entry in histograms.items() if any(value for value in entry[1])}
 
@@ -362,8 +362,8 @@ def card_text(source: Source, report: Report, facts: CardFacts, figures: list[st
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_cell(data.pretty_name)}",
-        f"{origin} For multimodal entity linking: given a mention, its sentence and its picture, find the entity that "
-        "is meant in a knowledge base of names, descriptions and pictures.".strip(),
+        f"{origin} For multimodal entity linking: given a mention, its sentence and its image, find the entity that "
+        "is meant in a knowledge base of names, descriptions and images.".strip(),
         "## Use",
         "```python\nfrom datasets import load_dataset\n\n"
         'mentions = load_dataset("REPOSITORY OR FOLDER", "mentions")\n'

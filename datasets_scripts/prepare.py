@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 CONFIGS = {"mentions": SPLITS, "entities": ("kb",)}
 PROBLEMS_FILE = "problems.jsonl"
 # Goes into the fingerprint: raise it when the same input gives other output.
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 class PrepareError(MimicError):
@@ -63,12 +63,12 @@ class Options:
     Attributes:
         source: `published` for the archive of the MIMIC authors, `original` for the data set's own release, `auto` for
             the first of these that is there.
-        use_images: whether to store pictures.
-        image_size: re-encode larger pictures so that their longest side has this many pixels; `None` keeps all bytes.
-        max_image_pixels: pictures with more pixels are left out.
+        use_images: whether to store images.
+        image_size: re-encode larger images so that their longest side has this many pixels; `None` keeps all bytes.
+        max_image_pixels: images with more pixels are left out.
         max_shard_bytes: the size that a Parquet file should not exceed.
-        strict: refuse where a row or a picture would be left out or changed.
-        num_workers: threads that check pictures.
+        strict: refuse where a row or an image would be left out or changed.
+        num_workers: threads that check images.
         pretty_name: the name on the card, in place of the benchmark's.
         license: the licence on the card, in place of what is known of the source's.
     """
@@ -108,7 +108,7 @@ def _pictures(row: MentionRow | EntityRow) -> list[Picture]:
 
 
 class _CheckedPictures:
-    """Verdicts on pictures, kept in a file so that an interrupted check goes on where it stopped."""
+    """Verdicts on images, kept in a file so that an interrupted check goes on where it stopped."""
 
     def __init__(self, path: Path | None, source: Source):
         self._folders = {"mentions": source.mention_images, "entities": source.entity_images}
@@ -141,7 +141,7 @@ class _CheckedPictures:
 
 
 def check_pictures(source: Source, options: Options, verdicts_path: Path | None = None) -> None:
-    """Decode every picture that a row names, once, and note the unusable ones in `source.bad_pictures`.
+    """Decode every image that a row names, once, and note the unusable ones in `source.bad_pictures`.
 
     Args:
         source: an open data set.
@@ -165,9 +165,9 @@ def check_pictures(source: Source, options: Options, verdicts_path: Path | None 
     checked = _CheckedPictures(verdicts_path, source)
     try:
         left = [picture for picture in named if picture not in checked.verdicts]
-        bar = tqdm(total=len(named), initial=len(named) - len(left), desc="Checking pictures", unit="picture")
+        bar = tqdm(total=len(named), initial=len(named) - len(left), desc="Checking images", unit="image")
         with bar, ThreadPoolExecutor(options.num_workers) as pool:
-            # In small groups, so that few pictures are in memory and an interruption is answered at once.
+            # In small groups, so that few images are in memory and an interruption is answered at once.
             step = 16 * options.num_workers
             for group in (left[start : start + step] for start in range(0, len(left), step)):
                 for picture, problem in zip(group, pool.map(check, group), strict=True):
@@ -195,7 +195,7 @@ def survey(source: Source, report: Report, options: Options) -> dict[str, dict[s
                     report.statistics.add_entity(row.qid, row.description, len(pictures))
                 else:
                     report.statistics.add_mention(split, row.mention, row.sentence, row.answer, bool(pictures))
-                # A picture that is shrunk takes about half a byte a pixel.
+                # An image that is shrunk takes about half a byte a pixel.
                 limit = options.image_size**2 // 2 if options.image_size else sys.maxsize
                 texts = row_bytes(encode(row, lambda picture: b""))
                 of_split.append(texts + sum(min(picture.size, limit) for picture in pictures))
@@ -215,7 +215,7 @@ def survey(source: Source, report: Report, options: Options) -> dict[str, dict[s
 def validate(
     source: Source, report: Report, options: Options, verdicts_path: Path | None = None
 ) -> dict[str, dict[str, array]]:
-    """Check everything: files' sums, every picture, every row. Returns what [`survey`] does."""
+    """Check everything: files' sums, every image, every row. Returns what [`survey`] does."""
     if source.archive_bytes:
         with tqdm(total=source.archive_bytes, desc="MD5 of archives", unit="B", unit_scale=True) as bar:
             source.hash_archives(report, bar.update)
@@ -418,18 +418,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the result to this data set repository")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--report_only", action="store_true", help="check and report, write no data")
-    parser.add_argument("--strict", action="store_true", help="refuse where a row or picture would be left out")
+    parser.add_argument("--strict", action="store_true", help="refuse where a row or image would be left out")
     parser.add_argument("--source", choices=("auto", "published", "original"), default="auto",
                         help="the archive of the MIMIC authors or the data set's own release")  # fmt: skip
     parser.add_argument("--without_images", action="store_true", help="texts alone")
-    parser.add_argument("--image_size", type=_positive, help="shrink pictures to this many pixels at most a side")
+    parser.add_argument("--image_size", type=_positive, help="shrink images to this many pixels at most a side")
     parser.add_argument("--max_image_pixels", type=_positive, default=MAX_PIXELS,
-                        help="leave larger pictures out (default: %(default)s)")  # fmt: skip
+                        help="leave larger images out (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--max_shard_size", type=_size, default="500MB", help="of a Parquet file (default: %(default)s)"
     )
     parser.add_argument("--num_workers", type=_positive, default=Options.num_workers,
-                        help="threads that check pictures (default: %(default)s)")  # fmt: skip
+                        help="threads that check images (default: %(default)s)")  # fmt: skip
     parser.add_argument("--problems", help="with --report_only, where to list findings (default: NAME-problems.jsonl)")
     parser.add_argument("--pretty_name", help="the name on the card")
     parser.add_argument("--license", help="the licence's identifier on the card")
@@ -481,7 +481,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.output_dir or args.push_to_hub or args.report_only):
         parser.error("give --output_dir, --push_to_hub or --report_only")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    # Pictures have a limit of ours, and those above it are reported.
+    # Images have a limit of ours, and those above it are reported.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         _run(args)

@@ -17,7 +17,7 @@ Severity = Literal["fatal", "error", "note"]
 class Kind:
     """A kind of finding.
 
-    `fatal`: nothing can be written. `error`: a row or a picture is left out or changed; `--strict` refuses. `note`:
+    `fatal`: nothing can be written. `error`: a row or an image is left out or changed; `--strict` refuses. `note`:
     true of the data and worth knowing; `--strict` allows it.
     """
 
@@ -34,11 +34,12 @@ KINDS: dict[str, Kind] = {
     "broken_json": Kind("fatal", "a file is not JSON"),
     "wrong_encoding": Kind("fatal", "a file's text is not in the encoding it should be in"),
     "wrong_structure": Kind("fatal", "a file is JSON, CSV or JSON Lines of another structure"),
+    "open_quote": Kind("fatal", "a quote in a CSV file is not closed, and the rows after it became its text"),
     "oversized": Kind("fatal", "a file is too large to be what it should be"),
     "unreadable": Kind("fatal", "a file is damaged"),
     "unsafe_member": Kind("error", "archive members with unsafe names, links, encryption or absurd sizes, not read"),
     "duplicate_key": Kind("error", "JSON keys given twice in one object, of which the last counts"),
-    "no_images": Kind("note", "no pictures come with the data, or they were not asked for"),
+    "no_images": Kind("note", "no images come with the data, or they were not asked for"),
     "no_rows": Kind("fatal", "nothing that could be used is left of the entities or the mentions"),
     "empty_split": Kind("note", "splits without mentions, not written because they could not be loaded"),
     "closed_knowledge_base": Kind("note", "the knowledge base is the mentions' own answers, without descriptions"),
@@ -47,7 +48,7 @@ KINDS: dict[str, Kind] = {
     # Mentions.
     "bad_row": Kind("error", "rows without the fields they need, left out"),
     "answer_without_entity": Kind("error", "mentions whose answer is not in the knowledge base, left out"),
-    "nil_answer": Kind("note", "mentions whose answer is 'nil', left out"),
+    "nil_answer": Kind("note", "mentions whose answer is 'nil', null or empty, left out"),
     "duplicate_mention_id": Kind("note", "mentions that share a record's id, kept"),
     "empty_mention": Kind("note", "mentions of nothing but white space, kept"),
     "mention_not_in_sentence": Kind("note", "mentions that do not occur literally in their sentence, kept"),
@@ -60,12 +61,12 @@ KINDS: dict[str, Kind] = {
     # Fields of either.
     "bad_field": Kind("error", "optional fields of another type than expected, taken as empty"),
     "broken_text": Kind("error", "texts with characters that are none, replaced by U+FFFD"),
-    # Pictures; the row is kept without it.
-    "missing_image": Kind("error", "pictures that are named and not there"),
-    "unreadable_image": Kind("error", "pictures that are damaged or none"),
-    "oversized_image": Kind("error", "pictures above the limit of pixels or bytes"),
-    "image_not_a_file": Kind("error", "pictures that are a folder or something else than a file"),
-    "unsafe_image_path": Kind("error", "pictures named by a path that leaves their folder, refused"),
+    # Images; the row is kept without it.
+    "missing_image": Kind("error", "images that are named and not there"),
+    "unreadable_image": Kind("error", "images that are damaged or none"),
+    "oversized_image": Kind("error", "images above the limit of pixels or bytes"),
+    "image_not_a_file": Kind("error", "images that are a folder or something else than a file"),
+    "unsafe_image_path": Kind("error", "images named by a path that leaves their folder, refused"),
 }
 IMAGE_KINDS = tuple(
     kind for kind in KINDS if kind.endswith("_image") or kind in ("image_not_a_file", "unsafe_image_path")
@@ -131,7 +132,7 @@ class Statistics:
 
 
 class Report:
-    """Findings by kind, files read, pictures resolved; [`text`] prints it, [`to_dict`] gives it to programs."""
+    """Findings by kind, files read, images resolved; [`text`] prints it, [`to_dict`] gives it to programs."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -236,7 +237,7 @@ class Report:
         lines = [f"{'':24}" + "".join(f"{split:>12}" for split in SPLITS) + f"{'all':>12}"]
         for label, key in (
             ("mentions", "mentions"),
-            ("  with a picture", "mentions_with_image"),
+            ("  with an image", "mentions_with_image"),
             ("  distinct answers", "distinct_answers"),
         ):
             values = stats[key]
@@ -246,8 +247,8 @@ class Report:
         for label, key in (
             ("  with a qid", "entities_with_qid"),
             ("  with a description", "entities_with_description"),
-            ("  with a picture", "entities_with_image"),
-            ("pictures of entities", "entity_images"),
+            ("  with an image", "entities_with_image"),
+            ("images of entities", "entity_images"),
         ):
             lines.append(f"{label:24}{stats[key]:>12,}")
         if self.resolved:
@@ -258,7 +259,7 @@ class Report:
                 "extension": "with another extension",
             }
             found = ", ".join(f"{self.resolved[step]:,} {how}" for step, how in steps.items() if self.resolved[step])
-            lines.append(f"Pictures found: {found}.")
+            lines.append(f"Images found: {found}.")
         if self.unused_fields:
             fields = ", ".join(f"{name} ({count:,})" for name, count in sorted(self.unused_fields.items()))
             lines.append(f"Fields not carried over: {fields}.")

@@ -34,7 +34,7 @@ def plan_shards(folder: str, split: str, row_bytes: Iterable[int], max_shard_byt
     Args:
         folder: the folder of the files, such as `mentions`.
         split: what their names begin with.
-        row_bytes: the size of each row, pictures included.
+        row_bytes: the size of each row, images included.
         max_shard_bytes: the size that a file should not exceed.
     """
     bounds, total, count = [0], 0, 0
@@ -127,7 +127,7 @@ def _row_groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
 
 
 def row_bytes(value: Any) -> int:
-    """Bytes of a row's texts and pictures."""
+    """Bytes of a row's texts and images."""
     if isinstance(value, dict):
         return sum(map(row_bytes, value.values()))
     if isinstance(value, list):
@@ -143,7 +143,7 @@ def _leaves(path: str, type_: pa.DataType) -> list[str]:
 
 
 def write_shard(path: Path, rows: Iterable[dict[str, Any]], features: datasets.Features) -> tuple[int, int]:
-    """Write rows, with pictures as `{"bytes", "path"}`, to a Parquet file that appears when it is complete.
+    """Write rows, with images as `{"bytes", "path"}`, to a Parquet file that appears when it is complete.
 
     Returns:
         The number of rows and the bytes of the file.
@@ -156,7 +156,7 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], features: datasets.F
     with pq.ParquetWriter(
         temporary,
         schema,
-        # Pictures are compressed already, and seldom the same.
+        # Images are compressed already, and seldom the same.
         compression={column: "none" if column.endswith(".bytes") else "snappy" for column in columns},
         use_dictionary=[column for column in columns if not column.endswith(".bytes")],
         # Chunks cut by content let the Hub store only what changed between two versions of a file.

@@ -1,9 +1,9 @@
 """The formats that multimodal entity linking data come in, read into one kind of row.
 
 A [`Source`] yields [`MentionRow`] and [`EntityRow`] objects and tells a [`Report`] of everything that is wrong with
-them. Rows are light: they name their pictures, which are read when they are written or used. There are four formats:
+them. Rows are light: they name their images, which are read when they are written or used. There are four formats:
 
-- [`MimicArchive`]: what the authors of MIMIC publish, with a knowledge base of names, descriptions and pictures;
+- [`MimicArchive`]: what the authors of MIMIC publish, with a knowledge base of names, descriptions and images;
 - [`MelBench`]: MELBench's `Wikidata-MEL.json` and `Richpedia-MEL.json`;
 - [`WikiDiverseRelease`]: WikiDiverse's own files;
 - [`CustomData`]: anyone's own CSV or JSON Lines files.
@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 from urllib.parse import unquote
 
 from .archives import (
@@ -37,8 +37,10 @@ from .archives import (
 )
 from .report import SPLITS, Report
 
-# The pictures of one entity must fit in one cell of an Arrow table.
+# The images of one entity must fit in one cell of an Arrow table.
 MAX_ROW_IMAGE_BYTES = 1 << 30
+# Of a cell of a CSV file; above the 131,072 that Python's reader takes.
+MAX_CELL_CHARACTERS = 1 << 24
 
 _SPLIT_WORDS = {
     "train": ("train",),
@@ -140,7 +142,7 @@ class Source(ABC):
         format: what the card and the log call the format.
         extra_columns: columns of `mentions` beyond the common ones, with their types.
         is_closed: whether the knowledge base is no more than the answers of the mentions.
-        bad_pictures: `(kind, detail)` of pictures that were found unusable; rows then come without them.
+        bad_pictures: `(kind, detail)` of images that were found unusable; rows then come without them.
     """
 
     format: ClassVar[str]
@@ -198,7 +200,7 @@ class Source(ABC):
         return digest.hexdigest()
 
     def hash_archives(self, report: Report, advance: Callable[[int], Any] = lambda count: None) -> None:
-        """Report the MD5 sums of the archives of pictures; `advance` is told the bytes read, as it goes."""
+        """Report the MD5 sums of the archives of images; `advance` is told the bytes read, as it goes."""
         for name in self._image_archives:
             digest = hashlib.md5()
             with self.tree.open(name) as file:
@@ -261,7 +263,7 @@ class Source(ABC):
         return _find_split(self._names_here, self.benchmark.aliases, split, suffix)
 
     def _image_folder(self, names: tuple[str, ...]) -> ImageFolder | None:
-        """The pictures in folders or zip archives called one of `names`, next to the JSON files."""
+        """The images in folders or zip archives called one of `names`, next to the JSON files."""
         parts: list[tuple[Tree, str]] = []
         found = []
         top = dict.fromkeys(name.partition("/")[0] for name in self._names_here)
@@ -367,7 +369,7 @@ class Source(ABC):
 
 
 class MimicArchive(Source):
-    """The archives of the MIMIC authors: `kb_entity.json`, `qid2id.json`, three files of mentions, two of pictures."""
+    """The archives of the MIMIC authors: `kb_entity.json`, `qid2id.json`, three files of mentions, two of images."""
 
     format = "the archive of the MIMIC authors"
     _MENTION_FIELDS = frozenset({"id", "mentions", "sentence", "imgPath", "answer"})
@@ -388,7 +390,7 @@ class MimicArchive(Source):
         self.mention_images = self._required_images(("mention_image", "mention_images"))
         self.entity_images = self._required_images(("kb_image", "kb_images"))
         if not use_images:
-            report.add("no_images", benchmark.name, detail="pictures left out on request")
+            report.add("no_images", benchmark.name, detail="images left out on request")
 
     def entities(self, report: Report) -> Iterator[EntityRow]:
         file = "kb_entity.json"
@@ -515,13 +517,13 @@ class _ClosedSource(Source):
             self.mention_images = self._image_folder(self._IMAGE_FOLDERS)
         if self.mention_images is None:
             reason = f"no folder or zip archive called {', '.join(self._IMAGE_FOLDERS)}" if self.use_images else ""
-            self.report.add("no_images", self.benchmark.name, detail=reason or "pictures left out on request")
+            self.report.add("no_images", self.benchmark.name, detail=reason or "images left out on request")
 
 
 class MelBench(_ClosedSource):
     """MELBench's `Wikidata-MEL.json` or `Richpedia-MEL.json`: records by id, each with one mention or several.
 
-    Pictures, where the folder has any, are named by the record's id. The file has no splits: see [`split_of`].
+    Images, where the folder has any, are named by the record's id. The file has no splits: see [`split_of`].
     """
 
     format = "MELBench's original file"
@@ -744,7 +746,7 @@ def wikipedia_page(url: str) -> WikipediaPage | None:
 
 
 def image_name(url: str) -> str:
-    """The file that WikiDiverse stores a picture in: the MD5 sum of the address's last part, `.svg` as `.png`."""
+    """The file that WikiDiverse stores an image in: the MD5 sum of the address's last part, `.svg` as `.png`."""
     last = url.rpartition("/")[2]
     extension = re.search(r"\.(jpe?g|png|svg|gif|tiff?|webp)", last, re.IGNORECASE)
     suffix = extension[0] if extension else ""
@@ -758,7 +760,7 @@ class CustomData(Source):
 
     Columns of entities: `id`, `name`, and optionally `description`, `qid`, `images` (a list; in CSV separated by `|`).
     Columns of mentions: `mention`, `sentence`, `answer`, and optionally `id`, `image`, and `split` in a single file
-    (without it, see [`split_of`]). `images/` or `images.zip` holds the pictures of both.
+    (without it, see [`split_of`]). `images/` or `images.zip` holds the images of both.
     """
 
     format = "own files"
@@ -777,7 +779,7 @@ class CustomData(Source):
             self._files = dict.fromkeys(SPLITS, name) if name else {}
         self.mention_images = self.entity_images = self._image_folder(("images",)) if use_images else None
         if not use_images:
-            report.add("no_images", benchmark.name, detail="pictures left out on request")
+            report.add("no_images", benchmark.name, detail="images left out on request")
 
     def _table(self, stem: str, columns: tuple[str, ...], required: bool = True) -> str | None:
         names = [name for name in self._names_here if name.lower() in (f"{stem}.csv", f"{stem}.jsonl")]
@@ -805,11 +807,9 @@ class CustomData(Source):
         self._add_file(self.report, name, self.tree.files[path], digest.hexdigest())
         if name.lower().endswith(".csv"):
             with self.tree.open(path) as file:
-                header = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline="")).fieldnames or []
-            missing = [column for column in columns if column not in header]
-            if missing:
-                detail = f"has no column {', '.join(missing)}; its columns are {', '.join(map(str, header[:12]))}"
-                self.report.add("wrong_structure", name, detail=detail)
+                problem = _csv_problem(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""), columns)
+            if problem:
+                self.report.add(problem[0], name, detail=problem[1])
                 return None
         return name
 
@@ -835,19 +835,17 @@ class CustomData(Source):
 
     @staticmethod
     def _read_csv(text: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any] | str]]:
-        reader = csv.DictReader(text)
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield reader.line_num, f"not CSV: {error}"
-                continue
-            if None in row or None in row.values():
-                yield reader.line_num, f"has not the {len(reader.fieldnames or ())} cells of the header"
+        header: list[str] | None = None
+        for lines, last, cells in _csv_rows(text):
+            if isinstance(cells, str):
+                yield last, f"not CSV: {cells}"
+            elif header is None:
+                header = cells
+            elif len(cells) != len(header):
+                over = f", in {len(lines)} lines" if len(lines) > 1 else ""
+                yield last, f"has {len(cells)} cells{over}; the header has {len(header)}"
             else:
-                yield reader.line_num, row
+                yield last, dict(zip(header, cells, strict=True))
 
     def entities(self, report: Report) -> Iterator[EntityRow]:
         file = self._entity_file or ""
@@ -893,6 +891,8 @@ class CustomData(Source):
                 report.add("bad_row", file, row, item)
                 continue
             mention, sentence, answer = item.get("mention"), item.get("sentence"), _id(item.get("answer"))
+            if "answer" in item and (item["answer"] is None or not str(item["answer"]).strip()):
+                answer = "nil"
             if not isinstance(mention, str) or not isinstance(sentence, str) or answer is None:
                 report.add("bad_row", file, row, "mention, sentence or answer is not a string")
                 continue
@@ -944,9 +944,63 @@ class CustomData(Source):
             for name in names if self.use_images else ():
                 report.add("missing_image", file, row, f"{name!r}: there is no folder images/ and no images.zip")
             return []
-        # A path may begin at the tables' folder or at the pictures'.
+        # A path may begin at the tables' folder or at the images'.
         names = [name.removeprefix("images/") for name in names]
         return self._pictures(self.mention_images, names, report, file, row)
+
+
+def _csv_rows(text: TextIO) -> Iterator[tuple[list[str], int, list[str] | str]]:
+    """Each row of a CSV file as its lines, the number of the last, and its cells, or what is wrong with it.
+
+    Quotes are read strictly: what follows a closing one must be a comma or the line's end.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))  # the whole process's; never lowered
+    lines: list[str] = []
+
+    def counted() -> Iterator[str]:
+        for line in text:
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(counted(), strict=True)
+    while True:
+        lines.clear()
+        cells: list[str] | str
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            cells = str(error)
+        if cells:  # an empty line is none
+            yield lines, reader.line_num, cells
+
+
+def _csv_problem(text: TextIO, columns: tuple[str, ...]) -> tuple[str, str] | None:
+    """`(kind, detail)` of what makes a CSV file as a whole unusable.
+
+    A quote that is not closed, or that is closed in a later row, turns the rows between into the text of one cell. A
+    row in several lines is taken for such where it is not CSV, or where each of its lines alone has the header's number
+    of cells. Commas before a space do not count: they are a text's.
+    """
+    header: list[str] | None = None
+    for lines, last, cells in _csv_rows(text):
+        if header is None:
+            header = [] if isinstance(cells, str) else cells
+            if missing := [column for column in columns if column not in header]:
+                here = cells if isinstance(cells, str) else f"its columns are {', '.join(header[:12])}"
+                return "wrong_structure", f"has no column {', '.join(missing)}; {here}"
+        elif len(lines) > 1 and (
+            isinstance(cells, str) or all(len(re.split(",(?! )", line)) == len(header) for line in lines)
+        ):
+            first = last - len(lines) + 1
+            why = f" ({cells})" if isinstance(cells, str) else ", though each has as many cells as the header"
+            return (
+                "open_quote",
+                f"lines {first} to {last} are one row{why}: a cell of line {first} begins with a quote that is not "
+                'closed there; close it, or where it is part of the text write the cell as """text"',
+            )
+    return None
 
 
 def _id(value: Any) -> str | None:
@@ -957,7 +1011,8 @@ def _id(value: Any) -> str | None:
 
 
 def _split_named(word: Any) -> str | None:
-    return next((split for split, words in _SPLIT_WORDS.items() if isinstance(word, str) and word in words), None)
+    plain = word.strip().lower() if isinstance(word, str) else ""
+    return next((split for split, words in _SPLIT_WORDS.items() if plain in words), None)
 
 
 def _whole(text: str) -> str:
@@ -1094,7 +1149,7 @@ def open_source(
             run names everything; nothing should be written from it.
         source: `published` for the archive of the MIMIC authors, `original` for the data set's own release, `auto` for
             the first of these that is there.
-        use_images: whether to look for pictures.
+        use_images: whether to look for images.
 
     Raises:
         ArchiveError: there is no such folder or archive, or it holds no data set of that name.

@@ -19,7 +19,7 @@ Files = dict[str, bytes]
 
 
 def picture(color: int = 0, size: tuple[int, int] = (8, 6), format: str = "JPEG") -> bytes:
-    """A picture of one colour, another one for each `color`."""
+    """An image of one colour, another one for each `color`."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (color * 40 % 256, 100, 200)).save(buffer, format)
     return buffer.getvalue()
@@ -56,7 +56,7 @@ def mention(text: str, sentence: str, answer: str, image: str = "", **more: Any)
 
 
 def sound_archive(prefix: str = "WIKIMEL_", mention_folder: str = "mention_image") -> Files:
-    """An archive of the MIMIC authors with nothing wrong: four entities, five mentions, six pictures."""
+    """An archive of the MIMIC authors with nothing wrong: four entities, five mentions, six images."""
     return {
         "kb_entity.json": to_json(
             [

@@ -1,4 +1,4 @@
-"""Archives, JSON and pictures: what is read, and what is refused."""
+"""Archives, JSON and images: what is read, and what is refused."""
 
 from __future__ import annotations
 

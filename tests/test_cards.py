@@ -58,7 +58,7 @@ def test_card_of_an_archive(tmp_path: Path) -> None:
     ]
     assert check_card(text, "dataset") == ([], [])
     assert "| mentions | 3 | 1 | 1 |" in text
-    assert "| with a picture | 2 | 0 | 1 |" in text
+    assert "| with an image | 2 | 0 | 1 |" in text
     assert "- entities: 4 here, 109,976 in the MIMIC paper." in text
     assert "prepare wikimel --data_dir DIR --output_dir OUT --image_size 224\n" in text
     assert "Words of a sentence: 2.4 on average, median 2, at most 4." in text

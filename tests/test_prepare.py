@@ -51,7 +51,7 @@ print(json.dumps({
 
 
 def many_pictures(count: int) -> Files:
-    """Own data with a picture of 12 kB for each of `count` entities."""
+    """Own data with an image of 12 kB for each of `count` entities."""
     rows = [{"id": f"e{number}", "name": f"Entity {number}", "images": [f"{number}.png"]} for number in range(count)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     mentions = "".join(f"Entity,Entity {number},e{number}\n" for number in range(count))
@@ -97,7 +97,7 @@ def test_output_has_report_problems_and_card(planted: Path) -> None:
     assert sum(report["problems"].values()) == len(problems)
     assert report["problems"]["missing_image"] == 2
     card = (planted / "README.md").read_text()
-    assert "| missing_image | 2 | pictures that are named and not there |" in card
+    assert "| missing_image | 2 | images that are named and not there |" in card
     # Nothing in what is uploaded tells of this machine.
     for path in planted.rglob("*"):
         if path.is_file() and path.suffix in (".md", ".json", ".jsonl") and ".prepare" not in path.parts:
@@ -178,7 +178,7 @@ def test_second_run_writes_nothing_again(tmp_path: Path, monkeypatch: pytest.Mon
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
 
     def fail(*args: object) -> None:
-        raise AssertionError("a picture was checked again")
+        raise AssertionError("an image was checked again")
 
     monkeypatch.setattr(module, "inspect_image", fail)
     prepare("wikimel", data, out)
@@ -262,7 +262,8 @@ def test_interrupted_check_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
     assert again.counts == {"unreadable_image": 1}
     # Two groups of sixteen were complete and are not read again.
     assert [checked.count(noise(number)) for number in range(32) if number != 3] == [1] * 31
-    assert 60 < len(checked) <= 40 + 60 - 32
+    # Of the third group, which was interrupted, any part may have been read before.
+    assert 60 < len(checked) <= 48 + 60 - 32
 
 
 def test_data_that_change_while_they_are_read_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def rows_of(source: Source) -> dict[str, list[dict[str, Any]]]:
-    """All rows as plain values, pictures by their bytes."""
+    """All rows as plain values, images by their bytes."""
     entities = [
         {
             "id": row.id,
@@ -193,7 +193,7 @@ def planted_archive(folder: Path) -> Path:
         "kb_image/truncated.png": noise(0)[:-6000],
         "kb_image/bomb.png": png_claiming(50_000, 50_000),
         "kb_image/folder.jpg/inner.txt": b"",
-        "kb_image/note.jpg": b"The picture was removed.",
+        "kb_image/note.jpg": b"The image was removed.",
         "mention_images/m0.jpg": picture(2),
         "mention_images/m1.jpg": picture(3),
         "mention_images/m2.webp": picture(4, format="WEBP"),
@@ -574,10 +574,10 @@ def wikidiverse(with_candidates: bool = False) -> dict[str, bytes]:
         ["The Lions versus the Packers (2007).", url, "sports", [lions, packers]],
         ["Nobody", url.replace("jpg", "svg"), "crime", [["Nobody", "Person", 0, 6, "NIL"]]],
         [
-            "No picture",
+            "No image",
             "",
             "crime",
-            [["picture", "Thing", "x", 10, f"{wiki}Caf%C3%A9"], ["bad"], ["a", "b", 0, 1, "x"]],
+            [["image", "Thing", "x", 10, f"{wiki}Caf%C3%A9"], ["bad"], ["a", "b", 0, 1, "x"]],
         ],
         "text",
     ]
@@ -764,6 +764,78 @@ def test_own_data_that_cannot_be_used(tmp_path: Path, changes: dict[str, bytes |
     open_source("custom", write_folder(files, tmp_path), report)
     assert report.fatal == {kind: 1}
     assert detail in report.examples[kind][0]
+
+
+def own_rows(changes: dict[int, str]) -> bytes:
+    """A table of mentions of 1,000 lines, some of which are others. The first line is number 1."""
+    lines = ["mention,sentence,answer,split"] + [f"Ann,Ann at work on day {n},e1,train" for n in range(2, 1001)]
+    for number, line in changes.items():
+        lines[number - 1] = line
+    return "\r\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "detail"),
+    [
+        (
+            {10: 'Ann,"Ann at work,e1,train', 900: 'Ann,Ann at home",e1,train'},
+            "lines 10 to 900 are one row, though each has as many cells as the header",
+        ),
+        ({10: 'Ann,"Ann at work,e1,train', 11: 'Ann,Ann at home",e1,train'}, "lines 10 to 11 are one row"),
+        ({10: 'Ann,"Ann at work,e1,train'}, "lines 10 to 1000 are one row (unexpected end of data)"),
+        ({10: 'Ann,"Ann at work,e1,train', 900: 'Ann,"Ann" at home,e1,train'}, "lines 10 to 900 are one row ("),
+    ],
+    ids=["closed_in_a_later_row", "closed_in_the_next_row", "never_closed", "closed_within_a_text"],
+)
+def test_rows_that_a_quote_swallows_are_named(tmp_path: Path, changes: dict[int, str], detail: str) -> None:
+    files = {"entities.csv": b"id,name\ne1,Ann\n", "mentions.csv": own_rows(changes)}
+    report, found = findings("custom", write_folder(files, tmp_path / "data"), tmp_path)
+    assert ("open_quote", "mentions.csv", None) in found
+    assert report.fatal["open_quote"] == 1
+    assert detail in report.examples["open_quote"][0]
+
+
+def test_text_in_several_lines_long_texts_and_stray_quotes_are_told_apart(tmp_path: Path) -> None:
+    long = "Ann " * 50_000
+    changes = {
+        10: 'Ann,"Ann, who\nsaid ""no"", left",e1,train',
+        11: f"Ann,{long},e1,train",
+        12: 'Ann,"Ann" at work,e1,train',
+    }
+    files = {"entities.csv": b"id,name\ne1,Ann\n", "mentions.csv": own_rows(changes)}
+    report, found = findings("custom", write_folder(files, tmp_path / "data"), tmp_path)
+    assert report.fatal == {}
+    assert [finding for finding in found if finding[0] != "empty_split"] == [("bad_row", "mentions.csv", 13)]
+    rows = rows_of(open_source("custom", tmp_path / "data", Report()))["train"]
+    assert len(rows) == 998
+    assert [row["sentence"] for row in rows[8:10]] == ['Ann, who\nsaid "no", left', long]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"mentions.csv": b"mention,sentence,answer\nAnn,Ann,\nAnn,Ann,NIL\nAnn,Ann, \nAnn,Ann,e1\n"},
+        {
+            "train.jsonl": b"".join(
+                b'{"mention": "Ann", "sentence": "Ann", "answer": %s}\n' % answer
+                for answer in (b"null", b'""', b'" "', b'"e1"')
+            )
+        },
+    ],
+    ids=["csv", "jsonl"],
+)
+def test_mentions_of_no_entity(tmp_path: Path, files: dict[str, bytes]) -> None:
+    files = {"entities.csv": b"id,name\ne1,Ann\n", **files}
+    report, found = findings("custom", write_folder(files, tmp_path / "data"), tmp_path)
+    assert report.counts["nil_answer"] == 3
+    assert {kind for kind, *_ in found} <= {"nil_answer", "empty_split"}
+
+
+def test_names_of_splits_in_any_case(tmp_path: Path) -> None:
+    table = b"mention,sentence,answer,split\nAnn,A Ann,e1,Train\nAnn,B Ann,e1,TEST\nAnn,C Ann,e1,Dev\n"
+    files = {"entities.csv": b"id,name\ne1,Ann\n", "mentions.csv": table}
+    rows = rows_of(open_source("custom", write_folder(files, tmp_path), Report()))
+    assert [[row["sentence"] for row in rows[split]] for split in SPLITS] == [["A Ann"], ["C Ann"], ["B Ann"]]
 
 
 def test_own_data_without_splits_is_split_by_id(tmp_path: Path) -> None:
