@@ -26,10 +26,10 @@ def test_name_match_is_what_all_random_orders_give_on_average() -> None:
     names = ["A", "A", "A", "B", "B", "C"]
     entities = [{"id": str(row), "name": name, "description": "", "images": []} for row, name in enumerate(names)]
     mentions = [
-        {"mention": "a", "answer": "1", "kind": "words"},  # one of three, in another case
+        {"mention": "a", "answer": "1", "kind": "text"},  # one of three, in another case
         {"mention": "C", "answer": "5", "kind": "both"},  # alone
         {"mention": "B", "answer": "0", "kind": "both"},  # two others have the name
-        {"mention": "Zed", "answer": "4", "kind": "words"},  # nobody has
+        {"mention": "Zed", "answer": "4", "kind": "text"},  # nobody has
     ]
 
     def oracle(mention: dict[str, str]) -> tuple[float, float]:
@@ -40,7 +40,7 @@ def test_name_match_is_what_all_random_orders_give_on_average() -> None:
         return float(np.mean([rank == 1 for rank in ranks])), float(np.mean([1 / rank for rank in ranks]))
 
     figures = demo.name_match(mentions, KnowledgeBase(entities))
-    for kind in ("all", "words", "both"):
+    for kind in ("all", "text", "both"):
         expected = np.mean([oracle(m) for m in mentions if kind in ("all", m["kind"])], axis=0)
         assert [figures[kind]["hits@1"], figures[kind]["mrr"]] == pytest.approx(list(expected))
 
@@ -55,21 +55,21 @@ def test_records_without_images() -> None:
 def test_shown_mentions_are_of_all_kinds_and_two_share_a_name() -> None:
     rows = [
         ("both", "A", "1"),
-        ("picture", "b", "2"),
-        ("words", "C", "3"),
-        ("picture", "D", "4"),
-        ("picture", "E", "5"),
+        ("image", "b", "2"),
+        ("text", "C", "3"),
+        ("image", "D", "4"),
+        ("image", "E", "5"),
     ]
-    rows += [("picture", "d", "4"), ("picture", "e", "6")]
+    rows += [("image", "d", "4"), ("image", "e", "6")]
     mentions = [{"kind": kind, "mention": mention, "answer": answer} for kind, mention, answer in rows]
     assert demo.choose(mentions) == [2, 1, 0, 4, 6]
     assert demo.choose(mentions[:6]) == [2, 1, 0]
 
 
 def test_table_has_a_line_for_each_row_and_columns_for_each_kind() -> None:
-    figures = {"all": {"hits@1": 0.5, "mrr": 0.625}, "words": {"hits@1": 1.0, "mrr": 1.0}}
-    lines = demo.table({"One": figures, "Another": figures}, {"all": 2, "words": 1}).splitlines()
-    assert lines[0].split() == ["all", "(2)", "words", "(1)"]
+    figures = {"all": {"hits@1": 0.5, "mrr": 0.625}, "text": {"hits@1": 1.0, "mrr": 1.0}}
+    lines = demo.table({"One": figures, "Another": figures}, {"all": 2, "text": 1}).splitlines()
+    assert lines[0].split() == ["all", "(2)", "text", "(1)"]
     assert lines[2].split() == ["One", "50.0", "62.5", "100.0", "100.0"]
     assert len({len(line) for line in lines}) == 1
 
@@ -99,7 +99,7 @@ def test_demo_leaves_checkpoint_index_table_and_picture(
     assert json.loads((output_dir / "demo_results.json").read_text()) == rows
     measured = json.loads((output_dir / "test_results.json").read_text())
     assert rows["MIMIC"]["all"]["mrr"] == measured["test_mrr"]
-    assert rows["MIMIC"]["picture"]["hits@1"] == measured["test_picture_hits@1"]
+    assert rows["MIMIC"]["image"]["hits@1"] == measured["test_image_hits@1"]
     # Each name is that of three entities.
     assert rows["Exact name, at random"]["all"] == pytest.approx({"hits@1": 1 / 3, "mrr": (1 + 1 / 2 + 1 / 3) / 3})
     index = EntityIndex.from_pretrained(output_dir / "index")

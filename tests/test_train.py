@@ -336,7 +336,7 @@ def test_evaluation_ranks_among_the_whole_knowledge_base(
     assert metrics["eval_hits@3"] == pytest.approx(np.mean([rank <= 3 for rank in ranks]))
     assert (metrics["eval_mentions"], metrics["eval_missing_answers"]) == (10, 1)
     words = [rank for row, rank in zip([r for r in range(11) if r != 3], ranks, strict=True) if row % 2]
-    assert metrics["eval_words_mrr"] == pytest.approx(np.mean([1 / rank for rank in words]))
+    assert metrics["eval_text_mrr"] == pytest.approx(np.mean([1 / rank for rank in words]))
     assert metrics["eval_both_mentions"] == 6
 
     args.missing_answers = "miss"

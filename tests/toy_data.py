@@ -66,7 +66,7 @@ def mentions(split: str, count: int) -> list[dict[str, Any]]:
                 "sentence": f"{entity['name']} is the {entity['description'][2:-1]} number {number}.",
                 "image": None if number % 5 == 4 else png(COLOURS[number % 4], 18),
                 "answer": entity["id"],
-                "kind": "words" if number % 2 else "both",
+                "kind": "text" if number % 2 else "both",
             }
         )
     return rows
