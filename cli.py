@@ -20,8 +20,6 @@ import typer
 
 from .errors_mimic import MimicError
 
-ROOT = Path(__file__).parent
-CONFIGS = ROOT / "configs"
 _TABLES = (".jsonl", ".json", ".csv")
 # Mentions that are read, linked and written at a time, in batches.
 _BATCHES_AT_ONCE = 16
@@ -394,11 +392,10 @@ _PROGRAMS = {
 def _add_program(name: str, module: str, help: str) -> None:
     def command(context: typer.Context) -> None:
         arguments = list(context.args)
-        if name == "train":
-            arguments = _with_packaged_config(arguments)
         # Parsers that have no name of their own take it from here.
         sys.argv = [f"mimic-el {name}", *arguments]
-        result = importlib.import_module(module).main(arguments)
+        program = importlib.import_module(module)
+        result = getattr(program, "run", program.main)(arguments)
         raise typer.Exit(result if isinstance(result, int) else 0)
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
@@ -407,23 +404,6 @@ def _add_program(name: str, module: str, help: str) -> None:
 
 for _name, (_module, _help) in _PROGRAMS.items():
     _add_program(_name, _module, _help)
-
-
-def _with_packaged_config(arguments: list[str]) -> list[str]:
-    """A configuration's name in place of its path; a data set that comes with the package is found there too."""
-    if not arguments or arguments[0].startswith("-") or Path(arguments[0]).is_file():
-        return arguments
-    path = CONFIGS / f"{arguments[0]}.yaml"
-    if Path(arguments[0]).name != arguments[0] or not path.is_file():
-        if Path(arguments[0]).suffix:
-            return arguments  # a file that is not there
-        known = ", ".join(sorted(item.stem for item in CONFIGS.glob("*.yaml")))
-        raise CommandError(f"There is no configuration {arguments[0]!r}: name a YAML or JSON file, or one of {known}.")
-    import yaml
-
-    data = yaml.safe_load(path.read_text(encoding="utf-8")).get("dataset_name")
-    packaged = [] if data is None or Path(data).exists() or not (ROOT / data).is_dir() else [str(ROOT / data)]
-    return [str(path), *(["--dataset_name", *packaged] if packaged else []), *arguments[1:]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

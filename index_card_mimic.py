@@ -110,7 +110,7 @@ def index_card(
     example_rows = [[_cell(record.get(name, "")) for name in shown] for record in islice(examples, _EXAMPLES)]
     text = f"""# {title}: {count:,} entities to link mentions to
 
-A knowledge base, encoded for multimodal entity linking: given a mention, its sentence and its picture, the MIMIC model
+A knowledge base, encoded for multimodal entity linking: given a mention, its sentence and its image, the MIMIC model
 {model} finds the entity that is meant among those of this index. One model serves any number of such indexes.
 
 ## Use
@@ -147,7 +147,7 @@ The first of them:
 ## Limits
 
 - The index belongs to the model above. Any other, the same one trained further too, is refused.
-- An entity is its name and description, cut at {config["text_max_length"]} tokens together, and its first picture,
+- An entity is its name and description, cut at {config["text_max_length"]} tokens together, and its first image,
   as they were when the index was made. `EntityIndex.update`, `add` and `remove` change it.
 - Every mention is given its best entities, whether or not the right one is among them. What the knowledge base leaves
   out cannot be found, and it covers some people, places and times better than others.

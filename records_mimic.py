@@ -15,8 +15,12 @@ from typing import Any, cast
 _RECORDS_AT_ONCE = 512
 
 
-def entity_id_of(value: Any) -> str:
+def entity_id_of(value: Any, what: str = "An entity's id") -> str:
     """An entity's id as text; an integer is taken too, so that 375 and "375" are the same id everywhere.
+
+    Args:
+        value: the id as it was given.
+        what: what messages call it.
 
     Raises:
         ValueError: for what cannot tell entities apart: `None`, NaN, a boolean, an empty string.
@@ -25,7 +29,7 @@ def entity_id_of(value: Any) -> str:
         return value
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         return str(operator.index(value))
-    raise ValueError(f"An entity's id must be a string that is not empty, or an integer; got {value!r}.")
+    raise ValueError(f"{what} is {value!r}. An id must be a string that is not empty, or an integer.")
 
 
 class Records:

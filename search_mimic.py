@@ -55,8 +55,8 @@ _TIE = 1e-6
 _SEEDS = 32
 _ROUND = 16
 _PATIENCE = 4
-# Where more than this fraction of a picture's pairs are left, the image unit is cheaper for all of them at once; beside
-# few pictures, where its products have few rows, it is so later.
+# Where more than this fraction of an image's pairs are left, the image unit is cheaper for all of them at once; beside
+# few images, where its products have few rows, it is so later.
 _DENSE, _FEW_DENSE = 0.07, 0.4
 _FEW = 16
 # Where more than this fraction of a mention's pairs in a block would be scored exactly, bounding them does not pay.
@@ -69,7 +69,7 @@ _BIAS = VisionDualDirection.QUERY_STATS.index("beta.n")
 # Features of the attention.
 _MENTION_TOKENS = ("text_key", "text_value", "text_mask")
 _ATTENTION = ("text_query", "text_local", "text_bias", "text_mask")
-# Directions of the image unit: the entity's picture is the query, or the mention's is. Features of the entity's side;
+# Directions of the image unit: the entity's image is the query, or the mention's is. Features of the entity's side;
 # the mention's are those of the other direction.
 _ENT2MEN, _MEN2ENT = 0, 1
 _PREFIXES = ("image_query_", "image_key_")
@@ -156,9 +156,9 @@ class _Query:
     most: Tensor  # (M, 1) the most that the mention's side of the image unit adds to a total
     bounds: MentionBounds
     size: Tensor  # (M, 1) the largest terms of a score, but for what `CoarseFeatures.extent` says
-    images: tuple[dict[str, Tensor], dict[str, Tensor]]  # of G different pictures, what each direction needs
+    images: tuple[dict[str, Tensor], dict[str, Tensor]]  # of G different images, what each direction needs
     image_of: Tensor  # (M,) which of them is a mention's
-    picture_most: Tensor  # (G, 1) the most that they add to a total
+    image_bound: Tensor  # (G, 1) the most that they add to a total
     dense: Tensor  # (G,) whether so many of its pairs are left that the image unit is cheaper for all at once
     first: int = -1  # the direction of the image unit that is computed first, which tells more; -1 before that is known
 
@@ -171,15 +171,15 @@ class _Query:
             # No entity's vector is longer than a layer norm's output can be; a tenth more for how it is stored.
             longest = norm.weight.abs().amax() * norm.normalized_shape[0] ** 0.5 + norm.bias.norm()
             size = size + 1.1 * longest * vectors.norm(dim=1, keepdim=True)
-        pictures, image_of = _different({name: tensors[name] for name in (*_KEY, *_QUERY)})
-        vector, stats = widened(pictures["image_query_m"]), widened(pictures["image_query_stats"])
+        distinct, image_of = _different({name: tensors[name] for name in (*_KEY, *_QUERY)})
+        vector, stats = widened(distinct["image_query_m"]), widened(distinct["image_query_stats"])
         # From the vectors: of features in half precision the stored number is rounded.
-        picture_most = (VisionDualDirection.most(vector, stats[:, _BIAS]) / HALF_UNITS).unsqueeze(1)
-        most = picture_most.index_select(0, image_of)
-        images = ({name: pictures[name] for name in _KEY}, {name: pictures[name] for name in _QUERY})
-        dense = torch.zeros(len(picture_most), dtype=torch.bool, device=text.device)
+        image_bound = (VisionDualDirection.most(vector, stats[:, _BIAS]) / HALF_UNITS).unsqueeze(1)
+        most = image_bound.index_select(0, image_of)
+        images = ({name: distinct[name] for name in _KEY}, {name: distinct[name] for name in _QUERY})
+        dense = torch.zeros(len(image_bound), dtype=torch.bool, device=text.device)
         bounds = MentionBounds.of(matcher, mentions)
-        return cls(mentions, text, cross_modal, most, bounds, size + most.abs(), images, image_of, picture_most, dense)
+        return cls(mentions, text, cross_modal, most, bounds, size + most.abs(), images, image_of, image_bound, dense)
 
     def __len__(self) -> int:
         return len(self.mentions)
@@ -191,7 +191,7 @@ class _Query:
 
 
 def _different(images: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Different ones of B pictures' features, and the number of each picture's, (B,): what has no picture has the same
+    """Different ones of B images' features, and the number of each image's, (B,): what has no image has the same
     blank one. Some that are equal may be told apart."""
     stats = next(tensor for name, tensor in images.items() if name.endswith("stats"))
     numbers, number_of = stats[:, 0].unique(return_inverse=True)
@@ -504,7 +504,7 @@ class Searcher:
             self._direction(query, side, every, self.blocks.gather(places + start, _SIDES[side], most.device))
             for side in (_ENT2MEN, _MEN2ENT)
         ]
-        return int((less[_MEN2ENT] - query.picture_most).sum() < (less[_ENT2MEN] - most[places]).sum())
+        return int((less[_MEN2ENT] - query.image_bound).sum() < (less[_ENT2MEN] - most[places]).sum())
 
     def _contenders(self, query: _Query, block: _Block, floor: Tensor) -> _Pairs:
         """The pairs of a block whose total may reach `floor` (M, 1)."""
@@ -540,7 +540,7 @@ class Searcher:
 
     def _image_scores_of_all(self, query: _Query, block: _Block, dense: Tensor) -> None:
         """Puts the scores of the image unit's first direction in the place of their bound, for all pairs of mentions
-        with some pictures (G,); in the blocks that follow the coarse stage does that."""
+        with some images (G,); in the blocks that follow the coarse stage does that."""
         for first in range(0, block.width, self.sub_block):
             last = min(first + self.sub_block, block.width)
             rows = slice(block.start + first, block.start + last)
@@ -550,23 +550,23 @@ class Searcher:
 
     def _image_change(self, query: _Query, chosen: Tensor, rows: slice, most: Tensor) -> Tensor:
         """How much less than it may the image unit's first direction adds to the totals of some rows, (M, rows); 0 for
-        mentions whose picture is not chosen."""
+        mentions whose image is not chosen."""
         numbers = chosen.nonzero().squeeze(1)
         entities = self.blocks.gather(rows, _SIDES[query.first], most.device)
         entity_of = None
-        if len(numbers) > _FEW:  # beside them, telling the entities' pictures apart takes little time
+        if len(numbers) > _FEW:  # beside them, telling the entities' images apart takes little time
             entities, entity_of = _different(entities)
         scores = self._direction(query, query.first, numbers, entities)
         if entity_of is not None:
             scores = scores.index_select(1, entity_of)
-        scores -= most if query.first == _ENT2MEN else query.picture_most[numbers]
+        scores -= most if query.first == _ENT2MEN else query.image_bound[numbers]
         change = scores.new_zeros(len(chosen), scores.shape[1]).index_copy_(0, numbers, scores)
         return change.index_select(0, query.image_of)
 
-    def _direction(self, query: _Query, direction: int, pictures: Tensor, entities: dict[str, Tensor]) -> Tensor:
-        """What a direction of the image unit adds to the totals of some of the mentions' pictures (P,) with entities,
+    def _direction(self, query: _Query, direction: int, numbers: Tensor, entities: dict[str, Tensor]) -> Tensor:
+        """What a direction of the image unit adds to the totals of some of the mentions' images (P,) with entities,
         (P, N)."""
-        unit, queries, keys = self._sides(direction, _rows(query.images[direction], pictures), entities)
+        unit, queries, keys = self._sides(direction, _rows(query.images[direction], numbers), entities)
         scores = unit.score(queries, keys)
         self.stats.image_pairs += scores.numel()
         return (scores.T.contiguous() if direction == _ENT2MEN else scores).div_(HALF_UNITS)
@@ -624,17 +624,17 @@ class Searcher:
                 return result
             mention_rows, columns = mention_rows[new], columns[new]
         images = query.image_of.index_select(0, mention_rows)
-        most = block.most[columns] if direction == _ENT2MEN else query.picture_most[images, 0]
+        most = block.most[columns] if direction == _ENT2MEN else query.image_bound[images, 0]
         scores = self._image_scores(query, direction, images, columns + block.start) - most
         return scores if new is None else result.index_copy_(0, new, scores)
 
     def _image_scores(self, query: _Query, direction: int, images: Tensor, entity_rows: Tensor) -> Tensor:
-        """What a direction of the image unit adds to the totals of pairs of a mention's picture and an entity,
+        """What a direction of the image unit adds to the totals of pairs of a mention's image and an entity,
         (pairs,)."""
         result = torch.empty(len(images), device=images.device)
         names = _SIDES[direction]
         if len(query.dense) <= _FEW:
-            # Products of one picture with all of its entities.
+            # Products of one image with all of its entities.
             for number in images.unique():
                 pairs = (images == number).nonzero().squeeze(1)
                 used, places = entity_rows[pairs].unique(return_inverse=True)

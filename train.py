@@ -49,9 +49,14 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
     parser = HfArgumentParser(kinds, description=__doc__)
     if argv and not argv[0].startswith("-"):
         path = Path(argv.pop(0))
-        packaged = Path(__file__).parent / "configs" / f"{path}.yaml"
-        if not path.is_file() and path.name == str(path) and packaged.is_file():
-            path = packaged
+        if not path.is_file() and path.name == str(path) and not path.suffix:
+            packaged = {item.stem: item for item in (Path(__file__).parent / "configs").glob("*.yaml")}
+            if path.name not in packaged:
+                raise ValueError(
+                    f"There is no configuration {path.name!r}: name a YAML or JSON file, or one of "
+                    f"{', '.join(sorted(packaged))}."
+                )
+            path = packaged[path.name]
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -240,10 +245,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return results
 
 
-def run() -> None:
+def run(argv: Sequence[str] | None = None) -> None:
     """The command: [`main`], but what the user can mend is one line and the exit status 2."""
     try:
-        main()
+        main(argv)
     except (MimicError, ValueError) as error:
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -174,7 +174,6 @@ def test_what_a_user_gets_wrong(made: Path, tmp_path: Path, refused: Any) -> Non
     assert "cannot be loaded" in refused("link", "--model", tmp_path / "none", *single, *index)
     assert "There is no device" in refused("index", "build", *model, "--entities", made / "tables" / "entities.jsonl",
                                            "--output_dir", tmp_path / "i", "--device", "cuda:99")  # fmt: skip
-    assert "configuration 'nope'" in refused("train", "nope")
     (tmp_path / "m.jsonl").write_text('{"mention": "A", "text": "A b."}\n{"mention": " ", "text": "A b."}\n')
     entities = ("--entities", made / "tables" / "entities.jsonl")
     assert "line 2: the mention needs `mention`" in refused("link", tmp_path / "m.jsonl", *model, *entities)
@@ -197,20 +196,11 @@ def test_programs_get_their_arguments_untouched(name: str, monkeypatch: pytest.M
     assert given == [(arguments, f"mimic-el {name}")]
 
 
-def test_configurations_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    given: list[Any] = []
-    program = types.ModuleType("mimic_el.train")
-    program.main = given.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mimic_el.train", program)
-    monkeypatch.setattr(sys, "argv", ["x"])
-    monkeypatch.chdir(tmp_path)
-    assert run("train", "sample", "--output_dir", "o") == 0
-    config, *rest = given.pop()
-    assert Path(config).samefile(cli.CONFIGS / "sample.yaml")
-    assert rest[-2:] == ["--output_dir", "o"]
-    (tmp_path / "sample").write_text("mine")
-    assert run("train", "sample") == 0
-    assert given.pop() == ["sample"]
+def test_training_names_the_configurations_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "nope") == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert "no configuration 'nope'" in said
+    assert "sample, wikidiverse, wikimel" in said
 
 
 def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,9 +69,8 @@ assert "torch" not in sys.modules
 assert main(["train", "sample", "--help"]) == 0
 
 from pathlib import Path
-from mimic_el import cli, mel_ranking
-config, *options = cli._with_packaged_config(["sample"])
-assert Path(config).is_relative_to({str(wheel)!r})
+from mimic_el import cli, mel_ranking, train
+assert Path(train.parse_args(["sample"])[1].dataset_name).is_relative_to({str(wheel)!r})
 sample = Path({str(wheel)!r}) / "mimic_el" / "datasets_scripts" / "sample"
 assert len({{row["id"] for row in cli.read_entities(str(sample))}}) > 100
 print(mel_ranking().compute(ranks=[1, 4], ks=[1]))

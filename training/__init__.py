@@ -7,7 +7,7 @@ The parts are usable on their own: a plain `Trainer` needs a [`MimicModel`], a [
 from .arguments import MimicTrainingArguments
 from .collator import MentionEntityCollator
 from .evaluation import HITS_AT, RankedMentions, in_batch_metrics, mel_ranking, rank_mentions
-from .knowledge_base import KnowledgeBase, require_columns, undecoded
+from .knowledge_base import KnowledgeBase, require_columns
 from .trainer import INDEX_FOLDER, MimicTrainer
 
 __all__ = [

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..errors_mimic import MimicImageError
 from ..processing_mimic import MimicProcessor
-from .knowledge_base import KnowledgeBase, clean_id, listed
+from ..records_mimic import entity_id_of
+from .knowledge_base import KnowledgeBase, listed
 
 
 class MentionEntityCollator:
@@ -149,7 +150,9 @@ class MentionEntityCollator:
 
     def _row(self, mention: Mapping[str, Any]) -> int:
         try:
-            return self.knowledge_base.row(clean_id(mention["answer"], f"The answer of mention {mention.get('id')!r}"))
+            return self.knowledge_base.row(
+                entity_id_of(mention["answer"], f"The answer of mention {mention.get('id')!r}")
+            )
         except KeyError:
             raise ValueError(
                 f"The answer {mention.get('answer')!r} of mention {mention.get('id')!r} is no entity of the knowledge "

@@ -14,8 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..datasets_scripts.builders import load_raw
+from ..records_mimic import entity_id_of, undecoded
 from .arguments import DataArguments, MimicTrainingArguments
-from .knowledge_base import KnowledgeBase, clean_id, require_columns, undecoded
+from .knowledge_base import KnowledgeBase, require_columns
 
 logger = logging.getLogger("mimic_el.train")
 
@@ -85,7 +86,7 @@ def load_data(data: DataArguments, cache_dir: str | None = None) -> tuple[dict[s
                 f"The data set {name!r} cannot be loaded: {error} A data set has the configurations mentions and "
                 "entities (with the split kb); docs/datasets.md says how to make one."
             ) from error
-    mentions = {split: undecoded(part) for split, part in splits.items()}
+    mentions = {split: undecoded(part, "image") for split, part in splits.items()}
     for split, part in mentions.items():
         require_columns(part.column_names, MENTION_COLUMNS, f"the mentions of the split {split}")
     return mentions, KnowledgeBase(entities)
@@ -146,7 +147,7 @@ def training_mentions(
 
 
 def _answer(mention: Mapping[str, Any]) -> str:
-    return clean_id(mention["answer"], f"The answer of mention {mention.get('id')!r}")
+    return entity_id_of(mention["answer"], f"The answer of mention {mention.get('id')!r}")
 
 
 def first(mentions: Any, count: int) -> Any:

@@ -21,8 +21,8 @@ from transformers import (
 
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MentionFeatures, MimicModel
+from ..records_mimic import entity_id_of, undecoded
 from .collator import MentionEntityCollator, length
-from .knowledge_base import clean_id, undecoded
 
 HITS_AT = (1, 3, 5, 10, 20)
 
@@ -128,7 +128,7 @@ def rank_mentions(
     Raises:
         ValueError: if there are no mentions, or the model's features are not finite.
     """
-    mentions = undecoded(mentions)
+    mentions = undecoded(mentions, "image")
     if not hasattr(mentions, "__getitem__") and not isinstance(mentions, torch.utils.data.IterableDataset):
         mentions = list(mentions)
     loader: DataLoader = DataLoader(
@@ -180,7 +180,7 @@ def _encoded_and_named(
 ) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
     named = {name: [mention.get(name) for mention in mentions] for name in ("id", "answer", "kind")}
     named["answer"] = [
-        clean_id(answer, f"The answer of mention {mention_id!r}")
+        entity_id_of(answer, f"The answer of mention {mention_id!r}")
         for mention_id, answer in zip(named["id"], named["answer"], strict=True)
     ]
     named["mention"] = [mention["mention"] for mention in mentions]

@@ -10,14 +10,7 @@ import datasets
 import numpy as np
 
 from ..errors_mimic import UnknownEntityError
-
-
-def undecoded(data: Any) -> Any:
-    """A data set whose column `image` stays bytes, to be decoded by [`load_image`] within its limits; others as is."""
-    features = getattr(data, "features", None) or {}
-    if isinstance(features.get("image"), datasets.Image):
-        return data.cast_column("image", datasets.Image(decode=False))
-    return data
+from ..records_mimic import entity_id_of, is_absent
 
 
 def require_columns(present: Iterable[str] | None, needed: Iterable[str], what: str) -> None:
@@ -28,25 +21,12 @@ def require_columns(present: Iterable[str] | None, needed: Iterable[str], what: 
         raise ValueError(f"{what.capitalize()} have no column {', '.join(missing)}; they have {', '.join(present)}.")
 
 
-def clean_id(value: Any, what: str) -> str:
-    """An id as the string that it is known by; integers are written out.
-
-    Raises:
-        ValueError: if it is anything else, such as NaN, a truth value or nothing; `what` says whose id it is.
-    """
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError(f"{what} is {value!r}. An id must be a string that is not empty, or an integer.")
-
-
 def listed(value: Any) -> list[Any]:
     """The items of what may be a list, a tuple, an array, one item or, as `None` or NaN, nothing.
 
     A numpy array of three axes, or of two, is one image; one of a single axis is a list.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_absent(value):
         return []
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
         return list(value)
@@ -71,7 +51,7 @@ class _Records(Sequence[Mapping[str, Any]]):
         else:
             record = self._source[place]
         # As in the index: an integer id is the string that writes it.
-        return record if isinstance(record["id"], str) else {**record, "id": clean_id(record["id"], "An entity's id")}
+        return record if isinstance(record["id"], str) else {**record, "id": entity_id_of(record["id"])}
 
 
 class KnowledgeBase:
@@ -100,7 +80,7 @@ class KnowledgeBase:
         self._rows: dict[str, int] = {}
         duplicates = []
         for row, value in enumerate(self.column("id")):
-            entity_id = clean_id(value, f"The id of entity {row} (counted from 0)")
+            entity_id = entity_id_of(value, f"The id of entity {row} (counted from 0)")
             if self._rows.setdefault(entity_id, row) != row:
                 duplicates.append(entity_id)
         if not self._rows:

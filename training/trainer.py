@@ -26,10 +26,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MimicModel
 from ..processing_mimic import MimicProcessor
+from ..records_mimic import undecoded
 from .arguments import MimicTrainingArguments
 from .collator import MentionEntityCollator
 from .evaluation import RankedMentions, rank_mentions
-from .knowledge_base import KnowledgeBase, undecoded
+from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
 
 INDEX_FOLDER = "index"
@@ -125,8 +126,8 @@ class MimicTrainer(Trainer):
             model,
             args,
             data_collator=data_collator,
-            train_dataset=undecoded(train_dataset),
-            eval_dataset=undecoded(eval_dataset),
+            train_dataset=undecoded(train_dataset, "image"),
+            eval_dataset=undecoded(eval_dataset, "image"),
             processing_class=processing_class,
             **kwargs,
         )
