@@ -32,7 +32,7 @@ sys.exit(main(sys.argv[1:]))
 
 # What a reader does, with nothing of ours installed.
 READER = """
-import json, sys
+import json, os, sys
 sys.modules["mimic_el"] = None
 from datasets import Image, List, load_dataset
 folder = sys.argv[1]
@@ -46,7 +46,8 @@ print(json.dumps({
     "entities": entities.remove_columns("images")[:],
     "images": [[image.size for image in row["images"]] for row in entities],
     "streamed": [row["id"] for row in streamed],
-}))
+}), flush=True)
+os._exit(0)  # threads of the libraries that stream may abort an interpreter that ends
 """
 
 
