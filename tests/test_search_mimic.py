@@ -484,9 +484,7 @@ def peak_memory(work: Callable[[], Any]) -> int:
 
 def peaks(place: Path, block: int) -> list[int]:
     """Peak memory of search and rank with 1 and 16 mentions, for 10,000 and then for 40,000 entities."""
-    search_mimic._searcher = lambda matcher, rows, device: Searcher(  # type: ignore[assignment]
-        matcher, rows, block_bytes=block, sub_block=1024
-    )
+    search_mimic._searcher = lambda matcher, rows, device: Searcher(matcher, rows, block_bytes=block, sub_block=1024)
     model = tiny_model()
     mentions = mention_features(model, *random_encoded(model.config, 16, 2, 500, 0.1))
     answers = [f"e{row}" for row in range(16)]
