@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import CLIPConfig, PreTrainedConfig
 
+from .backbones_mimic import backbone_of
+
 PIPELINE_TASK = "multimodal-entity-linking"
 _CUSTOM_PIPELINES = {
     PIPELINE_TASK: {
@@ -103,6 +105,31 @@ class MimicConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: it tells transformers where the pipeline's code is, too."""
         return {**super().to_diff_dict(), "custom_pipelines": _CUSTOM_PIPELINES}
+
+    @property
+    def text_width(self) -> int:
+        """Width of the backbone's text tokens."""
+        return backbone_of(self.backbone_config).text_width(self.backbone_config)
+
+    @property
+    def text_embed_width(self) -> int:
+        """Width of the backbone's pooled text."""
+        return backbone_of(self.backbone_config).text_embed_width(self.backbone_config)
+
+    @property
+    def image_width(self) -> int:
+        """Width of the backbone's image tokens."""
+        return backbone_of(self.backbone_config).image_width(self.backbone_config)
+
+    @property
+    def image_embed_width(self) -> int:
+        """Width of the backbone's pooled image."""
+        return backbone_of(self.backbone_config).image_embed_width(self.backbone_config)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square image that the backbone sees, in pixels."""
+        return backbone_of(self.backbone_config).image_size(self.backbone_config)
 
     def _check(self) -> None:
         sizes = ("image_hidden_size", "tglu_hidden_size", "vdlu_hidden_size", "cmfu_hidden_size", "text_max_length")

@@ -166,13 +166,12 @@ class TextGlobalLocalUnit(nn.Module):
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
-        backbone: Any = config.backbone_config
         size = config.tglu_hidden_size
         self.mask_padding = config.mask_text_padding
-        self.fc_query = nn.Linear(backbone.text_config.hidden_size, size)
-        self.fc_key = nn.Linear(backbone.text_config.hidden_size, size)
-        self.fc_value = nn.Linear(backbone.text_config.hidden_size, size)
-        self.fc_cls = nn.Linear(backbone.projection_dim, size)
+        self.fc_query = nn.Linear(config.text_width, size)
+        self.fc_key = nn.Linear(config.text_width, size)
+        self.fc_value = nn.Linear(config.text_width, size)
+        self.fc_cls = nn.Linear(config.text_embed_width, size)
         self.layer_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
     def entity_features(self, embeds: Tensor, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -455,9 +454,8 @@ class CrossModalFusionUnit(nn.Module):
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
-        backbone: Any = config.backbone_config
         size = config.cmfu_hidden_size
-        self.text_fc = nn.Linear(backbone.projection_dim, size)
+        self.text_fc = nn.Linear(config.text_embed_width, size)
         self.image_fc = nn.Linear(config.image_hidden_size, size)
         self.gate_fc = nn.Linear(size, 1)
         self.gate_layer_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
@@ -491,10 +489,9 @@ class Matcher(nn.Module):
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
-        backbone: Any = config.backbone_config
         eps = config.layer_norm_eps
-        self.text_cls_layernorm = nn.LayerNorm(backbone.projection_dim, eps=eps)
-        self.text_tokens_layernorm = nn.LayerNorm(backbone.text_config.hidden_size, eps=eps)
+        self.text_cls_layernorm = nn.LayerNorm(config.text_embed_width, eps=eps)
+        self.text_tokens_layernorm = nn.LayerNorm(config.text_width, eps=eps)
         self.image_cls_layernorm = nn.LayerNorm(config.image_hidden_size, eps=eps)
         self.image_tokens_layernorm = nn.LayerNorm(config.image_hidden_size, eps=eps)
         self.tglu = TextGlobalLocalUnit(config)

@@ -1,7 +1,7 @@
-"""MIMIC: a CLIP encoder for mentions and entities, the matcher that scores each pair of them, and the loss.
+"""MIMIC: an encoder for mentions and entities, the matcher that scores each pair of them, and the loss.
 
 The model is that of Luo et al., "Multi-Grained Multimodal Interaction Network for Entity Linking" (KDD 2023). How pairs
-are scored is in matching_mimic; of indexes and searches it knows nothing.
+are scored is in matching_mimic, what encodes them in encoder_mimic; of indexes and searches it knows nothing.
 
 transformers brings along with this file what lines of this form name, and what those files name, wherever the line
 stands. So a checkpoint that is saved carries the pipeline's code too, which is not imported here:
@@ -26,6 +26,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_mimic import HUB_KWARGS, MimicConfig
+from .encoder_mimic import Encoder
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, MimicEncoderOutput, widened
 
 # What a CPU's cache holds is twice as fast as what it does not; a GPU wants more at a time.
@@ -54,66 +55,6 @@ class MimicOutput(ModelOutput):
     cross_modal_logits: Tensor = None  # type: ignore[assignment]
     mention_features: MentionFeatures | None = None
     entity_features: EntityFeatures | None = None
-
-
-class _Encoder(nn.Module):
-    """CLIP, with its image features projected to the units' width. The same for mentions and entities."""
-
-    def __init__(self, config: MimicConfig) -> None:
-        super().__init__()
-        backbone: Any = config.backbone_config
-        self.mask_padding = config.mask_text_padding
-        self.clip = CLIPModel._from_config(backbone)
-        self.image_cls_fc = nn.Linear(backbone.projection_dim, config.image_hidden_size)
-        self.image_tokens_fc = nn.Linear(backbone.vision_config.hidden_size, config.image_hidden_size)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, **kwargs: Any
-    ) -> MimicEncoderOutput:
-        text_pooled, text_tokens = self._encode_texts(input_ids, attention_mask, **kwargs)
-        image_embeds, image_tokens = self._encode_images(pixel_values, **kwargs)
-        return MimicEncoderOutput(
-            text_embeds=F.normalize(self.clip.text_projection(text_pooled), dim=-1),
-            text_tokens=text_tokens,
-            image_embeds=image_embeds,
-            image_tokens=image_tokens,
-        )
-
-    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        length = input_ids.shape[1]
-        leave_out = self.mask_padding and not torch.is_grad_enabled()
-        kept = self._longest(input_ids, attention_mask) if leave_out else length
-        mask = attention_mask[:, :kept]
-        text = self.clip.text_model(input_ids=input_ids[:, :kept], attention_mask=mask, **kwargs)
-        tokens = text.last_hidden_state
-        if leave_out:
-            # No score depends on padding: zeros, so that features do not depend on the rest of the batch either.
-            tokens = tokens.masked_fill(~attention_mask[:, :kept, None].bool(), 0)
-            tokens = F.pad(tokens, (0, 0, 0, length - kept))
-        return text.pooler_output, tokens
-
-    def _longest(self, input_ids: Tensor, attention_mask: Tensor) -> int:
-        """How many columns hold all texts' tokens, and the end-of-text tokens where CLIP pools them."""
-        eos: Any = self.clip.config.text_config.eos_token_id
-        ends = input_ids if eos == 2 else (input_ids == eos).int()  # 2 is a mistake of old configurations
-        columns = attention_mask.bool().any(dim=0)
-        columns[ends.argmax(dim=1)] = True
-        return int(columns.nonzero().max()) + 1
-
-    def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows = None
-        if not torch.is_grad_enabled():
-            # Whatever has no image has the same blank one, which is encoded once.
-            blank = ~pixel_values.flatten(1).any(dim=1)
-            if int(blank.sum()) > 1:
-                shown = (~blank).nonzero().squeeze(1)
-                rows = torch.zeros(len(blank), dtype=torch.long, device=blank.device)
-                rows[shown] = torch.arange(1, len(shown) + 1, device=blank.device)
-                pixel_values = torch.cat([pixel_values[blank][:1], pixel_values[shown]])
-        image = self.clip.vision_model(pixel_values=pixel_values, **kwargs)
-        embeds = self.image_cls_fc(F.normalize(self.clip.visual_projection(image.pooler_output), dim=-1))
-        tokens = self.image_tokens_fc(image.last_hidden_state)
-        return (embeds, tokens) if rows is None else (embeds[rows], tokens[rows])
 
 
 class MimicPreTrainedModel(PreTrainedModel):
@@ -170,7 +111,7 @@ class MimicModel(MimicPreTrainedModel):
 
     def __init__(self, config: MimicConfig) -> None:
         super().__init__(config)
-        self.encoder = _Encoder(config)
+        self.encoder = Encoder(config)
         self.matcher = Matcher(config)
         self.post_init()
 
@@ -203,10 +144,10 @@ class MimicModel(MimicPreTrainedModel):
         return model
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.clip.text_model.embeddings.token_embedding
+        return self.encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.clip.text_model.embeddings.token_embedding = value
+        self.encoder.set_input_embeddings(value)
 
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
@@ -264,7 +205,8 @@ class MimicModel(MimicPreTrainedModel):
                 f"{tuple(input_ids.shape)}: they must be equal."
             )
         vision: Any = self.config.backbone_config.vision_config
-        shape = (input_ids.shape[0], vision.num_channels, vision.image_size, vision.image_size)
+        side = self.config.image_size
+        shape = (input_ids.shape[0], vision.num_channels, side, side)
         if pixel_values is None:
             dtype = self.encoder.image_tokens_fc.weight.dtype
             pixel_values = torch.zeros(shape, dtype=dtype, device=input_ids.device)

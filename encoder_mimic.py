@@ -1,0 +1,86 @@
+"""The encoder of mentions and entities: a backbone, and its image features projected to the units' width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backbones_mimic import backbone_of
+from .configuration_mimic import MimicConfig
+from .matching_mimic import MimicEncoderOutput
+
+
+class Encoder(nn.Module):
+    """A dual encoder, with its image features projected to the units' width. The same for mentions and entities.
+
+    Args:
+        config ([`MimicConfig`]): whose `backbone_config` says which dual encoder.
+    """
+
+    def __init__(self, config: MimicConfig) -> None:
+        super().__init__()
+        backbone: Any = config.backbone_config
+        self.mask_padding = config.mask_text_padding
+        self.adapter = backbone_of(backbone)
+        self.set_backbone(self.adapter.build(backbone))
+        self.image_cls_fc = nn.Linear(config.image_embed_width, config.image_hidden_size)
+        self.image_tokens_fc = nn.Linear(config.image_width, config.image_hidden_size)
+
+    @property
+    def backbone(self) -> Any:
+        """The dual encoder, a model of transformers."""
+        return getattr(self, self.adapter.attribute)
+
+    def set_backbone(self, model: nn.Module) -> None:
+        setattr(self, self.adapter.attribute, model)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.adapter.token_embedding(self.backbone)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.adapter.set_token_embedding(self.backbone, value)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, **kwargs: Any
+    ) -> MimicEncoderOutput:
+        text_embeds, text_tokens = self._encode_texts(input_ids, attention_mask, **kwargs)
+        image_embeds, image_tokens = self._encode_images(pixel_values, **kwargs)
+        return MimicEncoderOutput(
+            text_embeds=text_embeds,
+            text_tokens=text_tokens,
+            image_embeds=image_embeds,
+            image_tokens=image_tokens,
+        )
+
+    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        length = input_ids.shape[1]
+        leave_out = self.mask_padding and not torch.is_grad_enabled()
+        kept = self.adapter.columns(self.backbone.config, input_ids, attention_mask) if leave_out else length
+        mask = attention_mask[:, :kept]
+        pooled, tokens = self.adapter.encode_texts(self.backbone, input_ids[:, :kept], mask, **kwargs)
+        if leave_out:
+            # No score depends on padding: zeros, so that features do not depend on the rest of the batch either.
+            tokens = tokens.masked_fill(~mask[:, :, None].bool(), 0)
+            tokens = F.pad(tokens, (0, 0, 0, length - kept))
+        return F.normalize(pooled, dim=-1), tokens
+
+    def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows = None
+        if not torch.is_grad_enabled():
+            # Whatever has no image has the same blank one, which is encoded once.
+            blank = ~pixel_values.flatten(1).any(dim=1)
+            if int(blank.sum()) > 1:
+                shown = (~blank).nonzero().squeeze(1)
+                rows = torch.zeros(len(blank), dtype=torch.long, device=blank.device)
+                rows[shown] = torch.arange(1, len(shown) + 1, device=blank.device)
+                pixel_values = torch.cat([pixel_values[blank][:1], pixel_values[shown]])
+        pooled, tokens = self.adapter.encode_images(self.backbone, pixel_values, **kwargs)
+        embeds = self.image_cls_fc(F.normalize(pooled, dim=-1))
+        tokens = self.image_tokens_fc(tokens)
+        return (embeds, tokens) if rows is None else (embeds[rows], tokens[rows])
+
+
+__all__ = ["Encoder"]
