@@ -363,7 +363,7 @@ def open_nested(tree: Tree, name: str) -> Tree:
     return ZipTree(tree.open(name), label)
 
 
-class Picture(NamedTuple):
+class ImageFile(NamedTuple):
     """An image found in `folder` (an [`ImageFolder`]) under `name`, its path there."""
 
     folder: ImageFolder
@@ -434,7 +434,7 @@ class ImageFolder:
         self._folded: dict[str, list[str]] | None = None
         self._stems: dict[str, list[str]] | None = None
 
-    def find(self, reference: str, moved: bool = False) -> tuple[Picture, str]:
+    def find(self, reference: str, moved: bool = False) -> tuple[ImageFile, str]:
         """Look an image up by the name or path that a row gives.
 
         Args:
@@ -453,7 +453,7 @@ class ImageFolder:
         if reason:
             raise ArchiveError("unsafe_image_path", f"{reference!r} {reason}")
         if reference in self.files:
-            return Picture(self, reference), "exact"
+            return ImageFile(self, reference), "exact"
         *folders, base = [part for part in re.split(r"[\\/]", reference) if part not in ("", ".")] or [""]
         # The file must lie in the folders that are named. Where these may be gone, in them or else anywhere.
         places = list(dict.fromkeys(("/".join(folders), ""))) if moved else ["/".join(folders)]
@@ -461,7 +461,7 @@ class ImageFolder:
         names = [base, *(stem + ".jpg" for stem in stems)]
         for name in names:
             if found := _in_places(self._bases.get(name, ()), places):
-                return self._picture(reference, found), "exact" if name == base else "jpg"
+                return self._image(reference, found), "exact" if name == base else "jpg"
             refused = self._refused.get(name, {})
             if found := _in_places(refused, places):
                 kind, detail = refused[found[0]]
@@ -473,17 +473,17 @@ class ImageFolder:
                 self._stems.setdefault(_stem(name).lower(), []).extend(paths)
         for name in names:
             if found := _in_places(self._folded.get(name.lower(), ()), places, fold=True):
-                return self._picture(reference, found), "case"
+                return self._image(reference, found), "case"
         for stem in stems:
             if found := _in_places(self._stems.get(stem.lower(), ()), places, fold=True):
-                return self._picture(reference, found), "extension"
+                return self._image(reference, found), "extension"
         raise ArchiveError("missing_image", f"{reference!r} is not in {self.label}")
 
-    def _picture(self, reference: str, paths: list[str]) -> Picture:
+    def _image(self, reference: str, paths: list[str]) -> ImageFile:
         # Of names that differ in case or extension alone the first; the one that lies in no folder comes before others.
         same = [path for path in paths if _base(path) == _base(paths[0])]
         if len(same) == 1 or _base(same[0]) in same:
-            return Picture(self, same[0] if len(same) == 1 else _base(same[0]))
+            return ImageFile(self, same[0] if len(same) == 1 else _base(same[0]))
         raise ArchiveError("missing_image", f"{reference!r} could be {same[0]!r} or {same[1]!r} in {self.label}")
 
 

@@ -25,9 +25,10 @@ import datasets
 
 from mimic_el.images_mimic import MAX_PIXELS
 
-from .archives import ArchiveError, Picture, inspect_image, shrink_image
+from .archives import ArchiveError, ImageFile, inspect_image, shrink_image
 from .report import SPLITS, Report
-from .sources import BENCHMARKS, EntityRow, MentionRow, Source, open_source, source_format
+from .source import BENCHMARKS, EntityRow, MentionRow, Source
+from .sources import open_source, source_format
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +63,20 @@ def features_of(config: str, source: Source) -> datasets.Features:
     return entity_features() if config == "entities" else mention_features(source.extra_columns)
 
 
-def encode(row: MentionRow | EntityRow, read: Callable[[Picture], bytes]) -> dict[str, Any]:
+def encode(row: MentionRow | EntityRow, read: Callable[[ImageFile], bytes]) -> dict[str, Any]:
     """A row as it is stored, its images as `{"bytes", "path"}` with the bytes that `read` gives."""
 
-    def image(picture: Picture) -> dict[str, Any]:
-        return {"bytes": read(picture), "path": picture.name.rpartition("/")[2]}
+    def stored(image: ImageFile) -> dict[str, Any]:
+        return {"bytes": read(image), "path": image.name.rpartition("/")[2]}
 
     if isinstance(row, EntityRow):
-        images = [image(picture) for picture in row.pictures]
+        images = [stored(image) for image in row.images]
         return {"id": row.id, "qid": row.qid, "name": row.name, "description": row.description, "images": images}
     return {
         "id": row.id,
         "mention": row.mention,
         "sentence": row.sentence,
-        "image": None if row.picture is None else image(row.picture),
+        "image": None if row.image is None else stored(row.image),
         "answer": row.answer,
         **row.extra,
     }
@@ -94,24 +95,24 @@ def checked_rows(
     `image_size` as in [`mimic_el.datasets_scripts.archives.shrink_image`].
     """
     for row in source.rows(config, split, report):
-        pictures = row.pictures if isinstance(row, EntityRow) else [row.picture] if row.picture else []
-        data: dict[Picture, bytes] = {}
-        for picture in pictures:
+        images = row.images if isinstance(row, EntityRow) else [row.image] if row.image else []
+        data: dict[ImageFile, bytes] = {}
+        for image in images:
             try:
-                data[picture] = picture.read()
-                problem = inspect_image(data[picture], max_image_pixels)
+                data[image] = image.read()
+                problem = inspect_image(data[image], max_image_pixels)
             except ArchiveError as error:
                 problem = error.kind, str(error)
             if problem:
-                data.pop(picture, None)
-                source.bad_pictures[picture] = problem
-                report.add(problem[0], row.file, row.row, f"{picture.name!r}: {problem[1]}")
+                data.pop(image, None)
+                source.bad_images[image] = problem
+                report.add(problem[0], row.file, row.row, f"{image.name!r}: {problem[1]}")
             elif image_size:
-                data[picture] = shrink_image(data[picture], image_size)
+                data[image] = shrink_image(data[image], image_size)
         if isinstance(row, EntityRow):
-            row.pictures = [picture for picture in row.pictures if picture in data]
-        elif row.picture not in data:
-            row.picture = None
+            row.images = [image for image in row.images if image in data]
+        elif row.image not in data:
+            row.image = None
         yield encode(row, data.__getitem__)
 
 
@@ -208,7 +209,7 @@ class WikiDiverse(MelBuilder):
 
 
 class Custom(MelBuilder):
-    """Own data, see [`mimic_el.datasets_scripts.sources.CustomData`]."""
+    """Own data, see [`mimic_el.datasets_scripts.custom.CustomData`]."""
 
     benchmark = "custom"
 

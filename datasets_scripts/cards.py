@@ -13,8 +13,12 @@ from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
+from .custom import CustomData
+from .melbench import MelBench
+from .mimic_archive import MimicArchive
 from .report import KINDS, SPLITS, Report
-from .sources import CustomData, MelBench, MimicArchive, Source, WikiDiverseRelease
+from .source import Source
+from .wikidiverse import WikiDiverseRelease
 
 logger = logging.getLogger(__name__)
 

@@ -37,12 +37,14 @@ from mimic_el.errors_mimic import MimicError
 from mimic_el.hub_files_mimic import hub_files
 from mimic_el.images_mimic import MAX_PIXELS
 
-from .archives import ArchiveError, Picture, inspect_image, shrink_image
+from .archives import ArchiveError, ImageFile, inspect_image, shrink_image
 from .builders import encode, features_of
 from .cards import CardFacts, SplitFacts, write_card
+from .mimic_archive import MimicArchive
 from .report import SPLITS, Report
 from .shards import Manifest, Shard, plan_shards, row_bytes, write_atomically, write_shard
-from .sources import BENCHMARKS, EntityRow, MentionRow, MimicArchive, Source, open_source
+from .source import BENCHMARKS, EntityRow, MentionRow, Source
+from .sources import open_source
 
 logger = logging.getLogger(__name__)
 
@@ -101,18 +103,18 @@ class Options:
         return options
 
 
-def _pictures(row: MentionRow | EntityRow) -> list[Picture]:
+def _images(row: MentionRow | EntityRow) -> list[ImageFile]:
     if isinstance(row, EntityRow):
-        return row.pictures
-    return [row.picture] if row.picture else []
+        return row.images
+    return [row.image] if row.image else []
 
 
-class _CheckedPictures:
+class _CheckedImages:
     """Verdicts on images, kept in a file so that an interrupted check goes on where it stopped."""
 
     def __init__(self, path: Path | None, source: Source):
         self._folders = {"mentions": source.mention_images, "entities": source.entity_images}
-        self.verdicts: dict[Picture, tuple[str, str] | None] = {}
+        self.verdicts: dict[ImageFile, tuple[str, str] | None] = {}
         self._file = None
         if path is None:
             return
@@ -125,23 +127,23 @@ class _CheckedPictures:
                 except (ValueError, KeyError, TypeError):  # the line that was being written at the interruption
                     continue
                 if folder is not None:
-                    self.verdicts[Picture(folder, name)] = tuple(problem) if problem else None
+                    self.verdicts[ImageFile(folder, name)] = tuple(problem) if problem else None
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, see close
         self._file.write("\n")
 
-    def add(self, picture: Picture, problem: tuple[str, str] | None) -> None:
-        self.verdicts[picture] = problem
+    def add(self, image: ImageFile, problem: tuple[str, str] | None) -> None:
+        self.verdicts[image] = problem
         if self._file:
-            config = next(config for config, folder in self._folders.items() if folder is picture.folder)
-            self._file.write(json.dumps([config, picture.name, problem]) + "\n")
+            config = next(config for config, folder in self._folders.items() if folder is image.folder)
+            self._file.write(json.dumps([config, image.name, problem]) + "\n")
 
     def close(self) -> None:
         if self._file:
             self._file.close()
 
 
-def check_pictures(source: Source, options: Options, verdicts_path: Path | None = None) -> None:
-    """Decode every image that a row names, once, and note the unusable ones in `source.bad_pictures`.
+def check_images(source: Source, options: Options, verdicts_path: Path | None = None) -> None:
+    """Decode every image that a row names, once, and note the unusable ones in `source.bad_images`.
 
     Args:
         source: an open data set.
@@ -149,33 +151,33 @@ def check_pictures(source: Source, options: Options, verdicts_path: Path | None 
         verdicts_path: a file that remembers what was checked, for the same source.
     """
 
-    def check(picture: Picture) -> tuple[str, str] | None:
+    def check(image: ImageFile) -> tuple[str, str] | None:
         try:
-            problem = inspect_image(picture.read(), options.max_image_pixels)
+            problem = inspect_image(image.read(), options.max_image_pixels)
         except ArchiveError as error:
             return error.kind, str(error)
-        return problem and (problem[0], f"{picture.name!r}: {problem[1]}")
+        return problem and (problem[0], f"{image.name!r}: {problem[1]}")
 
     silent = Report()
-    named: dict[Picture, None] = {}
+    named: dict[ImageFile, None] = {}
     for config, splits in CONFIGS.items():
         for split in splits:
             for row in source.rows(config, split, silent):
-                named.update(dict.fromkeys(_pictures(row)))
-    checked = _CheckedPictures(verdicts_path, source)
+                named.update(dict.fromkeys(_images(row)))
+    checked = _CheckedImages(verdicts_path, source)
     try:
-        left = [picture for picture in named if picture not in checked.verdicts]
+        left = [image for image in named if image not in checked.verdicts]
         bar = tqdm(total=len(named), initial=len(named) - len(left), desc="Checking images", unit="image")
         with bar, ThreadPoolExecutor(options.num_workers) as pool:
             # In small groups, so that few images are in memory and an interruption is answered at once.
             step = 16 * options.num_workers
             for group in (left[start : start + step] for start in range(0, len(left), step)):
-                for picture, problem in zip(group, pool.map(check, group), strict=True):
-                    checked.add(picture, problem)
+                for image, problem in zip(group, pool.map(check, group), strict=True):
+                    checked.add(image, problem)
                 bar.update(len(group))
     finally:
         checked.close()
-    source.bad_pictures = {picture: problem for picture, problem in checked.verdicts.items() if problem}
+    source.bad_images = {image: problem for image, problem in checked.verdicts.items() if problem}
 
 
 def survey(source: Source, report: Report, options: Options) -> dict[str, dict[str, array]]:
@@ -190,15 +192,15 @@ def survey(source: Source, report: Report, options: Options) -> dict[str, dict[s
         for split in splits:
             of_split = sizes.setdefault(config, {}).setdefault(split, array("q"))
             for row in source.rows(config, split, report):
-                pictures = _pictures(row)
+                images = _images(row)
                 if isinstance(row, EntityRow):
-                    report.statistics.add_entity(row.qid, row.description, len(pictures))
+                    report.statistics.add_entity(row.qid, row.description, len(images))
                 else:
-                    report.statistics.add_mention(split, row.mention, row.sentence, row.answer, bool(pictures))
+                    report.statistics.add_mention(split, row.mention, row.sentence, row.answer, bool(images))
                 # An image that is shrunk takes about half a byte a pixel.
                 limit = options.image_size**2 // 2 if options.image_size else sys.maxsize
-                texts = row_bytes(encode(row, lambda picture: b""))
-                of_split.append(texts + sum(min(picture.size, limit) for picture in pictures))
+                texts = row_bytes(encode(row, lambda image: b""))
+                of_split.append(texts + sum(min(image.size, limit) for image in images))
         if not any(sizes[config].values()):
             report.add("no_rows", config, detail="see the findings on files and rows")
     for split in SPLITS:
@@ -219,7 +221,7 @@ def validate(
     if source.archive_bytes:
         with tqdm(total=source.archive_bytes, desc="MD5 of archives", unit="B", unit_scale=True) as bar:
             source.hash_archives(report, bar.update)
-    check_pictures(source, options, verdicts_path)
+    check_images(source, options, verdicts_path)
     return survey(source, report, options)
 
 
@@ -237,8 +239,8 @@ def _stored_rows(
 ) -> Iterator[tuple[Shard, Iterator[dict[str, Any]]]]:
     """The shards that are left to write, each with its rows; rows of complete shards are passed over unread."""
 
-    def read(picture: Picture) -> bytes:
-        data = picture.read()
+    def read(image: ImageFile) -> bytes:
+        data = image.read()
         return shrink_image(data, options.image_size) if options.image_size else data
 
     rows = iter(source.rows(config, split, Report()))
@@ -336,7 +338,7 @@ def prepare(
         manifest = Manifest(output, options.fingerprint(opened))
         manifest.save()
         report.list_in(output / PROBLEMS_FILE)
-        sizes = validate(opened, report, options, output / Manifest.FOLDER / "pictures.jsonl")
+        sizes = validate(opened, report, options, output / Manifest.FOLDER / "images.jsonl")
         report.close()
         _print(opened, report, output / PROBLEMS_FILE)
         _refuse(report, options)

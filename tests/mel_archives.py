@@ -18,7 +18,7 @@ from PIL import Image
 Files = dict[str, bytes]
 
 
-def picture(color: int = 0, size: tuple[int, int] = (8, 6), format: str = "JPEG") -> bytes:
+def an_image(color: int = 0, size: tuple[int, int] = (8, 6), format: str = "JPEG") -> bytes:
     """An image of one colour, another one for each `color`."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (color * 40 % 256, 100, 200)).save(buffer, format)
@@ -76,12 +76,12 @@ def sound_archive(prefix: str = "WIKIMEL_", mention_folder: str = "mention_image
         ),
         f"{prefix}dev.json": to_json([mention("Dora", "Dora", "Q3")]),
         f"{prefix}test.json": to_json([mention("Anna", "Anna again", "Q0", "m0.jpg")]),
-        "kb_image/Q0_0.jpg": picture(1),
-        "kb_image/Q0_1.jpg": picture(2),
-        "kb_image/Q1_0.jpg": picture(3),
-        "kb_image/Q3_0.jpg": picture(4),
-        f"{mention_folder}/m0.jpg": picture(5),
-        f"{mention_folder}/m1.jpg": picture(6),
+        "kb_image/Q0_0.jpg": an_image(1),
+        "kb_image/Q0_1.jpg": an_image(2),
+        "kb_image/Q1_0.jpg": an_image(3),
+        "kb_image/Q3_0.jpg": an_image(4),
+        f"{mention_folder}/m0.jpg": an_image(5),
+        f"{mention_folder}/m1.jpg": an_image(6),
     }
 
 

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from mel_archives import noise, picture, png_claiming, tar_bytes, write_folder, zip_bytes
+from mel_archives import an_image, noise, png_claiming, tar_bytes, write_folder, zip_bytes
 from PIL import Image
 
 from mimic_el.datasets_scripts import archives
@@ -38,7 +38,7 @@ def tree_of(tmp_path: Path, kind: str, files: dict[str, bytes]) -> Tree:
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 def test_tree_lists_and_reads_files(tmp_path: Path, kind: str) -> None:
-    files = {"a.json": b"[]", "images/b.jpg": picture(), "images/deep/c": b"", "__MACOSX/._a.json": b"junk"}
+    files = {"a.json": b"[]", "images/b.jpg": an_image(), "images/deep/c": b"", "__MACOSX/._a.json": b"junk"}
     tree = tree_of(tmp_path, kind, files)
     expected = {name: data for name, data in files.items() if not name.startswith("__MACOSX")}
     assert tree.files == {name: len(data) for name, data in expected.items()}
@@ -90,8 +90,8 @@ def test_safe_paths(name: str) -> None:
 
 def test_folder_refuses_what_leaves_it_or_is_no_file(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
-    write_folder({"secret.jpg": picture()}, outside)
-    folder = write_folder({"real.jpg": picture()}, tmp_path / "folder")
+    write_folder({"secret.jpg": an_image()}, outside)
+    folder = write_folder({"real.jpg": an_image()}, tmp_path / "folder")
     (folder / "out.jpg").symlink_to(outside / "secret.jpg")
     (folder / "out").symlink_to(outside)
     (folder / "in.jpg").symlink_to("real.jpg")
@@ -115,9 +115,9 @@ def test_folder_refuses_what_leaves_it_or_is_no_file(tmp_path: Path) -> None:
 def hostile_zip() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("good.jpg", picture())
-        archive.writestr("../up.jpg", picture())
-        archive.writestr("/root.jpg", picture())
+        archive.writestr("good.jpg", an_image())
+        archive.writestr("../up.jpg", an_image())
+        archive.writestr("/root.jpg", an_image())
         archive.writestr("bomb.jpg", bytes(5 << 20))
         link = zipfile.ZipInfo("link.jpg")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -150,7 +150,7 @@ def test_zip_that_lies_about_a_size_does_not_deliver_more(tmp_path: Path) -> Non
 
 
 def test_encrypted_member_is_refused(tmp_path: Path) -> None:
-    data = bytearray(zip_bytes({"a.jpg": picture()}))
+    data = bytearray(zip_bytes({"a.jpg": an_image()}))
     for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         data[data.index(signature) + place] |= 1  # the flag that says so
     (tmp_path / "a.zip").write_bytes(data)
@@ -255,7 +255,7 @@ def test_json_names_keys_given_twice(tmp_path: Path) -> None:
 def images(tmp_path: Path) -> ImageFolder:
     names = ["a.jpg", "b.JPG", "c.webp", "d.v1.jpg", "e.jpg", "sub/f.jpg", "one/g.jpg", "two/g.jpg"]
     names += ["Q2/2.jpg", "St.png", "1.jpg", "deep/Q3/3.jpg"]
-    files = {f"images/{name}": picture(number) for number, name in enumerate(names)}
+    files = {f"images/{name}": an_image(number) for number, name in enumerate(names)}
     return ImageFolder("images/", [(open_tree(write_folder({**files, "other/z.jpg": b""}, tmp_path)), "images/")])
 
 
@@ -342,7 +342,7 @@ def test_image_of_a_refused_member_is_not_merely_missing(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"])
 def test_sound_images(format: str) -> None:
-    assert inspect_image(picture(size=(32, 32), format=format)) is None
+    assert inspect_image(an_image(size=(32, 32), format=format)) is None
 
 
 @pytest.mark.parametrize(
@@ -366,9 +366,9 @@ def test_unsound_images(data: bytes, kind: str, message: str) -> None:
     assert message in problem[1]
 
 
-def test_shrink_keeps_small_pictures_and_limits_large_ones() -> None:
-    assert shrink_image(picture(size=(64, 32)), 64) == picture(size=(64, 32))
-    with Image.open(io.BytesIO(shrink_image(picture(size=(640, 320)), 64))) as small:
+def test_shrink_keeps_small_images_and_limits_large_ones() -> None:
+    assert shrink_image(an_image(size=(64, 32)), 64) == an_image(size=(64, 32))
+    with Image.open(io.BytesIO(shrink_image(an_image(size=(640, 320)), 64))) as small:
         assert (small.size, small.format, small.mode) == ((64, 32), "JPEG", "RGB")
 
 
@@ -385,7 +385,7 @@ def test_shrink_keeps_transparency_and_orientation() -> None:
         assert small.size == (5, 10)
 
 
-def test_shrink_leaves_deep_pictures() -> None:
+def test_shrink_leaves_deep_images() -> None:
     buffer = io.BytesIO()
     Image.new("I;16", (100, 50), 40_000).save(buffer, "PNG")
     assert shrink_image(buffer.getvalue(), 10) == buffer.getvalue()

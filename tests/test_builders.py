@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from mel_archives import PACKINGS, mention, noise, picture, sound_archive, to_json, write_folder
+from mel_archives import PACKINGS, an_image, mention, noise, sound_archive, to_json, write_folder
 
 from mimic_el.datasets_scripts.builders import BUILDERS, WikiMel, load_raw
 
@@ -30,7 +30,7 @@ def test_a_builder_is_used_as_a_class(archive: Path, tmp_path: Path) -> None:
     builder.download_and_prepare()
     train = builder.as_dataset(split="train")
     assert train["mention"] == ["Anna", "Ben Beta", "Gamma"]
-    assert image_bytes(train, "image") == [picture(5), picture(6), None]
+    assert image_bytes(train, "image") == [an_image(5), an_image(6), None]
     assert train[0]["image"].size == (8, 6)
 
 
@@ -49,7 +49,7 @@ def test_load_raw(tmp_path: Path, packing: str) -> None:
     assert mentions["test"][0]["answer"] == "0"
     assert entities["id"] == ["0", "1", "2", "3"]
     assert entities["name"] == ["Anna Alpha", "Ben Beta", "Café Gamma", "Dora"]
-    assert image_bytes(entities, "images") == [[picture(1), picture(2)], [picture(3)], [], [picture(4)]]
+    assert image_bytes(entities, "images") == [[an_image(1), an_image(2)], [an_image(3)], [], [an_image(4)]]
 
 
 def test_streaming_gives_the_same_rows(archive: Path, tmp_path: Path) -> None:
@@ -74,15 +74,15 @@ def test_changed_data_are_read_anew(archive: Path, tmp_path: Path) -> None:
     assert after["test"]["sentence"] == ["Dora again"]
 
 
-def test_unusable_pictures_are_left_out_and_logged(
+def test_unusable_images_are_left_out_and_logged(
     archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (archive / "kb_image" / "Q0_0.jpg").write_bytes(noise(0)[:-6000])
     (archive / "mention_image" / "m0.jpg").unlink()
     with caplog.at_level(logging.WARNING):
         mentions, entities = load_raw("wikimel", archive, cache_dir=str(tmp_path / "cache"))
-    assert image_bytes(entities, "images")[0] == [picture(2)]
-    assert image_bytes(mentions["train"], "image") == [None, picture(6), None]
+    assert image_bytes(entities, "images")[0] == [an_image(2)]
+    assert image_bytes(mentions["train"], "image") == [None, an_image(6), None]
     assert (
         "wikimel, kb: 1 unreadable_image, e.g. kb_entity.json, row 0: 'Q0_0.jpg': it cannot be decoded" in caplog.text
     )

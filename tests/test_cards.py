@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hub_server import check_card
 from huggingface_hub import DatasetCard
-from mel_archives import picture, sound_archive, to_json, write_folder
+from mel_archives import an_image, sound_archive, to_json, write_folder
 from PIL import Image
 
 from mimic_el.datasets_scripts import cards
@@ -19,7 +19,8 @@ from mimic_el.datasets_scripts.builders import features_of
 from mimic_el.datasets_scripts.cards import CardFacts, SplitFacts, card_text, draw_histograms, write_card
 from mimic_el.datasets_scripts.prepare import Options, validate
 from mimic_el.datasets_scripts.report import Report
-from mimic_el.datasets_scripts.sources import Source, open_source
+from mimic_el.datasets_scripts.source import Source
+from mimic_el.datasets_scripts.sources import open_source
 
 
 def facts_of(source: Source) -> CardFacts:
@@ -82,7 +83,7 @@ def test_card_of_own_data_with_a_hostile_name(tmp_path: Path) -> None:
     files = {
         "entities.csv": b"id,name,</td>|`\n1,Ann,x\n",
         "mentions.csv": b"mention,sentence,answer\nAnn,Ann,1\n",
-        "images/a.png": picture(format="PNG"),
+        "images/a.png": an_image(format="PNG"),
     }
     name = 'Mine: "quoted" | `code`\nlicense: mit'
     card, text = card_of("custom", write_folder(files, tmp_path), pretty_name=name, license="cc0-1.0")

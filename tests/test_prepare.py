@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 from hub_server import Hub
-from mel_archives import Files, noise, picture, sound_archive, to_json, write_folder
+from mel_archives import Files, an_image, noise, sound_archive, to_json, write_folder
 from test_sources import planted_archive
 
 from mimic_el.datasets_scripts import prepare as module
@@ -51,7 +51,7 @@ os._exit(0)  # threads of the libraries that stream may abort an interpreter tha
 """
 
 
-def many_pictures(count: int) -> Files:
+def many_images(count: int) -> Files:
     """Own data with an image of 12 kB for each of `count` entities."""
     rows = [{"id": f"e{number}", "name": f"Entity {number}", "images": [f"{number}.png"]} for number in range(count)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -120,14 +120,14 @@ def test_command_reports_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
 
 
-def test_pictures_keep_their_bytes_or_are_shrunk(tmp_path: Path) -> None:
-    files = sound_archive() | {"mention_image/m0.jpg": picture(5, (300, 200))}
+def test_images_keep_their_bytes_or_are_shrunk(tmp_path: Path) -> None:
+    files = sound_archive() | {"mention_image/m0.jpg": an_image(5, (300, 200))}
     data = write_folder(files, tmp_path / "data")
     for name, options in (("a", Options()), ("b", Options(image_size=30))):
         prepare("wikimel", data, tmp_path / name, options)
     raw = datasets.Image(decode=False)
     whole = datasets.load_dataset(str(tmp_path / "a"), "mentions", split="train").cast_column("image", raw)
-    assert [image and image["bytes"] for image in whole["image"]] == [picture(5, (300, 200)), picture(6), None]
+    assert [image and image["bytes"] for image in whole["image"]] == [an_image(5, (300, 200)), an_image(6), None]
     small = datasets.load_dataset(str(tmp_path / "b"), "mentions", split="train")
     assert [image and image.size for image in small["image"]] == [(30, 20), (8, 6), None]
 
@@ -215,7 +215,7 @@ def run_until(data: Path, out: Path, files: int, stop: signal.Signals) -> tuple[
 
 def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     count = 80
-    data, out = write_folder(many_pictures(count), tmp_path / "data"), tmp_path / "out"
+    data, out = write_folder(many_images(count), tmp_path / "data"), tmp_path / "out"
     stamps: dict[Path, int] = {}
 
     def written_anew() -> int:
@@ -244,7 +244,7 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_interrupted_check_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, out = write_folder(many_pictures(60), tmp_path / "data"), tmp_path / "out"
+    data, out = write_folder(many_images(60), tmp_path / "data"), tmp_path / "out"
     (data / "images" / "3.png").write_bytes(noise(3)[:-6000])
     checked: list[bytes] = []
     inspect = module.inspect_image
@@ -268,7 +268,7 @@ def test_interrupted_check_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
 
 
 def test_data_that_change_while_they_are_read_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = write_folder(many_pictures(3), tmp_path / "data")
+    data = write_folder(many_images(3), tmp_path / "data")
     validate = module.validate
 
     def then_change(*args: object) -> object:
@@ -307,7 +307,7 @@ def test_own_data_as_documented(tmp_path: Path) -> None:
     documentation = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text(encoding="utf-8")
     tables = [block.partition("```")[0] for block in documentation.split("```csv\n")[1:]]
     files = {"entities.csv": tables[0].encode(), "mentions.csv": tables[1].encode()}
-    files |= {f"images/{name}.jpg": picture() for name in ("ann", "ann-at-work", "prize")}
+    files |= {f"images/{name}.jpg": an_image() for name in ("ann", "ann-at-work", "prize")}
     report = prepare("custom", write_folder(files, tmp_path / "data"), tmp_path / "out", Options(strict=True))
     assert report.counts == {"empty_split": 2}
     assert report.to_dict()["entity_images"] == 2
@@ -316,7 +316,7 @@ def test_own_data_as_documented(tmp_path: Path) -> None:
 
 def test_push_to_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann", token="hf_ann"))
-    data = write_folder(many_pictures(8), tmp_path / "data")
+    data = write_folder(many_images(8), tmp_path / "data")
     arguments = ["custom", "--data_dir", str(data), "--push_to_hub", "ann/own", "--private"]
     assert main([*arguments, "--output_dir", str(tmp_path / "a"), "--max_shard_size", "50KB"]) == 0
     first = hub.files("ann/own", repo_type="dataset")

@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "training_args.bin").write_bytes(b"a pickle")
     (directory / "checkpoint-10").mkdir()
     (directory / "checkpoint-10" / "optimizer.pt").write_bytes(b"much")
-    entities, _ = entities_and_mentions(root / "pictures")
+    entities, _ = entities_and_mentions(root / "images")
     model, processor = MimicModel.from_pretrained(directory), MimicProcessor.from_pretrained(directory)
     EntityIndex.build(model, processor, entities, directory / "index", show_progress=False)
     toys = write_dataset(root / "toys")
@@ -139,7 +139,7 @@ def test_all_in_one_go(
     code = output[output.index("from transformers import") :].rpartition("\n" + "linker(")[0]
     names: dict[str, Any] = {}
     exec(code, names)
-    entities, mentions = entities_and_mentions(directories / "pictures")
+    entities, mentions = entities_and_mentions(directories / "images")
     model = MimicModel.from_pretrained(directories / "linker")
     processor = MimicProcessor.from_pretrained(directories / "linker")
     local = pipeline(TASK, model=model, processor=processor, entities=entities)

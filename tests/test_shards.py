@@ -60,7 +60,7 @@ def test_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(len(group) == 1 or sum(map(row_bytes, group)) <= 40_000 for group in groups)
 
 
-def test_pictures_are_not_compressed_again(tmp_path: Path) -> None:
+def test_images_are_not_compressed_again(tmp_path: Path) -> None:
     write_shard(tmp_path / "x.parquet", rows(5), FEATURES)
     group = pq.read_metadata(tmp_path / "x.parquet").row_group(0)
     columns = [group.column(index) for index in range(group.num_columns)]

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mel_archives import (
     PACKINGS,
+    an_image,
     entity,
     mention,
     noise,
-    picture,
     png_claiming,
     sound_archive,
     to_json,
@@ -30,12 +30,14 @@ from mel_archives import (
     zip_folders,
 )
 
-from mimic_el.datasets_scripts import sources
-from mimic_el.datasets_scripts.archives import ArchiveError, Picture
+from mimic_el.datasets_scripts import source as source_module
+from mimic_el.datasets_scripts.archives import ArchiveError, ImageFile
 from mimic_el.datasets_scripts.builders import encode, features_of
-from mimic_el.datasets_scripts.prepare import CONFIGS, Options, check_pictures, survey
+from mimic_el.datasets_scripts.prepare import CONFIGS, Options, check_images, survey
 from mimic_el.datasets_scripts.report import SPLITS, Report
-from mimic_el.datasets_scripts.sources import Source, image_name, open_source, split_of, wikipedia_page
+from mimic_el.datasets_scripts.source import Source, split_of
+from mimic_el.datasets_scripts.sources import open_source
+from mimic_el.datasets_scripts.wikidiverse import image_name, wikipedia_page
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -48,7 +50,7 @@ def rows_of(source: Source) -> dict[str, list[dict[str, Any]]]:
             "qid": row.qid,
             "name": row.name,
             "description": row.description,
-            "images": [picture.read() for picture in row.pictures],
+            "images": [image.read() for image in row.images],
         }
         for row in source.entities(Report())
     ]
@@ -59,7 +61,7 @@ def rows_of(source: Source) -> dict[str, list[dict[str, Any]]]:
                 "mention": row.mention,
                 "sentence": row.sentence,
                 "answer": row.answer,
-                "image": row.picture and row.picture.read(),
+                "image": row.image and row.image.read(),
                 **row.extra,
             }
             for row in source.mentions(split, Report())
@@ -74,7 +76,7 @@ def findings(name: str, data_dir: Path, tmp_path: Path, **options: Any) -> tuple
     report = Report()
     source = open_source(name, data_dir, report, **options)
     report.list_in(tmp_path / "problems.jsonl")
-    check_pictures(source, Options(num_workers=1))
+    check_images(source, Options(num_workers=1))
     survey(source, report, Options())
     report.close()
     source.close()
@@ -86,15 +88,15 @@ def findings(name: str, data_dir: Path, tmp_path: Path, **options: Any) -> tuple
 SOUND_ROWS = {
     "kb": [
         {"id": "0", "qid": "Q0", "name": "Anna Alpha", "description": "About Anna%20Alpha.",
-         "images": [picture(1), picture(2)]},
-        {"id": "1", "qid": "Q1", "name": "Ben Beta", "description": "About Ben Beta.", "images": [picture(3)]},
+         "images": [an_image(1), an_image(2)]},
+        {"id": "1", "qid": "Q1", "name": "Ben Beta", "description": "About Ben Beta.", "images": [an_image(3)]},
         {"id": "2", "qid": "Q2", "name": "Café Gamma", "description": "About Caf%C3%A9 Gamma.", "images": []},
-        {"id": "3", "qid": "Q3", "name": "Dora", "description": "About Dora.", "images": [picture(4)]},
+        {"id": "3", "qid": "Q3", "name": "Dora", "description": "About Dora.", "images": [an_image(4)]},
     ],
     "train": [
-        {"id": "train-0", "mention": "Anna", "sentence": "Anna at work", "answer": "0", "image": picture(5),
+        {"id": "train-0", "mention": "Anna", "sentence": "Anna at work", "answer": "0", "image": an_image(5),
          "source_id": None},
-        {"id": "train-1", "mention": "Ben Beta", "sentence": "Here is Ben Beta.", "answer": "1", "image": picture(6),
+        {"id": "train-1", "mention": "Ben Beta", "sentence": "Here is Ben Beta.", "answer": "1", "image": an_image(6),
          "source_id": None},
         {"id": "train-2", "mention": "Gamma", "sentence": "A Gamma.", "answer": "2", "image": None, "source_id": None},
     ],
@@ -102,7 +104,7 @@ SOUND_ROWS = {
         {"id": "validation-0", "mention": "Dora", "sentence": "Dora", "answer": "3", "image": None, "source_id": None}
     ],
     "test": [
-        {"id": "test-0", "mention": "Anna", "sentence": "Anna again", "answer": "0", "image": picture(5),
+        {"id": "test-0", "mention": "Anna", "sentence": "Anna again", "answer": "0", "image": an_image(5),
          "source_id": None}
     ],
 }  # fmt: skip
@@ -189,18 +191,18 @@ def planted_archive(folder: Path) -> Path:
         "RichpediaMEL_train.json": json.dumps(train).encode(),
         "RichpediaMEL_dev.json": to_json([mention("Bén", "Bén", "Q1")], "utf-8-sig"),
         "RichpediaMEL_test.json": to_json([mention("Bén", "Bén", "Q1")], "utf-16"),
-        "kb_image/Q0.jpg": picture(1),
+        "kb_image/Q0.jpg": an_image(1),
         "kb_image/truncated.png": noise(0)[:-6000],
         "kb_image/bomb.png": png_claiming(50_000, 50_000),
         "kb_image/folder.jpg/inner.txt": b"",
         "kb_image/note.jpg": b"The image was removed.",
-        "mention_images/m0.jpg": picture(2),
-        "mention_images/m1.jpg": picture(3),
-        "mention_images/m2.webp": picture(4, format="WEBP"),
+        "mention_images/m0.jpg": an_image(2),
+        "mention_images/m1.jpg": an_image(3),
+        "mention_images/m2.webp": an_image(4, format="WEBP"),
         "mention_images/empty.jpg": b"",
     }
     data = write_folder(files, folder / "data")
-    write_folder({"secret.jpg": picture()}, folder)
+    write_folder({"secret.jpg": an_image()}, folder)
     (data / "kb_image" / "out.jpg").symlink_to(folder / "secret.jpg")
     (data / "kb_image" / "in.jpg").symlink_to("Q0.jpg")
     return data
@@ -267,24 +269,24 @@ def test_every_planted_problem_is_reported_and_nothing_else(tmp_path: Path) -> N
 
 def test_rows_of_the_planted_archive(tmp_path: Path) -> None:
     source = open_source("richpediamel", planted_archive(tmp_path), Report())
-    check_pictures(source, Options(num_workers=2))
+    check_images(source, Options(num_workers=2))
     rows = rows_of(source)
-    assert rows["kb"][0]["images"] == [picture(1)] * 2
-    assert rows["kb"][1]["images"] == [picture(1)]
+    assert rows["kb"][0]["images"] == [an_image(1)] * 2
+    assert rows["kb"][1]["images"] == [an_image(1)]
     assert [row["images"] for row in rows["kb"][2:8]] == [[]] * 6
-    assert rows["kb"][8]["images"] == [picture(1)]
+    assert rows["kb"][8]["images"] == [an_image(1)]
     assert [row["name"] for row in rows["kb"]][-4:] == ["N \ufffd", "\ufffdt\ufffd", "O", "P"]
     assert rows["train"][0]["source_id"] == "7"
-    pictures = [row["image"] for row in rows["train"] if row["image"]]
-    assert pictures == [picture(2), picture(3), picture(4, format="WEBP"), picture(2)]
+    images = [row["image"] for row in rows["train"] if row["image"]]
+    assert images == [an_image(2), an_image(3), an_image(4, format="WEBP"), an_image(2)]
     assert rows["test"][0] | {"id": ""} == rows["validation"][0] | {"id": ""}
 
 
 def zip_with_hostile_members() -> bytes:
-    return zip_bytes({"Q1_0.jpg": picture(3), "../Q0_0.jpg": picture(1), "Q0_1.jpg": bytes(5 << 20)})
+    return zip_bytes({"Q1_0.jpg": an_image(3), "../Q0_0.jpg": an_image(1), "Q0_1.jpg": bytes(5 << 20)})
 
 
-def test_hostile_members_of_a_picture_archive(tmp_path: Path) -> None:
+def test_hostile_members_of_a_image_archive(tmp_path: Path) -> None:
     files = {name: data for name, data in sound_archive().items() if not name.startswith("kb_image/")}
     write_folder({**files, "kb_image.zip": zip_with_hostile_members()}, tmp_path / "data")
     report, found = findings("wikimel", tmp_path / "data", tmp_path)
@@ -347,7 +349,7 @@ def test_folder_in_place_of_a_file_and_a_link_out_of_the_archive(tmp_path: Path)
     assert report.fatal == {"not_a_file": 1, "unsafe": 1}
 
 
-def test_missing_pictures_folder_can_be_accepted(tmp_path: Path) -> None:
+def test_missing_images_folder_can_be_accepted(tmp_path: Path) -> None:
     files = {name: data for name, data in sound_archive().items() if "/" not in name}
     write_folder(files, tmp_path)
     report = Report()
@@ -371,8 +373,8 @@ def test_wrong_place_says_what_is_there(tmp_path: Path) -> None:
         open_source("wikimell", tmp_path, Report())
 
 
-def test_an_entity_with_more_pictures_than_a_cell_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_ROW_IMAGE_BYTES", len(picture(1)) + 10)
+def test_an_entity_with_more_images_than_a_cell_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "MAX_ROW_IMAGE_BYTES", len(an_image(1)) + 10)
     report, found = findings("wikimel", write_folder(sound_archive(), tmp_path / "data"), tmp_path)
     assert ("oversized_image", "kb_entity.json", 0) in found
     assert report.to_dict()["entity_images"] == 3
@@ -381,8 +383,8 @@ def test_an_entity_with_more_pictures_than_a_cell_holds(tmp_path: Path, monkeypa
 def test_published_sums_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = sound_archive("RichpediaMEL_", "mention_images")
     sums = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
-    benchmark = replace(sources.BENCHMARKS["richpediamel"], md5=sums | {"qid2id.json": "0" * 32})
-    monkeypatch.setitem(sources.BENCHMARKS, "richpediamel", benchmark)
+    benchmark = replace(source_module.BENCHMARKS["richpediamel"], md5=sums | {"qid2id.json": "0" * 32})
+    monkeypatch.setitem(source_module.BENCHMARKS, "richpediamel", benchmark)
     report = Report()
     open_source("richpediamel", write_folder(files, tmp_path), report)
     assert report.counts == {"md5_differs": 1}
@@ -391,7 +393,7 @@ def test_published_sums_are_recognised(tmp_path: Path, monkeypatch: pytest.Monke
     assert "kb_entity.json (as published)" in report.text()
 
 
-def test_archives_of_pictures_are_hashed(tmp_path: Path) -> None:
+def test_archives_of_images_are_hashed(tmp_path: Path) -> None:
     source = open_source("wikimel", PACKINGS["tar of zips"](sound_archive(), tmp_path), Report())
     report = Report()
     read: list[int] = []
@@ -413,7 +415,7 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
     (tmp_path / "unrelated.txt").write_text("")
     assert fingerprint() == first
     assert fingerprint(use_images=False) != first
-    (tmp_path / "kb_image" / "Q3_0.jpg").write_bytes(picture(9, (9, 9)))
+    (tmp_path / "kb_image" / "Q3_0.jpg").write_bytes(an_image(9, (9, 9)))
     assert fingerprint() != first
 
 
@@ -454,12 +456,12 @@ def test_no_row_breaks_a_format(tmp_path: Path, data: st.DataObject) -> None:
         files = {"Wikidata-MEL.json": json.dumps(dict(enumerate(rows))).encode()}
     else:
         tables = dict.fromkeys(("valid.json", "test.json"), b"[]")
-        files = {**tables, "train.json": json.dumps([[], *rows]).encode(), "images/m0.jpg": picture()}
+        files = {**tables, "train.json": json.dumps([[], *rows]).encode(), "images/m0.jpg": an_image()}
     report = Report()
     source = open_source(name.replace("melbench", "wikimel"), write_folder(files, folder), report)
     for config, splits in CONFIGS.items():
         for split in splits:
-            encoded = [encode(row, Picture.read) for row in source.rows(config, split, report)]
+            encoded = [encode(row, ImageFile.read) for row in source.rows(config, split, report)]
             batch = pa.RecordBatch.from_pylist(encoded, features_of(config, source).arrow_schema)
             assert batch.num_rows == len(encoded)
             if config == "mentions":
@@ -482,7 +484,7 @@ MELBENCH = {
 
 
 def test_melbench(tmp_path: Path) -> None:
-    files = {"Wikidata-MEL.json": to_json(MELBENCH), "images/10.png": picture(1, format="PNG"), "images/11.jpg": b""}
+    files = {"Wikidata-MEL.json": to_json(MELBENCH), "images/10.png": an_image(1, format="PNG"), "images/11.jpg": b""}
     report, found = findings("wikimel", write_folder(files, tmp_path / "data"), tmp_path)
     file = "Wikidata-MEL.json"
     empty = [split for split in SPLITS if split not in (split_of("10"), split_of("11"))]
@@ -505,7 +507,7 @@ def test_melbench(tmp_path: Path) -> None:
     ]
     mentions = {row["id"]: row for split in SPLITS for row in rows[split]}
     assert set(mentions) == {"10-0", "10-1", "11-0"}
-    shared = {"sentence": "Ann and Bob", "image": picture(1, format="PNG"), "source_id": "10"}
+    shared = {"sentence": "Ann and Bob", "image": an_image(1, format="PNG"), "source_id": "10"}
     assert mentions["10-1"] == {"id": "10-1", "mention": "Bob", "answer": "Q2", **shared}
     assert [row["id"] for row in rows[split_of("10")]][:2] == ["10-0", "10-1"]
 
@@ -594,8 +596,8 @@ def wikidiverse(with_candidates: bool = False) -> dict[str, bytes]:
         f"train{suffix}.json": to_json(rows),
         f"valid{suffix}.json": to_json(rows[:1]),
         f"test{suffix}.json": to_json([]),
-        f"wikinewsImgs/{name}.jpg": picture(1),
-        f"wikinewsImgs/{svg}.png": picture(2, format="PNG"),
+        f"wikinewsImgs/{name}.jpg": an_image(1),
+        f"wikinewsImgs/{svg}.png": an_image(2, format="PNG"),
     }
 
 
@@ -622,7 +624,7 @@ def test_wikidiverse_release(tmp_path: Path) -> None:
         "mention": "Packers",
         "sentence": "The Lions versus the Packers (2007).",
         "answer": "Green_Bay_Packers",
-        "image": picture(1),
+        "image": an_image(1),
         "source_id": "0",
         "topic": "sports",
         "mention_type": "Organization",

@@ -230,19 +230,19 @@ def test_batch_with_merged_duplicates(model: MimicModel, processor: MimicProcess
     assert model(**merged).loss < model(**batch).loss
 
 
-def test_pictures_are_drawn_from_seed_and_batch(processor: MimicProcessor) -> None:
+def test_images_are_drawn_from_seed_and_batch(processor: MimicProcessor) -> None:
     mentions = [mention for mention in toy_data.mentions("train", 36) if mention["answer"] != "animal:swift"]
 
-    def pictures(batch: list[dict[str, Any]], seed: int = 43) -> torch.Tensor:
+    def images(batch: list[dict[str, Any]], seed: int = 43) -> torch.Tensor:
         return MentionEntityCollator(processor, toy_data.entities(), seed=seed)(batch)["entity_pixel_values"]
 
-    drawn = pictures(mentions)
+    drawn = images(mentions)
     first = MentionEntityCollator(processor, toy_data.entities(), random_images=False)(mentions)["entity_pixel_values"]
     is_first = (drawn == first).flatten(1).all(dim=1)
-    assert 0.2 < is_first.float().mean() < 0.8  # two pictures each
-    assert torch.equal(drawn, pictures(mentions))
-    assert not torch.equal(drawn, pictures(mentions, seed=44))
-    assert not torch.equal(drawn, pictures(mentions[::-1]).flip(0))
+    assert 0.2 < is_first.float().mean() < 0.8  # two images each
+    assert torch.equal(drawn, images(mentions))
+    assert not torch.equal(drawn, images(mentions, seed=44))
+    assert not torch.equal(drawn, images(mentions[::-1]).flip(0))
 
 
 def test_cached_pixels_are_the_same_bit_by_bit(processor: MimicProcessor) -> None:
@@ -255,9 +255,9 @@ def test_cached_pixels_are_the_same_bit_by_bit(processor: MimicProcessor) -> Non
         assert torch.equal(tensor, got[name]) if isinstance(tensor, torch.Tensor) else tensor is got[name]
 
 
-def test_unreadable_pictures_are_warned_of_listed_and_left_out(processor: MimicProcessor, tmp_path: Path) -> None:
+def test_unreadable_images_are_warned_of_listed_and_left_out(processor: MimicProcessor, tmp_path: Path) -> None:
     entities, mentions = toy_data.entities(), toy_data.mentions("train", 3)
-    mentions[1]["image"] = {"bytes": b"no picture", "path": None}
+    mentions[1]["image"] = {"bytes": b"no image", "path": None}
     entities[2]["images"] = [str(tmp_path / "absent.png")]
     log = tmp_path / train.UNREADABLE_LOG
     collator = MentionEntityCollator(processor, entities, unreadable_log=log)
