@@ -6,9 +6,11 @@ Knows how records are read and checked, not how they are encoded or stored.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import math
 import operator
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -142,6 +144,29 @@ def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+# Names under which others have what we call so.
+_OTHER_NAMES = {
+    "id": ("_id", "entity_id", "identifier", "qid", "key", "uri"),
+    "name": ("title", "entity_name", "label", "names", "entity"),
+    "description": ("text", "desc", "descriptions", "attr", "abstract", "summary", "definition"),
+    "images": ("image", "image_list", "imgs", "img", "pictures", "picture", "photos", "image_path", "file_name"),
+    "image": ("images", "img", "imgpath", "img_path", "image_path", "picture", "photo", "file_name"),
+    "mention": ("mentions", "surface", "surface_form", "mention_text", "phrase"),
+    "sentence": ("text", "sentences", "context", "caption", "content"),
+    "answer": ("answers", "entity_id", "gold", "label", "target", "qid", "entity", "entities"),
+}
+
+
+def near_field(name: str, present: Iterable[str]) -> str | None:
+    """The field among `present` that may be `name` under another name; `None` if none may."""
+    plain = {re.sub(r"[\W_]+", "_", field.strip().lower()): field for field in present}
+    for other in (name, *_OTHER_NAMES.get(name, ())):
+        if other in plain:
+            return plain[other]
+    close = difflib.get_close_matches(name, plain, n=1, cutoff=0.8)
+    return plain[close[0]] if close else None
+
+
 def is_absent(value: Any) -> bool:
     """Whether a field has no value: `None`, or NaN, which is what pandas makes of it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -176,6 +201,7 @@ __all__ = [
     "ids_of",
     "in_order_of_length",
     "is_absent",
+    "near_field",
     "table_record",
     "undecoded",
 ]

@@ -62,6 +62,12 @@ def unsafe_path(name: str) -> str | None:
     return None
 
 
+def normal_path(reference: str) -> str:
+    """A relative path in one form: `x\\a.png`, `./x/a.png` and `x//a.png` are `x/a.png`."""
+    parts = re.split(r"[\\/]", reference.strip())
+    return ("/" if not parts[0] else "") + "/".join(part for part in parts if part not in ("", "."))
+
+
 class Tree(ABC):
     """Regular files below one place, by relative POSIX path.
 

@@ -28,7 +28,7 @@ from mimic_el.images_mimic import MAX_PIXELS
 from .archives import ArchiveError, ImageFile, inspect_image, shrink_image
 from .report import SPLITS, Report
 from .source import BENCHMARKS, EntityRow, MentionRow, Source
-from .sources import open_source, source_format
+from .sources import columns_of, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +41,29 @@ def mention_features(extra_columns: dict[str, str] | None = None) -> datasets.Fe
         "sentence": datasets.Value("string"),
         "image": datasets.Image(),
         "answer": datasets.Value("string"),
+        "start": datasets.Value("int32"),
+        "end": datasets.Value("int32"),
     }
     return datasets.Features(features | {name: datasets.Value(type_) for name, type_ in (extra_columns or {}).items()})
 
 
-def entity_features() -> datasets.Features:
-    """The columns of `entities`."""
-    return datasets.Features(
-        {
-            "id": datasets.Value("string"),
-            "qid": datasets.Value("string"),
-            "name": datasets.Value("string"),
-            "description": datasets.Value("string"),
-            "images": datasets.List(datasets.Image()),
-        }
-    )
+def entity_features(extra_columns: dict[str, str] | None = None) -> datasets.Features:
+    """The columns of `entities`, then those of one data set alone."""
+    features = {
+        "id": datasets.Value("string"),
+        "qid": datasets.Value("string"),
+        "name": datasets.Value("string"),
+        "description": datasets.Value("string"),
+        "images": datasets.List(datasets.Image()),
+    }
+    return datasets.Features(features | {name: datasets.Value(type_) for name, type_ in (extra_columns or {}).items()})
 
 
 def features_of(config: str, source: Source) -> datasets.Features:
     """The columns of a configuration of a source."""
-    return entity_features() if config == "entities" else mention_features(source.extra_columns)
+    if config == "entities":
+        return entity_features(source.entity_columns)
+    return mention_features(source.extra_columns)
 
 
 def encode(row: MentionRow | EntityRow, read: Callable[[ImageFile], bytes]) -> dict[str, Any]:
@@ -71,13 +74,16 @@ def encode(row: MentionRow | EntityRow, read: Callable[[ImageFile], bytes]) -> d
 
     if isinstance(row, EntityRow):
         images = [stored(image) for image in row.images]
-        return {"id": row.id, "qid": row.qid, "name": row.name, "description": row.description, "images": images}
+        common = {"id": row.id, "qid": row.qid, "name": row.name, "description": row.description, "images": images}
+        return {**common, **row.extra}
     return {
         "id": row.id,
         "mention": row.mention,
         "sentence": row.sentence,
         "image": None if row.image is None else stored(row.image),
         "answer": row.answer,
+        "start": row.start,
+        "end": row.end,
         **row.extra,
     }
 
@@ -125,6 +131,7 @@ class MelConfig(datasets.BuilderConfig):
         use_images: whether to read images.
         max_image_pixels: larger images are left out.
         image_size: re-encode larger images so that their longest side has this many pixels.
+        keep_nil: keep mentions of no entity, with the answer `None`.
         fingerprint: tells versions of the data in one folder apart in the cache; [`load_raw`] fills it in.
     """
 
@@ -132,6 +139,7 @@ class MelConfig(datasets.BuilderConfig):
     use_images: bool = True
     max_image_pixels: int = MAX_PIXELS
     image_size: int | None = None
+    keep_nil: bool = False
     fingerprint: str | None = None
 
 
@@ -166,10 +174,9 @@ class MelBuilder(datasets.GeneratorBasedBuilder):
         return self.config.data_dir
 
     def _info(self) -> datasets.DatasetInfo:
-        if self.config.name == "entities":
-            return datasets.DatasetInfo(features=entity_features())
-        columns = source_format(self.benchmark, self._data_dir, self.config.source).extra_columns
-        return datasets.DatasetInfo(features=mention_features(columns))
+        of_mentions, of_entities = columns_of(self.benchmark, self._data_dir, self.config.source)
+        is_kb = self.config.name == "entities"
+        return datasets.DatasetInfo(features=entity_features(of_entities) if is_kb else mention_features(of_mentions))
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         splits = ("kb",) if self.config.name == "entities" else SPLITS
@@ -178,7 +185,11 @@ class MelBuilder(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.config
         source, report = open_checked(
-            self.benchmark, self._data_dir, source=config.source, use_images=config.use_images
+            self.benchmark,
+            self._data_dir,
+            source=config.source,
+            use_images=config.use_images,
+            keep_nil=config.keep_nil,
         )
         try:
             rows = checked_rows(source, config.name, split, report, config.max_image_pixels, config.image_size)
@@ -220,7 +231,7 @@ BUILDERS: dict[str, type[MelBuilder]] = {
 
 
 def open_checked(
-    name: str, data_dir: str | os.PathLike, *, source: str = "auto", use_images: bool = True
+    name: str, data_dir: str | os.PathLike, *, source: str = "auto", use_images: bool = True, keep_nil: bool = False
 ) -> tuple[Source, Report]:
     """Open a data set that can be read.
 
@@ -228,7 +239,7 @@ def open_checked(
         ValueError: a file is missing or broken; the message names all of them.
     """
     report = Report()
-    opened = open_source(name, data_dir, report, source=source, use_images=use_images)
+    opened = open_source(name, data_dir, report, source=source, use_images=use_images, keep_nil=keep_nil)
     if report.fatal:
         opened.close()
         problems = "\n".join(f"  {kind}: {example}" for kind in report.fatal for example in report.examples[kind])
@@ -243,6 +254,7 @@ def load_raw(
     source: str = "auto",
     use_images: bool = True,
     image_size: int | None = None,
+    keep_nil: bool = False,
     streaming: bool = False,
     cache_dir: str | None = None,
 ) -> tuple[datasets.DatasetDict | datasets.IterableDatasetDict, datasets.Dataset | datasets.IterableDataset]:
@@ -255,6 +267,7 @@ def load_raw(
             the first of these that is there.
         use_images: whether to read images.
         image_size: re-encode larger images so that their longest side has this many pixels.
+        keep_nil: keep mentions of no entity, with the answer `None`.
         streaming: read rows when they are asked for, instead of copying the data to the cache of `datasets` first.
         cache_dir: another folder for that cache.
 
@@ -265,7 +278,7 @@ def load_raw(
     Raises:
         ValueError: a file is missing or broken; the message names all of them.
     """
-    opened, _ = open_checked(name, data_dir, source=source, use_images=use_images)
+    opened, _ = open_checked(name, data_dir, source=source, use_images=use_images, keep_nil=keep_nil)
     fingerprint = opened.fingerprint()
     opened.close()
     builders = {
@@ -276,6 +289,7 @@ def load_raw(
             source=source,
             use_images=use_images,
             image_size=image_size,
+            keep_nil=keep_nil,
             fingerprint=fingerprint,
         )
         for config in ("mentions", "entities")

@@ -70,11 +70,11 @@ _FIELDS = {
         "mention": "the words that name the entity",
         "sentence": "the sentence or caption that the mention is in",
         "image": "the image that goes with the sentence, or null",
-        "answer": "the id of the entity that is meant",
+        "answer": "the id of the entity that is meant, or null where it is none",
         "source_id": "the id that the source gives the record that the mention is from, or null",
         "topic": "the topic of the news",
         "mention_type": "the type of the entity",
-        "start": "where the mention begins in the sentence, in characters, as the source states it",
+        "start": "where the mention begins in the sentence, in characters, or null where that is not known",
         "end": "where it ends",
     },
     "entities": {
@@ -261,8 +261,9 @@ def _made(source: Source, report: Report, facts: CardFacts) -> str:
     if isinstance(source, MelBench):
         lines.append(
             "The original file has no splits. Here a record is in train, validation or test by the SHA-256 sum of its "
-            "id (70%, 10%, 20%), so the mentions of one record stay together and the splits are the same for everyone. "
-            "They are not the splits of any publication: results on them compare with each other alone."
+            "id (70%, 10%, 20%), those of one sentence all by the smallest of their ids. So the mentions of a record "
+            "and of a sentence stay together, and the splits are the same for everyone. They are not the splits of any "
+            "publication: results on them compare with each other alone."
         )
     if isinstance(source, WikiDiverseRelease):
         lines.append(
@@ -271,8 +272,10 @@ def _made(source: Source, report: Report, facts: CardFacts) -> str:
     if isinstance(source, CustomData):
         lines.append(
             "Without files or a column for splits, a mention is in train, validation or test by the SHA-256 sum of its "
-            "id (70%, 10%, 20%)."
+            "id or sentence (70%, 10%, 20%); mentions of one sentence, image or id stay together."
         )
+        if "closed_knowledge_base" in report.counts:
+            lines += ["", "**The knowledge base is closed**: each of its entities is the answer of a mention."]
     if source.is_closed:
         lines += [
             "",

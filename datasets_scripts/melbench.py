@@ -7,52 +7,64 @@ from typing import Any
 
 from .archives import ArchiveError, ImageFile, Tree
 from .report import Report
-from .source import Benchmark, ClosedSource, EntityRow, MentionRow, is_nil, json_type, split_of, whole
+from .source import Benchmark, ClosedSource, EntityRow, MentionRow, is_nil, json_type, whole
+from .splits import GroupedSplits
 
 
 class MelBench(ClosedSource):
     """MELBench's `Wikidata-MEL.json` or `Richpedia-MEL.json`: records by id, each with one mention or several.
 
-    Images, where the folder has any, are named by the record's id. The file has no splits: see [`split_of`].
+    Images, where the folder has any, are named by the record's id. The file has no splits: a record is in the split
+    that its id draws, together with the others of its sentence (see [`GroupedSplits`]).
     """
 
     format = "MELBench's original file"
 
-    def __init__(self, benchmark: Benchmark, trees: list[Tree], prefix: str, report: Report, use_images: bool = True):
-        super().__init__(benchmark, trees, prefix, report, use_images)
+    def __init__(self, benchmark: Benchmark, trees: list[Tree], prefix: str, report: Report, **options: bool):
+        super().__init__(benchmark, trees, prefix, report, **options)
         self._report_unsafe_members()
         wanted = str(benchmark.melbench_file)
         self._file = next((name for name in self._names_here if name.lower() == wanted.lower()), wanted)
         records = self._load(self._file, wanted, dict, "an object of id: record")
         self._records: dict[str, Any] = records or {}
+        groups = GroupedSplits()
+        for key, record in self._records.items():
+            sentence = record.get("sentence") if isinstance(record, dict) else None
+            groups.add(key, sentence if isinstance(sentence, str) else key, None, None)
+        self._splits = {key: groups.split(number) for number, key in enumerate(self._records)}
         self._optional_images()
 
     @staticmethod
-    def _parts(record: Any) -> list[tuple[str, str, str]] | str:
-        """`(mention, entity name, qid)` for each mention of a record, or what is wrong with it."""
+    def _parts(record: Any) -> list[tuple[str, str, str | None]] | str:
+        """`(mention, entity name, qid)` for each mention of a record, `None` for no entity; or what is wrong."""
         if not isinstance(record, dict):
             return f"is {json_type(record)}, not an object"
         if not isinstance(record.get("sentence"), str):
-            return f"sentence is {json_type(record.get('sentence'))}"
-        lists = []
+            return f"sentence is {json_type(record.get('sentence'))}, not a string"
+        lists: list[list[Any]] = []
         for name in ("mentions", "entities", "answer"):
             value = record.get(name)
-            values = [value] if isinstance(value, str) else value
-            if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
-                return f"{name} is neither a string nor a list of strings"
-            lists.append(values)
+            if value is None and name not in record:
+                return f"{name} is missing"
+            lists.append(value if isinstance(value, list) else [value])
         if len({len(values) for values in lists}) > 1:
             return "mentions, entities and answer have {}, {} and {} items".format(*map(len, lists))
-        if not all(answer.strip() for answer in lists[2]):
-            return "an answer is empty"
-        return list(zip(*lists, strict=True))
+        parts = []
+        for mention, name, qid in zip(*lists, strict=True):
+            qid = None if is_nil(qid) else qid
+            needed = {"mentions": mention, **({} if qid is None else {"entities": name, "answer": qid})}
+            for field, value in needed.items():
+                if not isinstance(value, str):
+                    return f"{field} holds {json_type(value)}, not a string"
+            parts.append((mention, name, qid))
+        return parts
 
     def entities(self, report: Report) -> Iterator[EntityRow]:
         names: dict[str, str] = {}
         for key, record in self._records.items():
             parts = self._parts(record)
             for _, name, qid in () if isinstance(parts, str) else parts:
-                if is_nil(qid):
+                if qid is None:
                     continue
                 qid = self._clean(qid, report, self._file, key, "answer")
                 if qid not in names:
@@ -64,9 +76,10 @@ class MelBench(ClosedSource):
 
     def mentions(self, split: str, report: Report) -> Iterator[MentionRow]:
         for key, record in self._records.items():
-            if split_of(key) != split:
+            if self._splits[key] != split:
                 continue
             parts = self._parts(record)
+            report.read["mentions"] += 1 if isinstance(parts, str) else len(parts)
             if isinstance(parts, str):
                 report.add("bad_row", self._file, key, parts)
                 continue
@@ -75,19 +88,20 @@ class MelBench(ClosedSource):
             image = self._image_of(record_id, report, key)
             report.leave_out("mentions", record.keys() - {"id", "sentence", "mentions", "entities", "answer"})
             for number, (mention, _, qid) in enumerate(parts):
-                if is_nil(qid):
-                    report.add("nil_answer", self._file, key, f"mention {mention[:80]!r}")
+                if qid is None and self._leaves_nil(mention, report, self._file, key):
                     continue
                 mention = self._clean(mention, report, self._file, key, "mentions")
-                self._check_mention(mention, sentence, report, self._file, key)
+                start, end = self._span(mention, sentence, report, self._file, key)
                 yield MentionRow(
                     self._file,
                     key,
                     f"{record_id}-{number}",
                     mention,
                     sentence,
-                    whole(qid),
+                    None if qid is None else whole(qid),
                     image,
+                    start,
+                    end,
                     {"source_id": record_id},
                 )
 

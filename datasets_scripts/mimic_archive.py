@@ -7,7 +7,8 @@ from typing import Any
 
 from .archives import Tree
 from .report import Report
-from .source import SPLIT_WORDS, Benchmark, EntityRow, MentionRow, Source, id_text, json_type
+from .source import Benchmark, EntityRow, MentionRow, Source, id_text, is_nil, json_type
+from .splits import SPLIT_WORDS
 
 
 class MimicArchive(Source):
@@ -17,8 +18,8 @@ class MimicArchive(Source):
     _MENTION_FIELDS = frozenset({"id", "mentions", "sentence", "imgPath", "answer"})
     _ENTITY_FIELDS = frozenset({"id", "type", "qid", "entity_name", "attr", "image_list"})
 
-    def __init__(self, benchmark: Benchmark, trees: list[Tree], prefix: str, report: Report, use_images: bool = True):
-        super().__init__(benchmark, trees, prefix, report, use_images)
+    def __init__(self, benchmark: Benchmark, trees: list[Tree], prefix: str, report: Report, **options: bool):
+        super().__init__(benchmark, trees, prefix, report, **options)
         self._report_unsafe_members()
         self._kb: list | None = self._load("kb_entity.json", "kb_entity.json", list, "a list of entities")
         self._answers: dict | None = self._load("qid2id.json", "qid2id.json", dict, "an object of answer: entity id")
@@ -31,7 +32,7 @@ class MimicArchive(Source):
             self._mentions[split] = self._load(name, expected, list, "a list of mentions")
         self.mention_images = self._required_images(("mention_image", "mention_images"))
         self.entity_images = self._required_images(("kb_image", "kb_images"))
-        if not use_images:
+        if not self.use_images:
             report.add("no_images", benchmark.name, detail="images left out on request")
 
     def entities(self, report: Report) -> Iterator[EntityRow]:
@@ -39,6 +40,7 @@ class MimicArchive(Source):
         ids: set[str] = set()
         qids: set[str] = set()
         for row, item in enumerate(self._kb or ()):
+            report.read["entities"] += 1
             problem = self._entity_problem(item)
             if problem:
                 report.add("bad_entity", file, row, problem)
@@ -97,22 +99,25 @@ class MimicArchive(Source):
         file = self._files[split]
         seen: set[str] = set()
         for row, item in enumerate(self._mentions[split] or ()):
+            report.read["mentions"] += 1
             if not isinstance(item, dict):
                 report.add("bad_row", file, row, f"is {json_type(item)}, not an object")
                 continue
-            wrong = [name for name in ("mentions", "sentence", "answer") if not isinstance(item.get(name), str)]
+            nil = "answer" in item and is_nil(item["answer"])
+            needed = ("mentions", "sentence", *(() if nil else ("answer",)))
+            wrong = [name for name in needed if not isinstance(item.get(name), str)]
             if wrong:
                 report.add("bad_row", file, row, "; ".join(f"{name} is {json_type(item.get(name))}" for name in wrong))
                 continue
-            if item["answer"].strip().lower() == "nil":
-                report.add("nil_answer", file, row, f"mention {item['mentions'][:80]!r}")
-                continue
-            answer = self._entity_of(item["answer"], report, file, row)
-            if answer is None:
+            answer = None
+            if nil:
+                if self._leaves_nil(item["mentions"], report, file, row):
+                    continue
+            elif (answer := self._entity_of(item["answer"], report, file, row)) is None:
                 continue
             mention = self._unquote(item["mentions"], report, file, row, "mentions")
             sentence = self._clean(item["sentence"], report, file, row, "sentence")
-            self._check_mention(mention, sentence, report, file, row)
+            span = self._span(mention, sentence, report, file, row)
             image = None
             path = item.get("imgPath")
             if not isinstance(path, str):
@@ -126,7 +131,8 @@ class MimicArchive(Source):
                     report.add("duplicate_mention_id", file, row, f"id {source_id}")
                 seen.add(source_id)
             report.leave_out("mentions", item.keys() - self._MENTION_FIELDS)
-            yield MentionRow(file, row, f"{split}-{row}", mention, sentence, answer, image, {"source_id": source_id})
+            extra = {"source_id": source_id}
+            yield MentionRow(file, row, f"{split}-{row}", mention, sentence, answer, image, *span, extra)
 
     def _entity_of(self, answer: str, report: Report, file: str, row: int) -> str | None:
         if self._answers is None or self._kb is None:  # reported already; nothing to check against

@@ -40,18 +40,20 @@ from mimic_el.images_mimic import MAX_PIXELS
 from .archives import ArchiveError, ImageFile, inspect_image, shrink_image
 from .builders import encode, features_of
 from .cards import CardFacts, SplitFacts, write_card
+from .custom import CustomData
 from .mimic_archive import MimicArchive
 from .report import SPLITS, Report
 from .shards import Manifest, Shard, plan_shards, row_bytes, write_atomically, write_shard
 from .source import BENCHMARKS, EntityRow, MentionRow, Source
 from .sources import open_source
+from .splits import SharedSentences
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = {"mentions": SPLITS, "entities": ("kb",)}
 PROBLEMS_FILE = "problems.jsonl"
 # Goes into the fingerprint: raise it when the same input gives other output.
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 class PrepareError(MimicError):
@@ -73,6 +75,7 @@ class Options:
         num_workers: threads that check images.
         pretty_name: the name on the card, in place of the benchmark's.
         license: the licence on the card, in place of what is known of the source's.
+        keep_nil: keep mentions of no entity, with the answer null, in place of leaving them out.
     """
 
     source: str = "auto"
@@ -84,6 +87,7 @@ class Options:
     num_workers: int = min(8, os.cpu_count() or 1)
     pretty_name: str | None = None
     license: str | None = None
+    keep_nil: bool = False
 
     def fingerprint(self, source: Source) -> str:
         """Changes where other rows would be written."""
@@ -96,6 +100,8 @@ class Options:
         options = {} if self.source == "auto" else {"source": self.source}
         if not self.use_images:
             options["without_images"] = ""
+        if self.keep_nil:
+            options["keep_nil"] = ""
         if self.image_size:
             options["image_size"] = str(self.image_size)
         if self.max_image_pixels != MAX_PIXELS:
@@ -188,6 +194,8 @@ def survey(source: Source, report: Report, options: Options) -> dict[str, dict[s
         because `datasets` loads no data set that has one.
     """
     sizes: dict[str, dict[str, array]] = {}
+    shared = SharedSentences()
+    entity_ids: set[str] = set()
     for config, splits in CONFIGS.items():
         for split in splits:
             of_split = sizes.setdefault(config, {}).setdefault(split, array("q"))
@@ -195,7 +203,10 @@ def survey(source: Source, report: Report, options: Options) -> dict[str, dict[s
                 images = _images(row)
                 if isinstance(row, EntityRow):
                     report.statistics.add_entity(row.qid, row.description, len(images))
+                    entity_ids.add(row.id)
                 else:
+                    if other := shared.earlier(split, row.sentence):
+                        report.add("sentence_in_several_splits", row.file, row.row, f"also in {other}")
                     report.statistics.add_mention(split, row.mention, row.sentence, row.answer, bool(images))
                 # An image that is shrunk takes about half a byte a pixel.
                 limit = options.image_size**2 // 2 if options.image_size else sys.maxsize
@@ -207,6 +218,10 @@ def survey(source: Source, report: Report, options: Options) -> dict[str, dict[s
         if not sizes["mentions"][split]:
             report.add("empty_split", split)
             del sizes["mentions"][split]
+    answers = set().union(*report.statistics.answers.values())
+    if isinstance(source, CustomData) and entity_ids and entity_ids == answers:
+        detail = "every entity is the answer of a mention; linking to it is easier than to all that could be meant"
+        report.add("closed_knowledge_base", source.benchmark.name, detail=detail)
     if isinstance(source, MimicArchive):
         found = {"test mentions": report.statistics.mentions["test"], "entities": report.statistics.entities}
         for what, published in source.benchmark.published.items():
@@ -308,6 +323,12 @@ def _print(source: Source, report: Report, problems_path: Path) -> None:
     print(f"Findings are listed in {problems_path}.")
 
 
+def _open(name: str, data_dir: str | os.PathLike, report: Report, options: Options) -> Source:
+    return open_source(
+        name, data_dir, report, source=options.source, use_images=options.use_images, keep_nil=options.keep_nil
+    )
+
+
 def prepare(
     name: str, data_dir: str | os.PathLike, output_dir: str | os.PathLike, options: Options | None = None
 ) -> Report:
@@ -333,7 +354,7 @@ def prepare(
     options = options or Options()
     output = Path(output_dir)
     report = Report()
-    opened = open_source(name, data_dir, report, source=options.source, use_images=options.use_images)
+    opened = _open(name, data_dir, report, options)
     try:
         manifest = Manifest(output, options.fingerprint(opened))
         manifest.save()
@@ -362,7 +383,7 @@ def report_only(
     """
     options, path = options or Options(), Path(problems_path)
     report = Report()
-    source = open_source(name, data_dir, report, source=options.source, use_images=options.use_images)
+    source = _open(name, data_dir, report, options)
     try:
         report.list_in(path)
         validate(source, report, options)
@@ -423,6 +444,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strict", action="store_true", help="refuse where a row or image would be left out")
     parser.add_argument("--source", choices=("auto", "published", "original"), default="auto",
                         help="the archive of the MIMIC authors or the data set's own release")  # fmt: skip
+    parser.add_argument("--keep_nil", action="store_true",
+                        help="keep mentions of no entity, with the answer null")  # fmt: skip
     parser.add_argument("--without_images", action="store_true", help="texts alone")
     parser.add_argument("--image_size", type=_positive, help="shrink images to this many pixels at most a side")
     parser.add_argument("--max_image_pixels", type=_positive, default=MAX_PIXELS,
@@ -463,6 +486,7 @@ def _run(args: argparse.Namespace) -> None:
         args.num_workers,
         args.pretty_name,
         args.license,
+        args.keep_nil,
     )
     if args.push_to_hub and not args.report_only:
         HfApi().whoami()  # rather now than after the work

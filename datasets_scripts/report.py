@@ -42,13 +42,20 @@ KINDS: dict[str, Kind] = {
     "no_images": Kind("note", "no images come with the data, or they were not asked for"),
     "no_rows": Kind("fatal", "nothing that could be used is left of the entities or the mentions"),
     "empty_split": Kind("note", "splits without mentions, not written because they could not be loaded"),
-    "closed_knowledge_base": Kind("note", "the knowledge base is the mentions' own answers, without descriptions"),
+    "closed_knowledge_base": Kind("note", "the knowledge base holds the mentions' own answers and nothing else"),
     "md5_differs": Kind("note", "files that differ from the published ones"),
     "size_differs": Kind("note", "counts that differ from the published ones"),
+    "other_name": Kind("note", "fields that no row has, where one of another name may be meant"),
     # Mentions.
     "bad_row": Kind("error", "rows without the fields they need, left out"),
     "answer_without_entity": Kind("error", "mentions whose answer is not in the knowledge base, left out"),
     "nil_answer": Kind("note", "mentions whose answer is 'nil', null or empty, left out"),
+    "nil_kept": Kind("note", "mentions whose answer is 'nil', null or empty, kept with the answer null"),
+    "sentence_in_several_splits": Kind(
+        "note", "mentions whose sentence is in an earlier split too: what is tested was trained on"
+    ),
+    "image_in_several_splits": Kind("note", "an image goes with too many sentences to keep them all in one split"),
+    "wrong_span": Kind("note", "places of mentions that hold something else, replaced by where the mention is once"),
     "duplicate_mention_id": Kind("note", "mentions that share a record's id, kept"),
     "empty_mention": Kind("note", "mentions of nothing but white space, kept"),
     "mention_not_in_sentence": Kind("note", "mentions that do not occur literally in their sentence, kept"),
@@ -68,6 +75,11 @@ KINDS: dict[str, Kind] = {
     "image_not_a_file": Kind("error", "images that are a folder or something else than a file"),
     "unsafe_image_path": Kind("error", "images named by a path that leaves their folder, refused"),
 }
+# Findings that leave a row of a table out.
+LEFT_OUT = {
+    "mentions": ("bad_row", "answer_without_entity", "nil_answer"),
+    "entities": ("bad_entity", "duplicate_entity_id"),
+}
 IMAGE_KINDS = tuple(
     kind for kind in KINDS if kind.endswith("_image") or kind in ("image_not_a_file", "unsafe_image_path")
 )
@@ -77,6 +89,9 @@ SPLITS = ("train", "validation", "test")
 
 # A file may give every row fields of its own.
 MAX_FIELD_NAMES = 50
+# Of a small archive a list of millions of findings could be made.
+MAX_LISTED = 100_000
+MAX_DETAIL_CHARACTERS = 500
 
 
 def printable(text: str) -> str:
@@ -90,6 +105,7 @@ class Statistics:
 
     mentions: Counter[str] = field(default_factory=Counter)
     mentions_with_image: Counter[str] = field(default_factory=Counter)
+    nil_mentions: Counter[str] = field(default_factory=Counter)
     answers: dict[str, set[str]] = field(default_factory=dict)
     sentence_words: Counter[int] = field(default_factory=Counter)
     mention_words: Counter[int] = field(default_factory=Counter)
@@ -99,10 +115,13 @@ class Statistics:
     description_words: Counter[int] = field(default_factory=Counter)
     images_per_entity: Counter[int] = field(default_factory=Counter)
 
-    def add_mention(self, split: str, mention: str, sentence: str, answer: str, has_image: bool) -> None:
+    def add_mention(self, split: str, mention: str, sentence: str, answer: str | None, has_image: bool) -> None:
         self.mentions[split] += 1
         self.mentions_with_image[split] += has_image
-        self.answers.setdefault(split, set()).add(answer)
+        if answer is None:
+            self.nil_mentions[split] += 1
+        else:
+            self.answers.setdefault(split, set()).add(answer)
         self.sentence_words[len(sentence.split())] += 1
         self.mention_words[len(mention.split())] += 1
 
@@ -122,6 +141,7 @@ class Statistics:
         return {
             "mentions": {split: self.mentions[split] for split in SPLITS},
             "mentions_with_image": {split: self.mentions_with_image[split] for split in SPLITS},
+            **({"nil_mentions": {split: self.nil_mentions[split] for split in SPLITS}} if self.nil_mentions else {}),
             "distinct_answers": {split: len(self.answers.get(split, ())) for split in SPLITS},
             "entities": self.entities,
             "entities_with_qid": self.entities_with_qid,
@@ -137,6 +157,7 @@ class Report:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.read: Counter[str] = Counter()
         self.resolved: Counter[str] = Counter()
         self.unused_fields: Counter[str] = Counter()
         self.files: dict[str, dict[str, Any]] = {}
@@ -150,7 +171,7 @@ class Report:
         """List every finding, past and to come, in a JSON Lines file, which appears whole on [`close`].
 
         A line has `file`, `row` (its position in the file counted from 0, its line number in a CSV or JSON Lines file
-        counted from 1, or its key), `kind` and `detail`.
+        counted from 1, or its key), `kind` and `detail`. Of a kind at most `MAX_LISTED` are listed.
         """
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,10 +184,13 @@ class Report:
         if kind not in KINDS:
             raise KeyError(f"{kind!r} is not a kind of finding")
         self.counts[kind] += 1
+        detail = detail[:MAX_DETAIL_CHARACTERS]
         examples = self.examples.setdefault(kind, [])
         if len(examples) < 3:
             place = file if row is None else f"{file}, row {row}"
             examples.append(f"{place}: {detail}" if detail else place)
+        if self.counts[kind] > MAX_LISTED:
+            return
         # Escaped as ASCII, because a name may hold what is no text.
         line = json.dumps({"file": file, "row": row, "kind": kind, "detail": detail}) + "\n"
         if self._file:
@@ -197,6 +221,10 @@ class Report:
     def close(self) -> None:
         """Write the list of findings out."""
         if self._file and self._path:
+            for kind, count in self.counts.items():
+                if count > MAX_LISTED:
+                    detail = f"{count - MAX_LISTED:,} more of this kind are not listed"
+                    self._file.write(json.dumps({"file": None, "row": None, "kind": kind, "detail": detail}) + "\n")
             self._file.close()
             self._file = None
             os.replace(f"{self._path}.incomplete", self._path)
@@ -220,10 +248,28 @@ class Report:
         """Findings that `--strict` refuses."""
         return self._with("error")
 
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Of `mentions` and `entities`, how many were read, kept and left out, by kind; what was not read is not there.
+
+        `read` is the sum of the others: no row is lost without a finding. The entities of a data set without a
+        knowledge base are not read but made of the mentions.
+        """
+        kept = {"mentions": self.statistics.mentions.total(), "entities": self.statistics.entities}
+        return {
+            table: {
+                "read": self.read[table],
+                "kept": kept[table],
+                "left_out": {kind: self.counts[kind] for kind in kinds if self.counts[kind]},
+            }
+            for table, kinds in LEFT_OUT.items()
+            if self.read[table]
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain values; no path of this machine is in it."""
         return {
             **self.statistics.to_dict(),
+            "rows": self.rows(),
             "problems": {kind: self.counts[kind] for kind in KINDS if self.counts[kind]},
             "images_found_by": dict(sorted(self.resolved.items())),
             "fields_left_out": dict(sorted(self.unused_fields.items())),
@@ -238,6 +284,7 @@ class Report:
         for label, key in (
             ("mentions", "mentions"),
             ("  with an image", "mentions_with_image"),
+            *([("  of no entity", "nil_mentions")] if self.statistics.nil_mentions else []),
             ("  distinct answers", "distinct_answers"),
         ):
             values = stats[key]
@@ -251,6 +298,11 @@ class Report:
             ("images of entities", "entity_images"),
         ):
             lines.append(f"{label:24}{stats[key]:>12,}")
+        for table, counts in self.rows().items():
+            left_out = counts["left_out"]
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
+            out = f"{sum(left_out.values()):,} left out" + (f" ({kinds})." if kinds else ".")
+            lines.append(f"Rows of {table}: {counts['read']:,} read, {counts['kept']:,} kept, {out}")
         if self.resolved:
             steps = {
                 "exact": "by their name",

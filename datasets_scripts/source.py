@@ -8,6 +8,7 @@ their own; [`mimic_el.datasets_scripts.sources`] finds the one that a folder has
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -26,15 +27,10 @@ from .archives import (
     open_nested,
 )
 from .report import Report
+from .splits import SPLIT_WORDS
 
 # The images of one entity must fit in one cell of an Arrow table.
 MAX_ROW_IMAGE_BYTES = 1 << 30
-
-SPLIT_WORDS = {
-    "train": ("train",),
-    "validation": ("dev", "val", "valid", "validation"),
-    "test": ("test",),
-}
 
 
 @dataclass(frozen=True)
@@ -92,15 +88,21 @@ BENCHMARKS = {
 
 @dataclass(slots=True)
 class MentionRow:
-    """A mention; `file` and `row` say where it comes from."""
+    """A mention; `file` and `row` say where it comes from.
+
+    `answer` is `None` for a mention of no entity. `start` and `end` are where it is in its sentence, in characters, or
+    `None` where that is not known. `extra` are the columns of the source.
+    """
 
     file: str
     row: int | str
     id: str
     mention: str
     sentence: str
-    answer: str
+    answer: str | None
     image: ImageFile | None
+    start: int | None
+    end: int | None
     extra: dict[str, Any]
 
 
@@ -115,12 +117,7 @@ class EntityRow:
     name: str
     description: str
     images: list[ImageFile]
-
-
-def split_of(record: str) -> str:
-    """The split of a record of a data set that has none: 70% train, 10% validation, 20% test, by the hash of its id."""
-    bucket = int.from_bytes(hashlib.sha256(record.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
-    return "train" if bucket < 70 else "validation" if bucket < 80 else "test"
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Source(ABC):
@@ -129,21 +126,32 @@ class Source(ABC):
     Attributes:
         format: what the card and the log call the format.
         extra_columns: columns of `mentions` beyond the common ones, with their types.
+        entity_columns: columns of `entities` beyond the common ones, with their types.
         is_closed: whether the knowledge base is no more than the answers of the mentions.
         bad_images: `(kind, detail)` of images that were found unusable; rows then come without them.
     """
 
     format: ClassVar[str]
-    extra_columns: ClassVar[dict[str, str]] = {"source_id": "string"}
+    extra_columns: dict[str, str] = {"source_id": "string"}  # noqa: RUF012 - a format may have its own for each source
+    entity_columns: dict[str, str] = {}  # noqa: RUF012
     is_closed: ClassVar[bool] = False
 
-    def __init__(self, benchmark: Benchmark, trees: list[Tree], prefix: str, report: Report, use_images: bool = True):
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        trees: list[Tree],
+        prefix: str,
+        report: Report,
+        use_images: bool = True,
+        keep_nil: bool = False,
+    ):
         self.benchmark = benchmark
         self.trees = trees
         self.tree = trees[-1]
         self.prefix = prefix
         self.report = report
         self.use_images = use_images
+        self.keep_nil = keep_nil
         self.bad_images: dict[ImageFile, tuple[str, str]] = {}
         self.mention_images: ImageFolder | None = None
         self.entity_images: ImageFolder | None = None
@@ -179,7 +187,7 @@ class Source(ABC):
 
     def fingerprint(self) -> str:
         """Changes with the name, size or date of any file that is read."""
-        digest = hashlib.sha256(f"{self.format} {self.use_images}".encode())
+        digest = hashlib.sha256(f"{self.format} {self.use_images} {self.keep_nil}".encode())
         used = list(self._used)
         for folder in (self.mention_images, self.entity_images):
             used += sorted(folder.files.values(), key=lambda file: file[1]) if folder else []
@@ -349,11 +357,31 @@ class Source(ABC):
             images.append(image)
         return images
 
-    def _check_mention(self, mention: str, sentence: str, report: Report, file: str, row: int | str) -> None:
+    def _span(
+        self,
+        mention: str,
+        sentence: str,
+        report: Report,
+        file: str,
+        row: int | str,
+        stated: tuple[int | None, int | None] = (None, None),
+    ) -> tuple[int | None, int | None]:
+        """Where a mention is in its sentence: as stated, or where it is once; and to `report` what is odd about it."""
         if not mention.strip():
             report.add("empty_mention", file, row, repr(mention))
         if mention not in sentence:
             report.add("mention_not_in_sentence", file, row, f"{mention[:80]!r}")
+        start, end = stated
+        if start is not None and end is not None:
+            if 0 <= start < end and sentence[start:end] == mention:
+                return start, end
+            report.add("wrong_span", file, row, f"{start} to {end} is not {mention[:80]!r}")
+        return only_place(mention, sentence)
+
+    def _leaves_nil(self, mention: Any, report: Report, file: str, row: int | str) -> bool:
+        """Whether a mention of no entity is left out; either is reported."""
+        report.add("nil_kept" if self.keep_nil else "nil_answer", file, row, f"mention {str(mention)[:80]!r}")
+        return not self.keep_nil
 
 
 class ClosedSource(Source):
@@ -362,8 +390,8 @@ class ClosedSource(Source):
     is_closed = True
     _IMAGE_FOLDERS: ClassVar[tuple[str, ...]] = ("mention_image", "mention_images", "images", "image", "imgs")
 
-    def __init__(self, benchmark: Benchmark, trees: list[Tree], prefix: str, report: Report, use_images: bool = True):
-        super().__init__(benchmark, trees, prefix, report, use_images)
+    def __init__(self, benchmark: Benchmark, trees: list[Tree], prefix: str, report: Report, **options: bool):
+        super().__init__(benchmark, trees, prefix, report, **options)
         detail = "the source has none; linking to this one is easier, and results do not compare with published ones"
         report.add("closed_knowledge_base", benchmark.name, detail=detail)
 
@@ -382,11 +410,6 @@ def id_text(value: Any) -> str | None:
     return str(value)
 
 
-def split_named(word: Any) -> str | None:
-    plain = word.strip().lower() if isinstance(word, str) else ""
-    return next((split for split, words in SPLIT_WORDS.items() if plain in words), None)
-
-
 def whole(text: str) -> str:
     """`text` itself, or what can be stored of it as UTF-8."""
     try:
@@ -397,15 +420,34 @@ def whole(text: str) -> str:
     return text
 
 
-def is_nil(answer: str) -> bool:
-    return answer.strip().lower() == "nil"
+def is_nil(answer: Any) -> bool:
+    """Whether an answer says that the mention is of no entity: null, NaN, nothing but white space, or `nil`."""
+    if isinstance(answer, str):
+        return answer.strip().lower() in ("", "nil")
+    return answer is None or (isinstance(answer, float) and math.isnan(answer))
 
 
-def is_int32(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31
+def only_place(mention: str, sentence: str) -> tuple[int | None, int | None]:
+    """Where `mention` begins and ends in `sentence`, where it is there exactly once; else `(None, None)`."""
+    start = sentence.find(mention) if mention else -1
+    if start < 0 or sentence.find(mention, start + 1) >= 0:
+        return None, None
+    return start, start + len(mention)
+
+
+def int_of(value: Any) -> int | None:
+    """An integer of 32 bits that a number or a string of digits says; `None` for anything else."""
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**31) <= value < 2**31:
+        return None
+    return value
 
 
 def json_type(value: Any) -> str:
+    """What a value of JSON is, in words."""
     names = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "true or false"}
     return "missing or null" if value is None else names.get(type(value), type(value).__name__)
 

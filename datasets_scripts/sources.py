@@ -18,6 +18,8 @@ from .melbench import MelBench
 from .mimic_archive import MimicArchive
 from .report import SPLITS, Report
 from .source import BENCHMARKS, Benchmark, Source, find_split, plain
+from .splits import SPLIT_WORDS
+from .tables import TABLE_SUFFIXES
 from .wikidiverse import WikiDiverseRelease
 
 
@@ -78,39 +80,68 @@ def _open_layout(name: str, data_dir: str | os.PathLike, which: str) -> tuple[ty
         raise ValueError(f"source is {which!r}; choose auto, published or original")
     benchmark = BENCHMARKS[name]
     path = Path(data_dir)
-    if path.suffix.lower() in (".json", ".csv", ".jsonl") and path.is_file():
+    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
         path = path.parent
     tree = open_tree(path)
     if name == "custom":
-        tables = {f"{stem}{suffix}" for stem in ("entities", "mentions", "train") for suffix in (".csv", ".jsonl")}
-        folders = {found.rpartition("/")[0] for found in tree.files if found.lower().rpartition("/")[2] in tables}
-        folder = min(folders, key=lambda folder: (folder.count("/") + bool(folder), folder), default="")
-        return CustomData, [tree], folder + "/" if folder else ""
+        return CustomData, [tree], _folder_of_tables(tree) or ""
     found = _locate([tree], benchmark, which)
     if found is None:
         wanted = ["kb_entity.json (archive of the MIMIC authors)"] if which != "original" else []
         if which != "published":
             wanted.append(benchmark.melbench_file or "train.json, valid.json and test.json (WikiDiverse's own release)")
         there = ", ".join(sorted({entry.partition("/")[0] for entry in [*tree.files, *tree.refused]})[:10])
+        links = [
+            name for name, (kind, _) in tree.refused.items() if kind == "unsafe" and name.endswith((".zip", ".tar"))
+        ]
+        own = "These look like your own tables" if _folder_of_tables(tree) is not None else "For data of your own"
         tree.close()
         raise ArchiveError(
             "missing_file",
             f"no {benchmark.pretty_name} in {path}: looked for {' and '.join(wanted)}, in it and in archives with "
-            f"{benchmark.pretty_name} in their name; it holds {there or 'nothing'}",
+            f"{benchmark.pretty_name} in their name; it holds {there or 'nothing'}. "
+            + (f"{links[0]} is a symbolic link that leaves the folder, and is not followed. " if links else "")
+            + f"{own}: give `custom` as the data set (docs/datasets.md says what it reads)",
         )
     return found
 
 
-def source_format(name: str, data_dir: str | os.PathLike, source: str = "auto") -> type[Source]:
-    """The format that [`open_source`] would read, found by the names of files alone; raises the same errors."""
-    kind, trees, _ = _open_layout(name, data_dir, source)
+def _folder_of_tables(tree: Tree) -> str | None:
+    """The folder of own tables that lies nearest to the top; `None` where there is no table."""
+    stems = ("entities", "mentions", *(word for words in SPLIT_WORDS.values() for word in words))
+    tables = {f"{stem}{suffix}" for stem in stems for suffix in TABLE_SUFFIXES}
+    found: dict[str, set[str]] = {}
+    for name in [*tree.files, *tree.refused]:
+        folder, _, base = name.rpartition("/")
+        if base.lower() in tables:
+            found.setdefault(folder, set()).add(base.lower().partition(".")[0])
+    # A folder that has entities, before one of other files that are called train or test.
+    nearest = min(
+        found, key=lambda place: ("entities" not in found[place], place.count("/") + bool(place), place), default=None
+    )
+    return None if nearest is None else nearest + "/" if nearest else ""
+
+
+def columns_of(name: str, data_dir: str | os.PathLike, source: str = "auto") -> tuple[dict[str, str], dict[str, str]]:
+    """The columns of mentions and of entities beyond the common ones, with their types; raises as [`open_source`]."""
+    kind, trees, prefix = _open_layout(name, data_dir, source)
+    if kind is CustomData:  # whose columns are in its tables
+        opened = kind(BENCHMARKS[name], trees, prefix, Report(), use_images=False)
+        opened.close()
+        return opened.extra_columns, opened.entity_columns
     for tree in reversed(trees):
         tree.close()
-    return kind
+    return kind.extra_columns, kind.entity_columns
 
 
 def open_source(
-    name: str, data_dir: str | os.PathLike, report: Report, *, source: str = "auto", use_images: bool = True
+    name: str,
+    data_dir: str | os.PathLike,
+    report: Report,
+    *,
+    source: str = "auto",
+    use_images: bool = True,
+    keep_nil: bool = False,
 ) -> Source:
     """Open a data set where it lies.
 
@@ -122,10 +153,11 @@ def open_source(
         source: `published` for the archive of the MIMIC authors, `original` for the data set's own release, `auto` for
             the first of these that is there.
         use_images: whether to look for images.
+        keep_nil: keep mentions of no entity, with the answer `None`, in place of leaving them out.
 
     Raises:
         ArchiveError: there is no such folder or archive, or it holds no data set of that name.
         ValueError: `name` or `source` is unknown.
     """
     kind, trees, prefix = _open_layout(name, data_dir, source)
-    return kind(BENCHMARKS[name], trees, prefix, report, use_images)
+    return kind(BENCHMARKS[name], trees, prefix, report, use_images=use_images, keep_nil=keep_nil)

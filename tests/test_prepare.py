@@ -81,6 +81,8 @@ def test_output_is_read_where_nothing_of_ours_is_installed(planted: Path, tmp_pa
         "mention": ["Bén"],
         "sentence": ["Bén"],
         "answer": ["1"],
+        "start": [0],
+        "end": [3],
         "source_id": [None],
     }
     assert read["streamed"] == ["test-0"]
@@ -260,7 +262,7 @@ def test_interrupted_check_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
         prepare("custom", data, out, Options(num_workers=1))
     assert not (out / "problems.jsonl").exists()
     again = prepare("custom", data, out, Options(num_workers=1))
-    assert again.counts == {"unreadable_image": 1}
+    assert again.counts == {"unreadable_image": 1, "closed_knowledge_base": 1}
     # Two groups of sixteen were complete and are not read again.
     assert [checked.count(noise(number)) for number in range(32) if number != 3] == [1] * 31
     # Of the third group, which was interrupted, any part may have been read before.
@@ -288,12 +290,29 @@ def test_empty_splits_are_left_out(tmp_path: Path) -> None:
     }
     data = write_folder(files, tmp_path / "data")
     report = prepare("custom", data, tmp_path / "out")
-    assert report.counts == {"empty_split": 2}
+    assert report.counts == {"empty_split": 2, "closed_knowledge_base": 1}
     mentions = datasets.load_dataset(str(tmp_path / "out"), "mentions")
     assert {split: len(rows) for split, rows in mentions.items()} == {"train": 1}
     raw, _ = load_raw("custom", data, cache_dir=str(tmp_path / "cache"))
     assert raw["train"][0]["mention"] == mentions["train"][0]["mention"]
     assert set(raw) == {"train"}
+
+
+def test_mentions_of_no_entity_are_kept_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "entities.csv": b"id,name\n1,Ann\n",
+        "train.csv": b"mention,sentence,answer,kind\nAnn,Ann,1,person\nNo one,No one,nil,\n",
+    }
+    data = write_folder(files, tmp_path / "data")
+    arguments = ["custom", "--data_dir", str(data), "--output_dir", str(tmp_path / "out"), "--keep_nil"]
+    assert main(arguments) == 0
+    assert "Rows of mentions: 2 read, 2 kept, 0 left out." in capsys.readouterr().out
+    mentions = datasets.load_dataset(str(tmp_path / "out"), "mentions", split="train")
+    assert mentions["answer"] == ["1", None]
+    assert mentions["kind"] == ["person", None]
+    assert main(arguments[:-1]) == 1  # of other options
+    raw, _ = load_raw("custom", data, keep_nil=True, cache_dir=str(tmp_path / "cache"))
+    assert raw["train"]["answer"] == ["1", None]
 
 
 def test_nothing_usable_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +328,7 @@ def test_own_data_as_documented(tmp_path: Path) -> None:
     files = {"entities.csv": tables[0].encode(), "mentions.csv": tables[1].encode()}
     files |= {f"images/{name}.jpg": an_image() for name in ("ann", "ann-at-work", "prize")}
     report = prepare("custom", write_folder(files, tmp_path / "data"), tmp_path / "out", Options(strict=True))
-    assert report.counts == {"empty_split": 2}
+    assert report.counts == {"empty_split": 2, "closed_knowledge_base": 1}
     assert report.to_dict()["entity_images"] == 2
     assert report.statistics.mentions_with_image["train"] == 1
 

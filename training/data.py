@@ -56,7 +56,7 @@ class StreamedMentions(torch.utils.data.IterableDataset):
         self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return (mention for mention in self.stream if _answer(mention) in self.knowledge_base)
+        return (mention for mention in self.stream if _has_entity(mention, self.knowledge_base))
 
 
 def load_data(data: DataArguments, cache_dir: str | None = None) -> tuple[dict[str, Any], KnowledgeBase]:
@@ -106,7 +106,7 @@ def _rows_of(stream: datasets.IterableDataset) -> Iterator[Mapping[str, Any]]:
 def training_mentions(
     mentions: Any, knowledge_base: KnowledgeBase, data: DataArguments, args: MimicTrainingArguments
 ) -> tuple[Any, int]:
-    """The mentions that can be trained on, and the number of those that cannot: their answer is no entity.
+    """The mentions that can be trained on, and the number of those that cannot: their answer is no entity, or null.
 
     They are named in `mentions_without_entity.jsonl` in the output directory.
 
@@ -122,11 +122,16 @@ def training_mentions(
         rows = tqdm(rows, desc="Counting the training's mentions", disable=args.disable_tqdm)
     kept: list[int] = []
     missing: list[dict[str, Any]] = []
+    of_no_entity = 0
     for row, mention in enumerate(rows):
-        if _answer(mention) in knowledge_base:
+        if _has_entity(mention, knowledge_base):
             kept.append(row)
+        elif mention["answer"] is None:
+            of_no_entity += 1
         else:
             missing.append({"split": "train", "row": row, **mention})
+    if of_no_entity:
+        logger.info("%d training mentions are of no entity (their answer is null). They are left out.", of_no_entity)
     if missing:
         log = Path(args.output_dir or ".") / MISSING_LOG
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -142,12 +147,15 @@ def training_mentions(
         raise ValueError("There are no mentions to train on whose answer is in the knowledge base.")
     if is_stream:
         stream = StreamedMentions(mentions, knowledge_base, len(kept), data.shuffle_buffer, args.seed)
-        return stream, len(missing)
-    return mentions.select(kept) if missing else mentions, len(missing)
+        return stream, len(missing) + of_no_entity
+    return mentions.select(kept) if missing or of_no_entity else mentions, len(missing) + of_no_entity
 
 
-def _answer(mention: Mapping[str, Any]) -> str:
-    return entity_id_of(mention["answer"], f"The answer of mention {mention.get('id')!r}")
+def _has_entity(mention: Mapping[str, Any], knowledge_base: KnowledgeBase) -> bool:
+    answer = mention["answer"]
+    if answer is None:  # a mention of no entity, which `prepare --keep_nil` keeps
+        return False
+    return entity_id_of(answer, f"The answer of mention {mention.get('id')!r}") in knowledge_base
 
 
 def first(mentions: Any, count: int) -> Any:
