@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 
-from .backbones_mimic import backbone_of
+from .backbones_mimic import BACKBONES, SUPPORTED, TEXT_POOLINGS, backbone_of, config_of
 
 PIPELINE_TASK = "multimodal-entity-linking"
 _CUSTOM_PIPELINES = {
@@ -26,8 +26,9 @@ class MimicConfig(PreTrainedConfig):
     Linking", KDD 2023) on CLIP ViT-B/32.
 
     Args:
-        backbone_config (`CLIPConfig` or `dict`, *optional*):
-            The CLIP model that encodes mentions and entities. Defaults to CLIP ViT-B/32.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            The dual encoder that encodes mentions and entities: the configuration of a CLIP, SigLIP, SigLIP 2,
+            MetaCLIP 2, Chinese-CLIP, AltCLIP or VisionTextDualEncoder model. Defaults to CLIP ViT-B/32.
         image_hidden_size (`int`, defaults to 96):
             Width to which the image features are projected before the units (`dv` in the published code).
         tglu_hidden_size (`int`, defaults to 96):
@@ -52,9 +53,12 @@ class MimicConfig(PreTrainedConfig):
             Directory or Hub repository of the [`EntityIndex`] that the pipeline uses when it is given none.
         default_index_revision (`str`, *optional*):
             Revision of `default_index`.
+        text_pooling (`str`, *optional*):
+            How a VisionTextDualEncoder backbone pools texts: "mean" of the tokens that are no padding, or the "first"
+            token. By default with the text encoder's own pooling layer. The other families have their own way.
 
     Raises:
-        TypeError: if `backbone_config` is neither a `CLIPConfig` nor a `dict` of one.
+        TypeError: if `backbone_config` is not the configuration of a supported dual encoder, or a `dict` of one.
         ValueError: if a size is not a positive integer, or `text_max_length` is more than the backbone has positions.
 
     Example:
@@ -68,12 +72,12 @@ class MimicConfig(PreTrainedConfig):
     """
 
     model_type = "mimic"
-    sub_configs = {"backbone_config": CLIPConfig}  # noqa: RUF012  transformers reads this attribute
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  transformers reads this attribute
     _auto_class = "AutoConfig"
 
     def __init__(
         self,
-        backbone_config: CLIPConfig | dict[str, Any] | None = None,
+        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
         image_hidden_size: int = 96,
         tglu_hidden_size: int = 96,
         vdlu_hidden_size: int = 96,
@@ -85,9 +89,10 @@ class MimicConfig(PreTrainedConfig):
         symmetric_loss: bool = False,
         default_index: str | None = None,
         default_index_revision: str | None = None,
+        text_pooling: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.backbone_config = _as_clip_config(backbone_config)
+        self.backbone_config = _as_backbone_config(backbone_config)
         self.image_hidden_size = image_hidden_size
         self.tglu_hidden_size = tglu_hidden_size
         self.vdlu_hidden_size = vdlu_hidden_size
@@ -99,6 +104,7 @@ class MimicConfig(PreTrainedConfig):
         self.symmetric_loss = symmetric_loss
         self.default_index = default_index
         self.default_index_revision = default_index_revision
+        self.text_pooling = text_pooling
         self._check()
         super().__init__(**kwargs)
 
@@ -139,73 +145,71 @@ class MimicConfig(PreTrainedConfig):
                 raise ValueError(f"MimicConfig: `{name}` must be a positive integer, got {value!r}.")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"MimicConfig: `layer_norm_eps` must be positive, got {self.layer_norm_eps!r}.")
-        text: Any = self.backbone_config.text_config
-        positions = text.max_position_embeddings
-        if self.text_max_length > positions:
+        self._check_backbone()
+
+    def _check_backbone(self) -> None:
+        adapter = backbone_of(self.backbone_config)
+        adapter.check(self.backbone_config)
+        positions = adapter.positions(self.backbone_config)
+        if positions is not None and self.text_max_length > positions:
             raise ValueError(
                 f"MimicConfig: `text_max_length` is {self.text_max_length}, but the backbone's text encoder has only "
                 f"{positions} positions (`max_position_embeddings`). Use {positions} or less."
             )
-        vision: Any = self.backbone_config.vision_config
-        if isinstance(vision.image_size, int) and isinstance(vision.patch_size, int):
-            if vision.patch_size < 1 or vision.image_size < vision.patch_size:
-                raise ValueError(
-                    f"MimicConfig: the backbone's `image_size` ({vision.image_size}) holds no patch of `patch_size` "
-                    f"{vision.patch_size}."
-                )
-        else:
+        if self.text_pooling is not None and not adapter.takes_pooling:
             raise ValueError(
-                "MimicConfig: the backbone's `image_size` and `patch_size` must be integers (square images), got "
-                f"{vision.image_size!r} and {vision.patch_size!r}."
+                f"MimicConfig: `text_pooling` is {self.text_pooling!r}, but a backbone of type {adapter.model_type!r} "
+                "has its own way to pool texts. Leave it out."
             )
-        for name, part in (("text_config", text), ("vision_config", vision)):
-            if part.hidden_size % part.num_attention_heads:
-                raise ValueError(
-                    f"MimicConfig: in the backbone's `{name}`, `hidden_size` ({part.hidden_size}) is not a multiple "
-                    f"of `num_attention_heads` ({part.num_attention_heads})."
-                )
+        if self.text_pooling not in (None, *TEXT_POOLINGS):
+            raise ValueError(
+                f"MimicConfig: `text_pooling` must be one of {', '.join(TEXT_POOLINGS)} or None, got "
+                f"{self.text_pooling!r}."
+            )
 
     @classmethod
-    def from_backbone(cls, backbone: str | os.PathLike[str] | CLIPConfig, **kwargs: Any) -> MimicConfig:
-        """The configuration of a MIMIC model on top of a CLIP checkpoint.
+    def from_backbone(cls, backbone: str | os.PathLike[str] | PreTrainedConfig, **kwargs: Any) -> MimicConfig:
+        """The configuration of a MIMIC model on top of a pretrained dual encoder.
 
         Args:
-            backbone: Hub id or directory of a CLIP checkpoint, or its `CLIPConfig`.
+            backbone: Hub id or directory of a checkpoint, or its configuration.
             **kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download` and `subfolder` say how to
-                find the checkpoint; everything else is passed to `MimicConfig`.
+                find the checkpoint; everything else is passed to `MimicConfig`. `text_max_length` defaults to the
+                length of the texts that the family was trained on, where that matters (SigLIP), else to 40.
 
         Raises:
-            ValueError: if the checkpoint is not a CLIP model.
+            TypeError, ValueError: if the checkpoint is not of a supported type.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        if isinstance(backbone, CLIPConfig):
-            return cls(backbone_config=backbone, **kwargs)
-        config_dict, _ = PreTrainedConfig.get_config_dict(backbone, **hub_kwargs)
-        if config_dict.get("model_type") != "clip":
-            raise ValueError(
-                f"{str(backbone)!r} is a model of type {config_dict.get('model_type')!r}; MIMIC needs a CLIP model "
-                '(`model_type` "clip"), such as "openai/clip-vit-base-patch32".'
-            )
-        return cls(backbone_config=CLIPConfig.from_dict(config_dict), **kwargs)
+        kwargs.pop("trust_remote_code", None)  # nothing of a checkpoint's code is run here
+        if isinstance(backbone, PreTrainedConfig):
+            config = backbone
+        else:
+            values, _ = PreTrainedConfig.get_config_dict(backbone, **hub_kwargs)
+            config = config_of(values, repr(str(backbone)))
+        length = backbone_of(config).text_length(config)
+        if length is not None:
+            kwargs.setdefault("text_max_length", length)
+        return cls(backbone_config=config, **kwargs)
 
 
 HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
-def _as_clip_config(value: CLIPConfig | dict[str, Any] | None) -> CLIPConfig:
+def _as_backbone_config(value: PreTrainedConfig | dict[str, Any] | None) -> Any:
     if value is None:
         return CLIPConfig()
-    if isinstance(value, CLIPConfig):
-        return value
     if isinstance(value, dict):
-        if value.get("model_type", "clip") != "clip":
-            raise TypeError(
-                f"MimicConfig: `backbone_config` is of model type {value['model_type']!r}; only CLIP is supported."
-            )
-        return CLIPConfig(**{key: item for key, item in value.items() if key != "model_type"})
-    raise TypeError(
-        f"MimicConfig: `backbone_config` must be a CLIPConfig or a dict of one, got {type(value).__name__}."
-    )
+        model_type = value.get("model_type", "clip")  # of old configurations
+        if model_type not in BACKBONES:
+            raise TypeError(f"MimicConfig: `backbone_config` is of model type {model_type!r}; {SUPPORTED}")
+        return config_of({**value, "model_type": model_type}, "`backbone_config`")
+    if not isinstance(value, PreTrainedConfig):
+        raise TypeError(
+            f"MimicConfig: `backbone_config` must be a configuration or a dict of one, got {type(value).__name__}."
+        )
+    backbone_of(value)
+    return value
 
 
 __all__ = ["MimicConfig"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from .backbones_mimic import backbone_of
 from .configuration_mimic import MimicConfig
@@ -20,10 +21,14 @@ class Encoder(nn.Module):
         config ([`MimicConfig`]): whose `backbone_config` says which dual encoder.
     """
 
+    # Modules under one name or the other, which type checkers would else take for tensors.
+    clip: Any
+
     def __init__(self, config: MimicConfig) -> None:
         super().__init__()
         backbone: Any = config.backbone_config
         self.mask_padding = config.mask_text_padding
+        self.pooling = config.text_pooling
         self.adapter = backbone_of(backbone)
         self.set_backbone(self.adapter.build(backbone))
         self.image_cls_fc = nn.Linear(config.image_embed_width, config.image_hidden_size)
@@ -36,6 +41,11 @@ class Encoder(nn.Module):
 
     def set_backbone(self, model: nn.Module) -> None:
         setattr(self, self.adapter.attribute, model)
+
+    def no_split_modules(self) -> set[str]:
+        """Classes of the backbone's modules that must stay whole on one device."""
+        models = [part for part in self.backbone.modules() if isinstance(part, PreTrainedModel)]
+        return {name for model in models for name in model._no_split_modules or ()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.adapter.token_embedding(self.backbone)
@@ -60,7 +70,7 @@ class Encoder(nn.Module):
         leave_out = self.mask_padding and not torch.is_grad_enabled()
         kept = self.adapter.columns(self.backbone.config, input_ids, attention_mask) if leave_out else length
         mask = attention_mask[:, :kept]
-        pooled, tokens = self.adapter.encode_texts(self.backbone, input_ids[:, :kept], mask, **kwargs)
+        pooled, tokens = self.adapter.encode_texts(self.backbone, input_ids[:, :kept], mask, self.pooling, **kwargs)
         if leave_out:
             # No score depends on padding: zeros, so that features do not depend on the rest of the batch either.
             tokens = tokens.masked_fill(~mask[:, :, None].bool(), 0)

@@ -83,11 +83,15 @@ def _features_config(config: MimicConfig) -> dict[str, Any]:
     result: dict[str, Any] = {name: getattr(config, name) for name in names}
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
     text, vision = backbone.text_config, backbone.vision_config
-    result["backbone_config"] = {
-        "projection_dim": backbone.projection_dim,
-        "text_config": {name: getattr(text, name) for name in (*sizes, "vocab_size", "max_position_embeddings")},
-        "vision_config": {name: getattr(vision, name) for name in (*sizes, "image_size", "patch_size")},
+    facts: dict[str, Any] = {
+        "projection_dim": getattr(backbone, "projection_dim", None),
+        "text_config": {name: getattr(text, name, None) for name in (*sizes, "vocab_size", "max_position_embeddings")},
+        "vision_config": {name: getattr(vision, name, None) for name in (*sizes, "image_size", "patch_size")},
     }
+    if backbone.model_type != "clip":  # whose facts are those of the indexes that were there before other families
+        facts["model_type"] = [backbone.model_type, text.model_type, vision.model_type]
+        result["text_pooling"] = config.text_pooling
+    result["backbone_config"] = facts
     return result
 
 

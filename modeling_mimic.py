@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .backbones_mimic import backbone_of
 from .configuration_mimic import HUB_KWARGS, MimicConfig
 from .encoder_mimic import Encoder
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, MimicEncoderOutput, widened
@@ -65,7 +66,7 @@ class MimicPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "Matcher"]  # noqa: RUF012
+    _no_split_modules = ["Matcher"]  # noqa: RUF012  and the backbone's, see MimicModel
     # Small beside the encoder, and its arithmetic is float32 whatever the encoder's is.
     _keep_in_fp32_modules_strict = ["matcher"]  # noqa: RUF012
     _supports_sdpa = True
@@ -112,35 +113,44 @@ class MimicModel(MimicPreTrainedModel):
     def __init__(self, config: MimicConfig) -> None:
         super().__init__(config)
         self.encoder = Encoder(config)
+        self._no_split_modules = sorted({*self.encoder.no_split_modules(), "Matcher"})
         self.matcher = Matcher(config)
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, backbone: str | os.PathLike[str] | CLIPModel, **kwargs: Any) -> MimicModel:
-        """A MIMIC model on a pretrained CLIP, its own layers initialised at random: where fine-tuning starts.
+    def from_backbone(cls, backbone: str | os.PathLike[str] | PreTrainedModel, **kwargs: Any) -> MimicModel:
+        """A MIMIC model on a pretrained dual encoder, its own layers initialised at random: where fine-tuning starts.
 
         Args:
-            backbone: Hub id or directory of a CLIP checkpoint, or a `CLIPModel` (whose weights are then shared).
+            backbone: Hub id or directory of a CLIP, SigLIP, SigLIP 2, MetaCLIP 2, Chinese-CLIP, AltCLIP or
+                VisionTextDualEncoder checkpoint, or such a model (whose weights are then shared).
             **kwargs: what finds the checkpoint (`revision`, `cache_dir`, `token`, `local_files_only`,
                 `force_download`, `subfolder`); `dtype` and `attn_implementation`, for the backbone; and everything
                 that `MimicConfig` takes.
 
         Raises:
-            ValueError: if the checkpoint is not a CLIP model, or the configuration does not fit it.
+            TypeError, ValueError: if the checkpoint is of a type that is not supported, or the configuration does not
+                fit it.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         model_kwargs = {key: kwargs.pop(key) for key in ("dtype", "attn_implementation") if key in kwargs}
-        if isinstance(backbone, CLIPModel):
-            clip = backbone
-            config = MimicConfig(backbone_config=clip.config, **kwargs)
+        if isinstance(backbone, PreTrainedModel):
+            dual = backbone
+            config = MimicConfig.from_backbone(dual.config, **kwargs)
+            if not isinstance(dual, backbone_of(dual.config).class_()):
+                raise TypeError(
+                    f"A backbone of type {dual.config.model_type!r} must be a {backbone_of(dual.config).model_class}, "
+                    f"got {type(dual).__name__}."
+                )
         else:
             config = MimicConfig.from_backbone(backbone, **hub_kwargs, **kwargs)
-            clip = CLIPModel.from_pretrained(backbone, **hub_kwargs, **model_kwargs)
-            config.backbone_config = clip.config
+            family = backbone_of(config.backbone_config).class_()
+            dual = family.from_pretrained(backbone, **hub_kwargs, **model_kwargs)
+            config.backbone_config = dual.config
         model = cls(config)
-        model.encoder.clip = clip
+        model.encoder.set_backbone(dual)
         for layer in (model.encoder.image_cls_fc, model.encoder.image_tokens_fc):
-            layer.to(clip.dtype)
+            layer.to(dual.dtype)
         return model
 
     def get_input_embeddings(self) -> nn.Module:

@@ -180,7 +180,14 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         given = input_tensors.pop("candidates")
         candidates = [item.ids for item in (given if isinstance(given, list) else [given])]
         index = self.index
-        mentions = self.model.encode_mentions(**input_tensors)
+        was_training = self.model.training
+        if was_training:  # what dropout leaves out would be drawn at random
+            self.model.eval()
+        try:
+            mentions = self.model.encode_mentions(**input_tensors)
+        finally:
+            if was_training:
+                self.model.train()
         linked = index.link_encoded(mentions, top_k, candidates=candidates, method=method)
         return {"found": [_Found(entities) for entities in linked]}
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BatchFeature, CLIPConfig, CLIPImageProcessorPil, ProcessorMixin
-from transformers.image_utils import PILImageResampling
+from transformers import AutoTokenizer, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
 from transformers.utils import logging
 
+from .backbones_mimic import backbone_of
 from .configuration_mimic import HUB_KWARGS, MimicConfig
 from .errors_mimic import MimicImageError
 from .images_mimic import ImageInput, first_image, load_image
@@ -30,7 +30,7 @@ class MimicProcessor(ProcessorMixin):
     and normalized; where there is none, the normalized image is all zeros.
 
     Args:
-        image_processor (`CLIPImageProcessorPil`): resizes and normalises image_list.
+        image_processor (`CLIPImageProcessorPil`): resizes, perhaps crops, and normalises image_list.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's.
         text_max_length (`int`, defaults to 40): number of tokens of every text.
         correct_images (`bool`, defaults to `True`): whether a camera's orientation is applied, transparency shows
@@ -79,29 +79,61 @@ class MimicProcessor(ProcessorMixin):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
-    def from_backbone(cls, backbone: str | os.PathLike[str], config: MimicConfig | None = None, **kwargs: Any) -> Any:
-        """The processor of a MIMIC model on top of a CLIP checkpoint.
+    def from_backbone(
+        cls,
+        backbone: str | os.PathLike[str],
+        config: MimicConfig | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The processor of a MIMIC model on top of a pretrained dual encoder.
+
+        Images are prepared as the checkpoint's own image processor does it. On a CLIP they are as the published model
+        has them: the whole image resized to the square, without a crop.
 
         Args:
-            backbone: Hub id or directory of a CLIP checkpoint with its tokenizer.
+            backbone: Hub id or directory of a checkpoint with its tokenizer.
             config: the model's configuration; read from the checkpoint if absent.
+            trust_remote_code: whether a tokenizer that brings its own code may run it.
             **kwargs: what finds the checkpoint (`revision`, `cache_dir`, `token`, ...), and `correct_images`.
+
+        Raises:
+            TypeError, ValueError: if the checkpoint is of a type that is not supported, or its tokenizer or its image
+                processor do not fit it.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         if config is None:
             config = MimicConfig.from_backbone(backbone, **hub_kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(backbone, **hub_kwargs)
-        image_processor = cls.image_processor_for(config.backbone_config)
+        tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=trust_remote_code, **hub_kwargs)
+        try:
+            own, _ = CLIPImageProcessorPil.get_image_processor_dict(backbone, **hub_kwargs)
+        except OSError:
+            own = None
+        image_processor = cls.image_processor_for(config.backbone_config, own)
         return cls(image_processor, tokenizer, text_max_length=config.text_max_length, **kwargs)
 
     @staticmethod
-    def image_processor_for(backbone_config: CLIPConfig) -> CLIPImageProcessorPil:
-        """The published image preprocessing for a backbone's size: Lanczos, square, no crop, CLIP's normalisation."""
-        vision: Any = backbone_config.vision_config
-        side = vision.image_size
-        return CLIPImageProcessorPil(
-            size={"height": side, "width": side}, resample=PILImageResampling.LANCZOS, do_center_crop=False
-        )
+    def image_processor_for(backbone_config: Any, own: dict[str, Any] | None = None) -> CLIPImageProcessorPil:
+        """The image preprocessing for a backbone.
+
+        Args:
+            backbone_config: the backbone's configuration.
+            own: settings of the checkpoint's own image processor; the family's usual ones where absent. For a CLIP
+                only its mean and standard deviation count: the rest is as published (Lanczos, square, no crop).
+
+        Raises:
+            ValueError: if it makes images of another size than the backbone reads.
+        """
+        adapter = backbone_of(backbone_config)
+        image_processor = CLIPImageProcessorPil(**adapter.image_settings(backbone_config, own))
+        side, (height, width) = adapter.image_size(backbone_config), image_size_of(image_processor)
+        if (height, width) != (side, side):
+            raise ValueError(
+                f"The image processor of this {adapter.model_type!r} checkpoint makes images of {height} x {width} "
+                f"pixels (0: of no fixed size), but the model reads {side} x {side}. Correct `size` and `crop_size` "
+                "in its preprocessor_config.json."
+            )
+        return image_processor
 
     def process_mentions(
         self,
@@ -185,7 +217,12 @@ class MimicProcessor(ProcessorMixin):
     def tokenize(self, texts: list[str]) -> BatchFeature:
         """`input_ids` and `attention_mask` of texts that already have their template, each (B, text_max_length)."""
         encoded = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self.text_max_length, return_tensors="pt"
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
         )
         return BatchFeature({"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]})
 
@@ -204,8 +241,7 @@ class MimicProcessor(ProcessorMixin):
         """
         if on_image_error not in ("raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
-        size = self.image_processor.size
-        pixel_values = torch.zeros(len(images), 3, size["height"], size["width"])
+        pixel_values = torch.zeros(len(images), 3, *image_size_of(self.image_processor))
         for row, source in enumerate(images):
             try:
                 # One at a time: an image may take a hundred times as much memory as its file.
@@ -229,8 +265,8 @@ class MimicProcessor(ProcessorMixin):
         Raises:
             MimicImageError: if it cannot be read.
         """
-        if self.correct_images:
-            loaded = load_image(image)
+        if self.correct_images or self.image_processor.do_center_crop:
+            loaded = load_image(image, correct=self.correct_images)
             if loaded is None:
                 return None
             made = self.image_processor([loaded], do_rescale=False, do_normalize=False, return_tensors="np")
@@ -241,7 +277,9 @@ class MimicProcessor(ProcessorMixin):
 
     def normalized(self, resized: np.ndarray) -> torch.Tensor:
         """What the model reads of a resized image: float32 of shape (3, height, width)."""
-        made = self.image_processor([resized], do_resize=False, input_data_format="channels_first", return_tensors="pt")
+        made = self.image_processor(
+            [resized], do_resize=False, do_center_crop=False, input_data_format="channels_first", return_tensors="pt"
+        )
         return made["pixel_values"][0].float()
 
     def __call__(
@@ -309,10 +347,20 @@ class MimicProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
 
+def image_size_of(image_processor: Any) -> tuple[int, int]:
+    """Height and width, in pixels, of the images that an image processor makes; zeros where they are not fixed."""
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    try:
+        return int(size["height"]), int(size["width"])
+    except (KeyError, TypeError):
+        return 0, 0
+
+
 def _image_settings(image_processor: Any) -> dict[str, Any]:
-    names = ("size", "resample", "do_center_crop", "do_resize", "do_rescale", "do_normalize", "rescale_factor")
     settings = image_processor.to_dict()
-    return {name: settings[name] for name in (*names, "image_mean", "image_std") if name in settings}
+    names = ["size", "crop_size", "resample", "do_center_crop", "do_resize", "do_rescale", "do_normalize"]
+    names += ["rescale_factor", "image_mean", "image_std"]
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
-__all__ = ["MimicProcessor"]
+__all__ = ["MimicProcessor", "image_size_of"]

@@ -814,7 +814,7 @@ def test_from_backbone(tmp_path: Path) -> None:
 
 def test_from_a_backbone_that_is_none(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of type 'bert'; MIMIC needs a CLIP model"):
+    with pytest.raises(ValueError, match=r"of type 'bert'\. MIMIC needs a dual encoder"):
         MimicModel.from_backbone(tmp_path)
 
 

@@ -42,7 +42,9 @@ class ModelArguments:
     )
     backbone: str | None = field(
         default=None,
-        metadata={"help": "A CLIP checkpoint to start from, such as openai/clip-vit-base-patch32 (the published)."},
+        metadata={
+            "help": "A CLIP or other dual encoder to start from, such as openai/clip-vit-base-patch32 (the published)."
+        },
     )
     from_scratch: bool = field(
         default=False,

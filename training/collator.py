@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors_mimic import MimicImageError
-from ..processing_mimic import MimicProcessor
+from ..processing_mimic import MimicProcessor, image_size_of
 from ..records_mimic import entity_id_of
 from .knowledge_base import KnowledgeBase, listed
 
@@ -168,8 +168,7 @@ class MentionEntityCollator:
     def _inputs(self, heads: list[str], bodies: list[str], sources: list[Any], names: list[str]) -> dict[str, Tensor]:
         separator = self.processor.separator
         inputs = self.processor.tokenize([head + separator + body for head, body in zip(heads, bodies, strict=True)])
-        size = self.processor.image_processor.size
-        pixel_values = torch.zeros(len(sources), 3, size["height"], size["width"])
+        pixel_values = torch.zeros(len(sources), 3, *image_size_of(self.processor.image_processor))
         for row, (source, name) in enumerate(zip(sources, names, strict=True)):
             image = self._resized(source, name)
             if image is not None:
@@ -190,7 +189,8 @@ class MentionEntityCollator:
         if self._normalized is None:
             # What the image processor makes of each of the 256 values, for each channel.
             ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
-            table = self.processor.image_processor([ramp], do_resize=False, return_tensors="np")["pixel_values"]
+            settings = {"do_resize": False, "do_center_crop": False, "return_tensors": "np"}
+            table = self.processor.image_processor([ramp], **settings)["pixel_values"]
             self._normalized = table[0].reshape(3, 256).astype(np.float32)
         for channel, values in enumerate(self._normalized):
             np.take(values, image[channel], out=out[channel].numpy())

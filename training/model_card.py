@@ -121,12 +121,12 @@ class TrainingRun:
         self.arguments = {name: arguments[name] for name in _ARGUMENTS if name in arguments}
         self.arguments["processes"] = trainer.args.world_size
         config = model.config
-        clip = config.backbone_config
+        backbone = config.backbone_config
         self.model = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "text encoder": _tower(clip.text_config, f"{config.text_max_length} tokens"),
+            "text encoder": _tower(backbone.text_config, f"{config.text_max_length} tokens"),
             "image encoder": _tower(
-                clip.vision_config, f"{clip.vision_config.image_size} px, patches of {clip.vision_config.patch_size}"
+                backbone.vision_config, f"{config.image_size} px, patches of {backbone.vision_config.patch_size}"
             ),
         }
         self.arguments |= {name: getattr(config, name) for name in _CONFIG}

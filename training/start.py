@@ -36,7 +36,8 @@ def build_model(
     if model_args.backbone is not None:
         model = MimicModel.from_backbone(model_args.backbone, dtype=torch.float32, **overrides, **hub, **kwargs)
         config: Any = model.config
-        processor = MimicProcessor.from_backbone(model_args.backbone, config, **hub, **images)
+        settings: dict[str, Any] = {**hub, **images}
+        processor = MimicProcessor.from_backbone(model_args.backbone, config, **settings)
         return model, processor
     clip = _clip_config(model_args.clip_config)
     tokenizer = train_tokenizer(_texts(mentions or [], knowledge_base), model_args.vocab_size)
