@@ -1,8 +1,7 @@
-"""Safe reading of what other people packed: folders, zip and tar archives, JSON files and images.
+"""Safe reading of what other people packed: folders, zip and tar archives, and JSON files.
 
 Nothing here trusts a name, a size or a byte that comes from an archive. A [`Tree`] is a read-only view of a folder,
-a zip or an uncompressed tar that never leaves it; an [`ImageFolder`] finds images in trees by file name;
-[`inspect_image`] decodes an image within bounds. Archives are read in place, also a zip inside a tar.
+a zip or an uncompressed tar that never leaves it. Archives are read in place, also a zip inside a tar.
 """
 
 from __future__ import annotations
@@ -13,42 +12,27 @@ import json
 import os
 import re
 import stat
-import struct
-import sys
-import tarfile
-import threading
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps
-
-from mimic_el.errors_mimic import MimicError, MimicImageError
-from mimic_el.images_mimic import MAX_PIXELS, load_image, open_image
+from .members import ArchiveError, TarMember, Window, tar_members, zip_member
 
 MAX_JSON_BYTES = 4 << 30
-MAX_IMAGE_BYTES = 256 << 20
 # An archive that is compressed inside another one is unpacked in memory up to this size.
 MAX_NESTED_BYTES = 256 << 20
 # Deflate reaches about 1000:1 on nothing but zeros; images and JSON stay far below this.
 MAX_COMPRESSION_RATIO = 200
+# Folders below one another.
+MAX_DEPTH = 64
 SMALL_MEMBER_BYTES = 1 << 20
 
 # What a damaged or hostile archive member can raise while it is read.
-READ_ERRORS = (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error)
-
-
-class ArchiveError(MimicError, ValueError):
-    """A file cannot be read safely. `kind` is a kind of [`mimic_el.datasets_scripts.report`]; `str()` is the detail."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(detail)
-        self.kind = kind
+READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, MemoryError, zipfile.BadZipFile)
 
 
 def unsafe_path(name: str) -> str | None:
@@ -90,10 +74,6 @@ class Tree(ABC):
     def changed(self, name: str) -> int:
         """A number that changes when the file does: a modification time or a checksum."""
 
-    def _raw(self, name: str, limit: int) -> bytes:
-        with self.open(name) as file:
-            return file.read(limit)
-
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of a file.
 
@@ -102,13 +82,18 @@ class Tree(ABC):
         """
         if self.files[name] > limit:
             raise ArchiveError("oversized", f"{self.files[name]:,} bytes, more than the limit of {limit:,}")
+        data = bytearray()
         try:
-            data = self._raw(name, limit + 1)
+            with self.open(name) as file:
+                while block := file.read(1 << 20):
+                    data += block
+                    if len(data) > limit:
+                        raise ArchiveError("oversized", f"more than {limit:,} bytes")
         except READ_ERRORS as error:
+            if isinstance(error, ArchiveError):
+                raise
             raise ArchiveError("unreadable", f"{type(error).__name__}: {error}") from error
-        if len(data) > limit:
-            raise ArchiveError("oversized", f"more than {limit:,} bytes")
-        return data
+        return bytes(data)
 
     @abstractmethod
     def close(self) -> None:
@@ -128,15 +113,30 @@ class DirectoryTree(Tree):
         super().__init__(str(path))
         self.path = Path(path).resolve(strict=True)
         self._mtimes: dict[str, int] = {}
-        for name, entry in self._walk(self.path, ""):
+        for name, entry in self._walk():
             self._add(name, entry)
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry]]:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
+    def _walk(self) -> Iterator[tuple[str, os.DirEntry]]:
+        waiting: list[tuple[Path, str]] = [(self.path, "")]
+        while waiting:
+            folder, prefix = waiting.pop()
+            if prefix.count("/") > MAX_DEPTH:
+                self.refused[prefix.rstrip("/")] = ("oversized", f"lies below more than {MAX_DEPTH} folders")
+                continue
+            try:
+                with os.scandir(folder) as found:
+                    entries = sorted(found, key=lambda entry: entry.name)
+            except OSError as error:
+                self.refused[prefix.rstrip("/")] = ("unreadable", f"{type(error).__name__}: {error.strerror}")
+                continue
+            for entry in entries:
                 yield prefix + entry.name, entry
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                    yield from self._walk(folder / entry.name, f"{prefix}{entry.name}/")
+            inner = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+            waiting += [
+                (folder / entry.name, f"{prefix}{entry.name}/")
+                for entry in reversed(inner)
+                if not entry.name.startswith(".")
+            ]
 
     def _add(self, name: str, entry: os.DirEntry) -> None:
         if _is_junk(name):
@@ -176,13 +176,15 @@ class ZipTree(Tree):
     def __init__(self, file: BinaryIO, label: str):
         super().__init__(label)
         self._file = file
-        try:
-            self._zip = zipfile.ZipFile(file)
-        except READ_ERRORS as error:
-            file.close()
-            raise ArchiveError("broken_archive", f"not a readable zip archive: {error}") from error
         self._infos: dict[str, zipfile.ZipInfo] = {}
-        for info in self._zip.infolist():
+        try:
+            with zipfile.ZipFile(file) as archive:  # reads the directory alone; it closes no file that it is given
+                members = archive.infolist()
+        except Exception as error:  # a damaged directory fails in many ways
+            hint = _not_whole(file)
+            file.close()
+            raise ArchiveError("broken_archive", f"not a readable zip archive: {error}{hint}") from error
+        for info in members:
             if not info.is_dir() and not _is_junk(info.filename):
                 self._add(info)
 
@@ -210,20 +212,7 @@ class ZipTree(Tree):
             self._infos[name] = info
 
     def open(self, name: str) -> BinaryIO:
-        info = self._infos[name]
-        if info.compress_type != zipfile.ZIP_STORED:
-            return self._zip.open(info)  # type: ignore[return-value]
-        # A stored member lies in the archive as it is, so an archive inside the archive can be read in place.
-        header = _Window(self._file, info.header_offset, 30).read(30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise zipfile.BadZipFile(f"{name}: bad local header")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        start = info.header_offset + 30 + name_length + extra_length
-        return io.BufferedReader(_Window(self._file, start, info.file_size))
-
-    def _raw(self, name: str, limit: int) -> bytes:
-        with self._zip.open(self._infos[name]) as file:  # checks the member's checksum, which a window does not
-            return file.read(limit)
+        return zip_member(self._file, self._infos[name])
 
     def is_seekable(self, name: str) -> bool:
         """Whether a member can be read in any order without unpacking it, as a nested archive must be."""
@@ -233,7 +222,6 @@ class ZipTree(Tree):
         return self._infos[name].CRC
 
     def close(self) -> None:
-        self._zip.close()
         self._file.close()
 
 
@@ -244,33 +232,30 @@ class TarTree(Tree):
         super().__init__(str(path))
         self.path = Path(path)
         self._offsets: dict[str, tuple[int, int]] = {}
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if not member.isdir() and not _is_junk(member.name):
-                        self._add(member)
-        except tarfile.TarError as error:
-            raise ArchiveError(
-                "broken_archive", f"not a readable uncompressed tar archive ({error}); unpack a compressed one first"
-            ) from error
+        with open(path, "rb") as file:
+            if packed := _compression(file.read(6)):
+                raise ArchiveError("broken_archive", f"is compressed with {packed}; unpack it first")
+            for member in tar_members(file, os.stat(file.fileno()).st_size):
+                if member.kind != "folder" and not _is_junk(member.name):
+                    self._add(member)
 
-    def _add(self, member: tarfile.TarInfo) -> None:
+    def _add(self, member: TarMember) -> None:
         name = member.name.removeprefix("./")
         reason = unsafe_path(name)
         if reason:
             self.refused[name] = ("unsafe", f"member name {reason}")
-        elif member.issym() or member.islnk():
+        elif member.kind == "link":
             self.refused[name] = ("unsafe", "is a link in the archive")
-        elif not member.isreg() or member.issparse():
+        elif member.kind != "file":
             self.refused[name] = ("not_a_file", "is not a regular file")
         else:
             self.files[name] = member.size
-            self._offsets[name] = (member.offset_data, int(member.mtime))
+            self._offsets[name] = (member.offset, member.mtime)
 
     def open(self, name: str) -> BinaryIO:
         # A handle of its own for each reader: two nested archives can then be read side by side.
         file = open(self.path, "rb")  # noqa: SIM115, closed with the window
-        return io.BufferedReader(_Window(file, self._offsets[name][0], self.files[name], owns=True))
+        return io.BufferedReader(Window(file, self._offsets[name][0], self.files[name], owns=True))
 
     def changed(self, name: str) -> int:
         return self._offsets[name][1]
@@ -279,58 +264,19 @@ class TarTree(Tree):
         pass  # each file is opened by itself
 
 
-_LOCK = threading.Lock()
+def _compression(start: bytes) -> str | None:
+    """What a file that begins so is compressed with."""
+    marks = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    return next((name for mark, name in marks.items() if start.startswith(mark)), None)
 
 
-def _read_at(file: BinaryIO, count: int, place: int) -> bytes:
-    if hasattr(os, "pread") and not isinstance(file, io.BytesIO):
-        return os.pread(file.fileno(), count, place)
-    with _LOCK:
-        file.seek(place)
-        return file.read(count)
-
-
-class _Window(io.RawIOBase):
-    """A read-only view of `size` bytes of a file from `start`; several may share one file, in several threads."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int, owns: bool = False):
-        self._to_close = file if owns else None
-        self._outer = file  # a file that nobody refers to is closed
-        self._file: BinaryIO
-        self._start: int
-        self._size: int
-        around = getattr(file, "raw", file)
-        if isinstance(around, _Window):  # an archive in an archive: read from the outermost file
-            file, start, size = around._file, around._start + start, max(0, min(size, around._size - start))
-        self._file, self._start, self._size, self._position = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise ValueError("negative seek position")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer) -> int:
-        count = max(0, min(len(buffer), self._size - self._position))
-        data = _read_at(self._file, count, self._start + self._position)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if self._to_close is not None:
-            self._to_close.close()
-        super().close()
+def _not_whole(file: BinaryIO) -> str:
+    """A hint for a zip archive whose directory, at its end, cannot be found though it begins as one."""
+    try:
+        file.seek(0)
+        return " (it begins as one: is the download complete?)" if file.read(4) == b"PK\x03\x04" else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def open_tree(path: str | os.PathLike) -> Tree:
@@ -358,6 +304,8 @@ def open_nested(tree: Tree, name: str) -> Tree:
         ArchiveError: where it is damaged, or compressed once more by the archive around it.
     """
     label = f"{tree.label}/{name}"
+    if name in tree.files and not tree.files[name]:
+        raise ArchiveError("broken_archive", f"{label} is empty")
     if name.lower().endswith(".tar"):
         if isinstance(tree, DirectoryTree):
             return TarTree(tree.path / name)
@@ -366,191 +314,10 @@ def open_nested(tree: Tree, name: str) -> Tree:
         if tree.files[name] > MAX_NESTED_BYTES:
             raise ArchiveError("broken_archive", f"{label} is compressed twice; unpack {tree.label} first")
         return ZipTree(io.BytesIO(tree.read(name, MAX_NESTED_BYTES)), label)
-    return ZipTree(tree.open(name), label)
-
-
-class ImageFile(NamedTuple):
-    """An image found in `folder` (an [`ImageFolder`]) under `name`, its path there."""
-
-    folder: ImageFolder
-    name: str
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        tree, name = self.folder.files[self.name]
-        return tree.files[name]
-
-    def read(self) -> bytes:
-        """The file's bytes; raises `ArchiveError` (`oversized_image`, `unreadable_image`)."""
-        tree, name = self.folder.files[self.name]
-        try:
-            return tree.read(name, MAX_IMAGE_BYTES)
-        except ArchiveError as error:
-            raise ArchiveError(f"{error.kind}_image", f"{self.name!r}: {error}") from error
-
-
-_IMAGE_KINDS = {"unsafe": "unsafe_image_path", "not_a_file": "image_not_a_file", "oversized": "oversized_image"}
-
-
-def _base(name: str) -> str:
-    # A name that was refused, or that a row gives, may hold the other system's separators.
-    return re.split(r"[\\/]", name)[-1]
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0] or name
-
-
-class ImageFolder:
-    """Images by name, below one folder or several.
-
-    Data sets name an image with the extension it had before it was converted, so [`find`] falls back in this order,
-    and says which step it took:
-
-    1. `exact`: the path as given, or a file whose path ends in it;
-    2. `jpg`: the path up to its last dot, with `.jpg` (how the MIMIC archives store images);
-    3. `case`: either, in another case;
-    4. `extension`: the path with any other extension.
-
-    The folders that a path names are part of it: `Q1/2.jpg` is not found in `Q2/`.
-
-    Args:
-        label: what to call the folder in messages.
-        parts: the trees and, for each, the folder in it to look below (`""` for all of it, else ending in `/`).
-
-    Attributes:
-        files: by path below its folder, the tree and the name in it of every image.
-    """
-
-    def __init__(self, label: str, parts: list[tuple[Tree, str]]):
-        self.label = label
-        self.files: dict[str, tuple[Tree, str]] = {}
-        self._refused: dict[str, dict[str, tuple[str, str]]] = {}
-        for tree, prefix in parts:
-            for name in tree.files:
-                if name.startswith(prefix):
-                    self.files.setdefault(name[len(prefix) :], (tree, name))
-            for name, refusal in tree.refused.items():
-                if name.startswith(prefix):
-                    self._refused.setdefault(_base(name), {}).setdefault(name[len(prefix) :], refusal)
-        self._bases: dict[str, list[str]] = {}
-        for path in self.files:
-            self._bases.setdefault(_base(path), []).append(path)
-        self._folded: dict[str, list[str]] | None = None
-        self._stems: dict[str, list[str]] | None = None
-
-    def find(self, reference: str, moved: bool = False) -> tuple[ImageFile, str]:
-        """Look an image up by the name or path that a row gives.
-
-        Args:
-            reference: the name or path.
-            moved: whether the path may name folders that are gone and a name with more after its first dot, as the
-                `imgPath` of the MIMIC archives does: then its last part, or that up to its first dot, is enough.
-
-        Returns:
-            The image and the step that found it: `exact`, `jpg`, `case` or `extension`.
-
-        Raises:
-            ArchiveError: `unsafe_image_path`, `image_not_a_file`, `oversized_image`, `unreadable_image` or
-                `missing_image` (also where several files could be meant).
-        """
-        reason = unsafe_path(reference)
-        if reason:
-            raise ArchiveError("unsafe_image_path", f"{reference!r} {reason}")
-        if reference in self.files:
-            return ImageFile(self, reference), "exact"
-        *folders, base = [part for part in re.split(r"[\\/]", reference) if part not in ("", ".")] or [""]
-        # The file must lie in the folders that are named. Where these may be gone, in them or else anywhere.
-        places = list(dict.fromkeys(("/".join(folders), ""))) if moved else ["/".join(folders)]
-        stems = list(dict.fromkeys((_stem(base), base.partition(".")[0]))) if moved else [_stem(base)]
-        names = [base, *(stem + ".jpg" for stem in stems)]
-        for name in names:
-            if found := _in_places(self._bases.get(name, ()), places):
-                return self._image(reference, found), "exact" if name == base else "jpg"
-            refused = self._refused.get(name, {})
-            if found := _in_places(refused, places):
-                kind, detail = refused[found[0]]
-                raise ArchiveError(_IMAGE_KINDS.get(kind, "unreadable_image"), f"{reference!r} {detail}")
-        if self._folded is None or self._stems is None:
-            self._folded, self._stems = {}, {}
-            for name, paths in self._bases.items():
-                self._folded.setdefault(name.lower(), []).extend(paths)
-                self._stems.setdefault(_stem(name).lower(), []).extend(paths)
-        for name in names:
-            if found := _in_places(self._folded.get(name.lower(), ()), places, fold=True):
-                return self._image(reference, found), "case"
-        for stem in stems:
-            if found := _in_places(self._stems.get(stem.lower(), ()), places, fold=True):
-                return self._image(reference, found), "extension"
-        raise ArchiveError("missing_image", f"{reference!r} is not in {self.label}")
-
-    def _image(self, reference: str, paths: list[str]) -> ImageFile:
-        # Of names that differ in case or extension alone the first; the one that lies in no folder comes before others.
-        same = [path for path in paths if _base(path) == _base(paths[0])]
-        if len(same) == 1 or _base(same[0]) in same:
-            return ImageFile(self, same[0] if len(same) == 1 else _base(same[0]))
-        raise ArchiveError("missing_image", f"{reference!r} could be {same[0]!r} or {same[1]!r} in {self.label}")
-
-
-def _in_places(paths: Iterable[str], places: list[str], fold: bool = False) -> list[str]:
-    """Those of `paths` in a folder whose path ends in the first of `places` that any is in; all are in `""`."""
-    for place in places:
-        ending = f"/{place.lower() if fold else place}" if place else ""
-        found = []
-        for path in paths:
-            folder = "/" + "/".join(re.split(r"[\\/]", path)[:-1])
-            if (folder.lower() if fold else folder).endswith(ending):
-                found.append(path)
-        if found:
-            return found
-    return []
-
-
-def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
-    """Decode an image completely, to know that a reader of the data set can: it is read as training reads it.
-
-    Returns:
-        `None` for a sound image, else `(kind, detail)` with `oversized_image` (more than `max_pixels` pixels; it is
-        not decoded) or `unreadable_image` (not an image, truncated, damaged, or not one of the formats of
-        `mimic_el.images_mimic`).
-    """
     try:
-        load_image(data, max_pixels)
-    except MimicImageError as error:
-        # The reader's own limit has no cause; above twice Pillow's, Pillow refuses.
-        too_large = error.__cause__ is None or isinstance(error.__cause__, Image.DecompressionBombError)
-        # The reader has no name for bytes; the caller has.
-        detail = str(error).replace("The image the given bytes", "it").replace("the given bytes", "it")
-        return "oversized_image" if too_large else "unreadable_image", detail
-    return None
-
-
-# Modes that convert to RGB or RGBA without loss of range; the others have more than 8 bits a channel.
-_EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"}
-
-
-def shrink_image(data: bytes, longest_side: int) -> bytes:
-    """Re-encode a sound image so that its longest side has at most `longest_side` pixels.
-
-    An image that is small enough, or has more than 8 bits a channel, keeps its bytes. One with transparency becomes
-    PNG, any other JPEG (quality 90). The camera's orientation is applied, as `datasets.Image` does when it decodes.
-    """
-    opened, _ = open_image(data, sys.maxsize)  # its pixels were counted when it was found sound
-    with opened as image:
-        if max(image.size) <= longest_side or image.mode not in _EIGHT_BIT_MODES:
-            return data
-        image.draft("RGB", (longest_side, longest_side))  # JPEG decodes at a fraction of its size where that is enough
-        turned = ImageOps.exif_transpose(image)
-        transparent = turned.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in turned.info
-        small = turned.convert("RGBA" if transparent else "RGB")
-        small.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    if transparent:
-        small.save(buffer, "PNG")
-    else:
-        small.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+        return ZipTree(tree.open(name), label)
+    except ArchiveError as error:
+        raise ArchiveError("broken_archive", f"{label}: {error}") from error
 
 
 @dataclass(frozen=True)

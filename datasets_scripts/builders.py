@@ -25,7 +25,8 @@ import datasets
 
 from mimic_el.images_mimic import MAX_PIXELS
 
-from .archives import ArchiveError, ImageFile, inspect_image, shrink_image
+from .archives import ArchiveError
+from .image_files import ImageFile, inspect_image, shrink_image, without_metadata
 from .report import SPLITS, Report
 from .source import BENCHMARKS, EntityRow, MentionRow, Source
 from .sources import columns_of, open_source
@@ -105,15 +106,19 @@ def checked_rows(
         data: dict[ImageFile, bytes] = {}
         for image in images:
             try:
-                data[image] = image.read()
+                data[image] = source.read_image(image)
                 problem = inspect_image(data[image], max_image_pixels)
             except ArchiveError as error:
                 problem = error.kind, str(error)
             if problem:
-                data.pop(image, None)
                 source.bad_images[image] = problem
                 report.add(problem[0], row.file, row.row, f"{image.name!r}: {problem[1]}")
-            elif image_size:
+            if problem and problem[0] != "broken_metadata":
+                data.pop(image, None)
+                continue
+            if problem:
+                data[image] = without_metadata(data[image])
+            if image_size:
                 data[image] = shrink_image(data[image], image_size)
         if isinstance(row, EntityRow):
             row.images = [image for image in row.images if image in data]

@@ -11,7 +11,8 @@ from typing import Any
 
 from mimic_el.records_mimic import near_field
 
-from .archives import READ_ERRORS, ArchiveError, ImageFile, Tree, normal_path
+from .archives import READ_ERRORS, ArchiveError, Tree, normal_path
+from .image_files import ImageFile
 from .report import SPLITS, Report
 from .source import (
     Benchmark,

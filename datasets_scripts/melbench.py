@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .archives import ArchiveError, ImageFile, Tree
+from .archives import ArchiveError, Tree
+from .image_files import ImageFile
 from .report import Report
 from .source import Benchmark, ClosedSource, EntityRow, MentionRow, is_nil, json_type, whole
 from .splits import GroupedSplits

@@ -37,10 +37,11 @@ from mimic_el.errors_mimic import MimicError
 from mimic_el.hub_files_mimic import hub_files
 from mimic_el.images_mimic import MAX_PIXELS
 
-from .archives import ArchiveError, ImageFile, inspect_image, shrink_image
+from .archives import ArchiveError
 from .builders import encode, features_of
 from .cards import CardFacts, SplitFacts, write_card
 from .custom import CustomData
+from .image_files import ImageFile, inspect_image, shrink_image
 from .mimic_archive import MimicArchive
 from .report import SPLITS, Report
 from .shards import Manifest, Shard, plan_shards, row_bytes, write_atomically, write_shard
@@ -255,7 +256,7 @@ def _stored_rows(
     """The shards that are left to write, each with its rows; rows of complete shards are passed over unread."""
 
     def read(image: ImageFile) -> bytes:
-        data = image.read()
+        data = source.read_image(image)
         return shrink_image(data, options.image_size) if options.image_size else data
 
     rows = iter(source.rows(config, split, Report()))

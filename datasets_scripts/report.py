@@ -72,6 +72,7 @@ KINDS: dict[str, Kind] = {
     "missing_image": Kind("error", "images that are named and not there"),
     "unreadable_image": Kind("error", "images that are damaged or none"),
     "oversized_image": Kind("error", "images above the limit of pixels or bytes"),
+    "broken_metadata": Kind("error", "images whose metadata is damaged, stored without it"),
     "image_not_a_file": Kind("error", "images that are a folder or something else than a file"),
     "unsafe_image_path": Kind("error", "images named by a path that leaves their folder, refused"),
 }

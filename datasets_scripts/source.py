@@ -17,15 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
-from .archives import (
-    ArchiveError,
-    DirectoryTree,
-    ImageFile,
-    ImageFolder,
-    Tree,
-    load_json,
-    open_nested,
-)
+from .archives import READ_ERRORS, ArchiveError, DirectoryTree, Tree, load_json, open_nested
+from .image_files import ImageFile, ImageFolder, without_metadata
 from .report import Report
 from .splits import SPLIT_WORDS
 
@@ -128,7 +121,8 @@ class Source(ABC):
         extra_columns: columns of `mentions` beyond the common ones, with their types.
         entity_columns: columns of `entities` beyond the common ones, with their types.
         is_closed: whether the knowledge base is no more than the answers of the mentions.
-        bad_images: `(kind, detail)` of images that were found unusable; rows then come without them.
+        bad_images: `(kind, detail)` of images that were found unusable; rows then come without them, but for
+            `broken_metadata`, which is left out of the image.
     """
 
     format: ClassVar[str]
@@ -181,6 +175,11 @@ class Source(ABC):
             self._entity_ids = {entity.id for entity in self.entities(Report())}
         return self._entity_ids
 
+    def read_image(self, image: ImageFile) -> bytes:
+        """An image's bytes, as they are stored; raises `ArchiveError` (`oversized_image`, `unreadable_image`)."""
+        data = image.read()
+        return without_metadata(data) if self.bad_images.get(image, ("",))[0] == "broken_metadata" else data
+
     def rows(self, config: str, split: str, report: Report) -> Iterator[MentionRow | EntityRow]:
         """[`entities`] for the configuration `entities`, else [`mentions`] of `split`."""
         yield from self.entities(report) if config == "entities" else self.mentions(split, report)
@@ -199,10 +198,14 @@ class Source(ABC):
         """Report the MD5 sums of the archives of images; `advance` is told the bytes read, as it goes."""
         for name in self._image_archives:
             digest = hashlib.md5()
-            with self.tree.open(name) as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-                    advance(len(block))
+            try:
+                with self.tree.open(name) as file:
+                    while block := file.read(1 << 22):
+                        digest.update(block)
+                        advance(len(block))
+            except READ_ERRORS as error:
+                report.add("unreadable", name, detail=str(error))
+                continue
             self._add_file(report, name, self.tree.files[name], digest.hexdigest())
 
     @property
@@ -273,13 +276,13 @@ class Source(ABC):
                     parts.append((self.tree, path + "/"))
                     found.append(name)
             elif name.lower().endswith(".zip") and name[:-4].lower() in names and path in self.tree.files:
-                self._image_archives.append(path)
                 self._used.append((self.tree, path))
                 try:
                     nested = open_nested(self.tree, path)
                 except ArchiveError as error:
                     self.report.add(error.kind, name, detail=str(error))
                     continue
+                self._image_archives.append(path)
                 for member, (_, reason) in nested.refused.items():
                     self.report.add("unsafe_member", name, detail=f"{member!r} {reason}")
                 parts.append((nested, ""))
@@ -334,8 +337,11 @@ class Source(ABC):
             return None
         try:
             image, step = folder.find(reference, moved)
-            if image in self.bad_images:
-                raise ArchiveError(*self.bad_images[image])
+            kind, detail = self.bad_images.get(image, ("", ""))
+            if kind == "broken_metadata":
+                report.add(kind, file, row, detail)
+            elif kind:
+                raise ArchiveError(kind, detail)
         except ArchiveError as error:
             report.add(error.kind, file, row, str(error))
             return None

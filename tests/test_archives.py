@@ -6,11 +6,14 @@ import io
 import json
 import os
 import stat
+import struct
 import tarfile
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 
+import datasets
 import pytest
 from mel_archives import an_image, noise, png_claiming, tar_bytes, write_folder, zip_bytes
 from PIL import Image
@@ -18,15 +21,14 @@ from PIL import Image
 from mimic_el.datasets_scripts import archives
 from mimic_el.datasets_scripts.archives import (
     ArchiveError,
-    ImageFolder,
     Tree,
-    inspect_image,
     load_json,
     open_nested,
     open_tree,
-    shrink_image,
     unsafe_path,
 )
+from mimic_el.datasets_scripts.image_files import ImageFolder, inspect_image, shrink_image, without_metadata
+from mimic_el.images_mimic import IMAGE_FORMATS
 
 
 def tree_of(tmp_path: Path, kind: str, files: dict[str, bytes]) -> Tree:
@@ -389,3 +391,50 @@ def test_shrink_leaves_deep_images() -> None:
     buffer = io.BytesIO()
     Image.new("I;16", (100, 50), 40_000).save(buffer, "PNG")
     assert shrink_image(buffer.getvalue(), 10) == buffer.getvalue()
+
+
+def png_with(kind: bytes, content: bytes) -> bytes:
+    """A sound image of noise, with another chunk in its PNG."""
+    data = noise(0, (8, 8))
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return data[:33] + chunk + data[33:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [png_with(b"eXIf", b"XX*\0zzzz"), png_with(b"tEXt", b"Raw profile type exif\0\nexif\n  10\nzzzz")],
+    ids=["exif", "raw profile"],
+)
+def test_broken_metadata_of_a_sound_image(data: bytes) -> None:
+    """`datasets` raises where it decodes such a row; the pixels are not lost."""
+    decode = datasets.Image().decode_example
+    with pytest.raises((SyntaxError, ValueError)):
+        decode({"bytes": data, "path": None})
+    found = inspect_image(data)
+    assert found is not None
+    assert found[0] == "broken_metadata"
+    pixels = Image.open(io.BytesIO(noise(0, (8, 8)))).tobytes()
+    assert decode({"bytes": without_metadata(data), "path": None}).tobytes() == pixels
+    assert inspect_image(without_metadata(data)) is None
+
+
+@pytest.mark.parametrize("format", IMAGE_FORMATS)
+def test_every_format_that_the_pipeline_reads_is_taken(format: str) -> None:
+    Image.init()
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {format}")
+    assert inspect_image(an_image(size=(16, 16), format=format)) is None
+
+
+def test_folders_without_end_are_refused_by_name(tmp_path: Path) -> None:
+    place = tmp_path
+    for _ in range(archives.MAX_DEPTH + 3):
+        place = place / "d"
+    place.mkdir(parents=True)
+    (place / "a").write_bytes(b"1")
+    (tmp_path / "b").write_bytes(b"1")
+    tree = open_tree(tmp_path)
+    assert tree.files == {"b": 1}
+    assert [reason for kind, reason in tree.refused.values() if kind == "oversized"] == [
+        "lies below more than 64 folders"
+    ]

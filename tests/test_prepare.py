@@ -14,6 +14,7 @@ import datasets
 import pytest
 from hub_server import Hub
 from mel_archives import Files, an_image, noise, sound_archive, to_json, write_folder
+from test_archives import png_with
 from test_sources import planted_archive
 
 from mimic_el.datasets_scripts import prepare as module
@@ -132,6 +133,16 @@ def test_images_keep_their_bytes_or_are_shrunk(tmp_path: Path) -> None:
     assert [image and image["bytes"] for image in whole["image"]] == [an_image(5, (300, 200)), an_image(6), None]
     small = datasets.load_dataset(str(tmp_path / "b"), "mentions", split="train")
     assert [image and image.size for image in small["image"]] == [(30, 20), (8, 6), None]
+
+
+def test_an_image_with_broken_metadata_is_stored_so_that_it_can_be_read(tmp_path: Path) -> None:
+    broken = png_with(b"eXIf", b"XX*\0zzzz")
+    data = write_folder(sound_archive() | {"mention_image/m0.jpg": broken}, tmp_path / "data")
+    report = prepare("wikimel", data, tmp_path / "out")
+    assert report.counts["broken_metadata"] == 2
+    raw, _ = load_raw("wikimel", data, cache_dir=str(tmp_path / "cache"))
+    for mentions in (datasets.load_dataset(str(tmp_path / "out"), "mentions"), raw):
+        assert [row["image"] and row["image"].size for row in mentions["train"]] == [(8, 8), (8, 6), None]
 
 
 def test_report_only_writes_no_data(

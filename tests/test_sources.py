@@ -30,8 +30,9 @@ from mel_archives import (
 from source_rows import findings, rows_of
 
 from mimic_el.datasets_scripts import source as source_module
-from mimic_el.datasets_scripts.archives import ArchiveError, ImageFile
+from mimic_el.datasets_scripts.archives import ArchiveError
 from mimic_el.datasets_scripts.builders import encode, features_of
+from mimic_el.datasets_scripts.image_files import ImageFile
 from mimic_el.datasets_scripts.prepare import CONFIGS, Options, check_images
 from mimic_el.datasets_scripts.report import Report
 from mimic_el.datasets_scripts.sources import open_source
