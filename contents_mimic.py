@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .building_mimic import Builder
+from .building_mimic import Builder, ImagesRead
 from .directory_mimic import (
-    SHARD_ENTITIES,
     Manifest,
     locked_for_change,
     new_shard_name,
     publish,
+    shard_size,
 )
 from .errors_mimic import EntityIndexError, UnknownEntityError
 from .records_mimic import Records, entity_id_of
-from .store_mimic import Shard, Store, read_shard, write_shard
+from .store_mimic import Shard, Store, join_shards, read_shard, write_shard
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Contents:
             new: list[_Entry] = []
             removed = self.store.removed.clone()
 
-            def written(shard: Shard) -> Shard:
+            def written(shard: Shard, _: ImagesRead) -> Shard:
                 # At once, so that memory stays bounded; the index knows of them only when all are there.
                 new.append(self._written(shard))
                 return new[-1][0]
@@ -110,7 +110,7 @@ class Contents:
             if not new:
                 return self
             removed = torch.cat([removed, torch.zeros(sum(len(s) for s, _ in new), dtype=torch.bool)])
-            return self._next([*self._entries(), *new], removed)
+            return self._next(self._few([*self._entries(), *new]), removed)
 
     def without(self, entity_ids: Iterable[str]) -> Contents:
         """Without some entities, whose rows stay until the index is compacted.
@@ -127,7 +127,7 @@ class Contents:
             return self._next(self._entries(), removed)
 
     def compacted(self) -> Contents:
-        """Without the rows of removed entities, in shards of equal size.
+        """Without the rows of removed entities, in as few shards as a new index has.
 
         Raises:
             EntityIndexError: if no entity is left, or another process is changing the index.
@@ -135,7 +135,7 @@ class Contents:
         with self._changing():
             if not len(self):
                 raise EntityIndexError("All entities of this index were removed; build a new one instead.")
-            shards = self.store.compacted(SHARD_ENTITIES, new_shard_name)
+            shards = self.store.compacted(shard_size, new_shard_name)
             return self._next([self._written(shard) for shard in shards], None)
 
     @contextmanager
@@ -155,6 +155,21 @@ class Contents:
     def _entries(self) -> list[_Entry]:
         entries = self.manifest.get("shards", [None] * len(self.store.shards))
         return list(zip(self.store.shards, entries, strict=True))
+
+    def _few(self, entries: Sequence[_Entry]) -> list[_Entry]:
+        """The same rows, with the last shards joined where they are small.
+
+        As in counting: a shard is joined with those after it once these hold as many entities. So of n calls of `add`
+        some log2(n) small shards are left, and an entity is written that often.
+        """
+        first, size = len(entries) - 1, len(entries[-1][0])
+        while first and len(entries[first - 1][0]) <= min(size, shard_size(0) - size):
+            first -= 1
+            size += len(entries[first][0])
+        if first == len(entries) - 1:
+            return list(entries)
+        joined = join_shards(new_shard_name(first), [shard for shard, _ in entries[first:]])
+        return [*entries[:first], self._written(joined)]
 
     def _written(self, shard: Shard) -> _Entry:
         if self.directory is None:

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from .building_mimic import Builder, build_in_directory, build_in_memory, shards_of_features
 from .contents_mimic import Contents
-from .directory_mimic import SHARD_ENTITIES, new_manifest, open_directory, save_copy, shortlist_path, verify_files
+from .directory_mimic import new_manifest, open_directory, save_copy, shortlist_path, verify_files
 from .errors_mimic import EntityIndexError
+from .files_mimic import no_space_told
 from .identity_mimic import check_made_by, copy_of_matcher, model_facts
 from .index_hub_mimic import download_index, files_for_hub, upload_index
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, PairScores
@@ -32,7 +33,7 @@ from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
 from .search_mimic import METHODS, FoundEntities, SearchStats, answer_ranks, best_entities
 from .shortlist_mimic import Shortlist
-from .store_mimic import Store, no_space_told
+from .store_mimic import Store
 
 
 @dataclass
@@ -146,13 +147,14 @@ class EntityIndex:
         contents = self._contents
         return contents.store.record(contents.rows([entity_id])[0])
 
-    def check_model(self, model: MimicModel) -> None:
-        """Makes sure that a model is the one whose features this index holds.
+    def check_model(self, model: MimicModel, processor: MimicProcessor | None = None) -> None:
+        """Makes sure that a model is the one whose features this index holds, and a processor, where it is given, the
+        one that its entities were read with.
 
         Raises:
-            EntityIndexError: if it is another.
+            EntityIndexError: if it is another. Says in what it differs.
         """
-        check_made_by(self._contents.manifest["model"], model)
+        check_made_by(self._contents.manifest["model"], model, processor)
 
     # --- Search
 
@@ -189,7 +191,7 @@ class EntityIndex:
             MimicImageError: if an image cannot be read.
             EntityIndexError: if the index is of another model.
         """
-        self.check_model(model)
+        self.check_model(model, processor)
         features = encoded_mentions(model, processor, mentions, batch_size, on_image_error, show_progress)
         if features is None:
             return []
@@ -373,7 +375,7 @@ class EntityIndex:
         num_workers: int = 0,
         on_image_error: str = "warn",
         overwrite: bool = False,
-        shard_entities: int = SHARD_ENTITIES,
+        shard_entities: int | None = None,
         show_progress: bool = True,
     ) -> EntityIndex:
         """Encodes a knowledge base.
@@ -393,12 +395,13 @@ class EntityIndex:
             on_image_error: "warn" goes on without an image that cannot be read, "raise" stops.
             overwrite: whether an index that is in `output_dir` is replaced, once the new one is complete; and
                 whether an unfinished build of something else is given up.
-            shard_entities: entities in a file, and those that an interruption may cost.
+            shard_entities: entities in a file, and those that an interruption may cost. Unless told 8,192, and more
+                where an index has hundreds of files, up to 65,536.
             show_progress: whether to show a progress bar.
 
         Raises:
-            EntityIndexError: if there are no entities, `output_dir` already holds an index, or an unfinished build of
-                other entities or of another model is there.
+            EntityIndexError: if there are no entities, `output_dir` already holds an index, an unfinished build of
+                other entities or of another model is there, or the model gives an entity numbers that are not finite.
             ValueError: if an entity has no id, or two have the same.
         """
         builder = Builder(
@@ -417,7 +420,7 @@ class EntityIndex:
         model: MimicModel,
         *,
         dtype: str = "float16",
-        shard_entities: int = SHARD_ENTITIES,
+        shard_entities: int | None = None,
     ) -> EntityIndex:
         """An index, in memory, of entities that were encoded before; [`save_pretrained`] stores it.
 
@@ -446,7 +449,7 @@ class EntityIndex:
             ValueError: if an id is already there, or twice among the new ones.
             EntityIndexError: if the model is not the index's, or another process is changing the index.
         """
-        self.check_model(model)
+        self.check_model(model, processor)
         builder = Builder(model, processor, self.dtype, **options)
         self._contents = self._contents.with_entities(builder, entities, replace=False)
 
@@ -457,7 +460,7 @@ class EntityIndex:
             UnknownEntityError: if an id is not there.
             ValueError, EntityIndexError: as in [`add`].
         """
-        self.check_model(model)
+        self.check_model(model, processor)
         builder = Builder(model, processor, self.dtype, **options)
         self._contents = self._contents.with_entities(builder, entities, replace=True)
 
@@ -595,13 +598,16 @@ class EntityIndex:
         return cls(matcher, Contents(manifest, store, directory, read_only))
 
     def verify(self) -> None:
-        """Reads every file of a stored index and compares it with the checksum that was taken when it was written.
+        """Reads all of an index: of a stored one every file is compared with the checksum that was taken when it was
+        written; of any, every number must be finite, and every entity found by an id of its own.
 
         Raises:
-            EntityIndexError: if a file differs.
+            EntityIndexError: if something is wrong. Says what, and which entity's.
         """
-        if self._contents.directory is not None:
-            verify_files(self._contents.directory, self._contents.manifest)
+        contents = self._contents
+        if contents.directory is not None:
+            verify_files(contents.directory, contents.manifest)
+        contents.store.check()
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

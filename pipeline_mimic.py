@@ -123,7 +123,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     def index(self, index: EntityIndex) -> None:
         if not hasattr(index, "check_model"):
             raise TypeError(f"`index` must be an EntityIndex, its directory or Hub id, got {type(index).__name__}.")
-        index.check_model(self.model)
+        index.check_model(self.model, self.processor)
         self._index = index
 
     def _sanitize_parameters(

@@ -65,12 +65,13 @@ class Records:
         """How many records may be taken at a time: those that are read by number stay where they are."""
         return None if self._by_number is not None else _RECORDS_AT_ONCE
 
-    def skip(self, count: int) -> Iterator[Mapping[str, Any]]:
-        """Passes over the next records and gives them, perhaps without their images."""
+    def skip(self, count: int, images: bool = False) -> Iterator[Mapping[str, Any]]:
+        """Passes over the next records and gives them, perhaps without their images unless these are asked for."""
         if self._by_number is None:
             yield from itertools.islice(cast(Any, self._iterator), count)
             return
-        span = self.take(count).without_images()
+        span = self.take(count)
+        span = span if images else span.without_images()
         for row in range(len(span)):
             yield span[row]
 

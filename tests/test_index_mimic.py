@@ -27,7 +27,7 @@ import torch
 from tiny import encode_mentions, knowledge_base, mentions_of, once, picture, small_shards, tiny_processor
 from tiny_clip import tiny_model
 
-from mimic_el import building_mimic, directory_mimic, records_mimic, store_mimic
+from mimic_el import building_mimic, directory_mimic, files_mimic, records_mimic, store_mimic
 from mimic_el.errors_mimic import EntityIndexError, MimicImageError, UnknownEntityError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import EntityFeatures, MentionFeatures, MimicModel
@@ -960,8 +960,8 @@ def test_an_index_that_was_built_anew_is_another(how: str, linker: Linker, kb: l
 
 def test_two_writers_at_once(linker: Linker, kb: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     index = build(linker, kb, tmp_path)
-    monkeypatch.setattr(directory_mimic, "_LOCK_SECONDS", 0.1)
-    with directory_mimic.locked(tmp_path):
+    monkeypatch.setattr(files_mimic, "_LOCK_SECONDS", 0.1)
+    with files_mimic.locked(tmp_path):
         for change in (
             lambda: index.remove(["e1"]),
             lambda: build(linker, kb, tmp_path, overwrite=True),
