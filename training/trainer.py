@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -29,9 +32,13 @@ from ..processing_mimic import MimicProcessor
 from ..records_mimic import undecoded
 from .arguments import MimicTrainingArguments
 from .collator import MentionEntityCollator
+from .dealing import DealtBatches, DealtStream
 from .evaluation import RankedMentions, rank_mentions
+from .gather import shared_loss
+from .grad_cache import cached_step
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
+from .processes import check_same_data, refuse_other_engines
 
 INDEX_FOLDER = "index"
 
@@ -116,6 +123,7 @@ class MimicTrainer(Trainer):
                 "label_smoothing_factor is not for MIMIC: the Trainer would smooth the total score's loss and drop "
                 "those of the three units. Leave it 0."
             )
+        refuse_other_engines(args)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, which would split batches in ways that MIMIC's loss "
@@ -131,6 +139,7 @@ class MimicTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._merge = data_collator.merge_duplicates
         self.add_callback(SessionTime())
         if isinstance(args, MimicTrainingArguments):
             self.add_callback(EvaluateEveryFewEpochs(args.eval_epochs))
@@ -145,6 +154,85 @@ class MimicTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Everything but the parameters with "bias" in their name, as published: layer norm weights decay too."""
         return [name for name, _ in model.named_parameters() if "bias" not in name]
+
+    # --- Batches and their loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches; of several processes each gets its part of what one would have (see dealing.py)."""
+        count = self.args.world_size
+        if count == 1 or self.train_dataset is None:
+            return super().get_train_dataloader()
+        check_same_data(self.knowledge_base, self.train_dataset)
+        args, each = self.args, self._train_batch_size
+        total = args.batch_of_all(each) if isinstance(args, MimicTrainingArguments) else each * count
+        options: dict[str, Any] = {
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        }
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            dataset = DealtStream(dataset, total, args.process_index, count)
+            loader = DataLoader(dataset, batch_size=dataset.batch_size, **options)
+        else:
+            sampler = self._get_train_sampler(dataset)
+            assert sampler is not None
+            batches = DealtBatches(sampler, total, args.process_index, count, args.dataloader_drop_last)
+            loader = DataLoader(dataset, batch_sampler=batches, **options)
+        accelerator = self.accelerator
+        prepared = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,  # it is dealt out already
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            rng_types=list(accelerator.rng_types or []),
+            dispatch_batches=False,
+            use_seedable_sampler=True,  # the same order in all processes
+            data_seed=args.data_seed,
+            non_blocking=accelerator.non_blocking,
+        )
+        accelerator._dataloaders.append(prepared)
+        return prepared
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The loss of a batch; in training by several processes, with the entities of all as negatives."""
+        gather = getattr(self.args, "gather_negatives", False) and self.args.world_size > 1
+        if return_outputs or not model.training or not gather:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        labels, numbers = inputs["labels"], inputs.get("entity_labels")
+        encoded = {name: value for name, value in inputs.items() if not name.endswith("labels")}
+        output = model(**encoded, return_scores=False)
+        inner = self.accelerator.unwrap_model(model)
+        return shared_loss(
+            inner, output.mention_features, output.entity_features, labels, numbers, self._merge
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A step of the Trainer's, or with `cached_batch_size` one that encodes the batch part by part."""
+        chunk = getattr(self.args, "cached_batch_size", None)
+        if chunk is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        steps = self.current_gradient_accumulation_steps
+        loss = cached_step(
+            model,
+            self.accelerator.unwrap_model(model),
+            inputs,
+            chunk,
+            lambda part: self.accelerator.backward(part / steps),
+            context=self.compute_loss_context_manager,
+            gather=getattr(self.args, "gather_negatives", False),
+            merge=self._merge,
+        )
+        return loss / steps
+
+    # --- The knowledge base
 
     def build_index(self, output_dir: str | Path | None = None) -> EntityIndex:
         """The knowledge base encoded by the model as it is now; in memory, or in a directory that is emptied first."""
