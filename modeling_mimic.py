@@ -406,7 +406,9 @@ def loss_of_scores(
     """
     loss = scores[0].new_zeros(())
     for place, logits in enumerate(scores):
-        loss = loss + F.cross_entropy(logits if not_rivals is None else logits.masked_fill(not_rivals, -torch.inf), labels)
+        loss = loss + F.cross_entropy(
+            logits if not_rivals is None else logits.masked_fill(not_rivals, -torch.inf), labels
+        )
         if reverse is not None and own is not None:
             backward = reverse[place]
             if not_rival_mentions is not None:

@@ -66,9 +66,13 @@ def summed_rows(gradient: Tensor, counts: Sequence[int]) -> Tensor:
 def packed(features: EntityFeatures | MentionFeatures) -> Tensor:
     """Features as one matrix, a row an item: one exchange in place of one for each tensor. Masks become numbers."""
     dtype = next(tensor.dtype for tensor in features.tensors.values() if tensor.is_floating_point())
-    return torch.cat([tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None] for tensor in (
-        tensor.to(dtype) for tensor in features.tensors.values()
-    )], dim=1)
+    return torch.cat(
+        [
+            tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+            for tensor in (tensor.to(dtype) for tensor in features.tensors.values())
+        ],
+        dim=1,
+    )
 
 
 def unpacked(matrix: Tensor, like: _Features) -> _Features:
@@ -106,7 +110,14 @@ class SharedBatch:
 
     @classmethod
     def of(
-        cls, mention_count: int, entity_count: int, labels: Tensor, entity_numbers: Tensor | None, merge: bool = False
+        cls,
+        mention_count: int,
+        entity_count: int,
+        labels: Tensor,
+        entity_numbers: Tensor | None,
+        *,
+        merge: bool = False,
+        gather: bool = True,
     ) -> SharedBatch:
         """Exchanges sizes and numbers.
 
@@ -114,6 +125,7 @@ class SharedBatch:
             labels: the row of each own mention's answer among the own entities; the other rows are hard negatives.
             entity_numbers: of the own entities.
             merge: whether an entity that is there several times counts once, as `merge_duplicates` has it.
+            gather: whether the batch is shared at all; if not, it is this process's alone, and nothing is exchanged.
 
         Raises:
             ValueError: if labels or numbers do not fit, in all processes alike.
@@ -121,7 +133,8 @@ class SharedBatch:
         device = labels.device
         fits = labels.shape == (mention_count,) and bool(((labels >= 0) & (labels < entity_count)).all())
         fits &= entity_numbers is None or entity_numbers.shape == (entity_count,)
-        sizes = _of_all(torch.tensor([mention_count, entity_count, fits, entity_numbers is not None], device=device))
+        own_sizes = torch.tensor([mention_count, entity_count, fits, entity_numbers is not None], device=device)
+        sizes = _of_all(own_sizes) if gather else own_sizes.unsqueeze(0)
         if not bool(sizes[:, 2].all()) or len(sizes[:, 3].unique()) > 1:
             raise ValueError(
                 "`labels` must hold the row of each mention's answer among the process's own entities, and "
@@ -129,7 +142,7 @@ class SharedBatch:
                 f"{(sizes[:, 2] == 0).nonzero().flatten().tolist()} have others."
             )
         mentions, entities = sizes[:, 0].tolist(), sizes[:, 1].tolist()
-        own_first = sum(entities[: process_index()])
+        own_first = sum(entities[: process_index()]) if gather else 0
         columns = torch.arange(sum(entities), device=device)
         every_label = labels + own_first
         if entity_numbers is None:
@@ -149,11 +162,13 @@ class SharedBatch:
 
     @property
     def first_mention(self) -> int:
-        return sum(self.mention_counts[: process_index()])
+        return sum(self.mention_counts[: process_index()]) if len(self.mention_counts) > 1 else 0
 
     @property
     def weight(self) -> float:
         """What the mean over the own mentions is multiplied by."""
+        if len(self.mention_counts) == 1:
+            return 1.0
         return self.mention_counts[process_index()] * len(self.mention_counts) / sum(self.mention_counts)
 
     def loss(self, model: MimicModel, scores: Sequence[Tensor], reverse: Sequence[Tensor] | None = None) -> Tensor:
@@ -200,7 +215,7 @@ def shared_loss(
     Returns:
         `torch.Tensor` of shape `()`: its mean over the processes is the loss of one process with the whole batch.
     """
-    batch = SharedBatch.of(len(mentions), len(entities), labels, entity_numbers, merge)
+    batch = SharedBatch.of(len(mentions), len(entities), labels, entity_numbers, merge=merge)
     every = gathered(entities, batch.entity_counts)[batch.columns]
     scores = model.score(mentions, every).all_logits()
     reverse = None
@@ -208,6 +223,29 @@ def shared_loss(
         answers = entities[batch.own_labels]
         reverse = [part.T for part in model.score(gathered(mentions, batch.mention_counts), answers).all_logits()]
     return batch.loss(model, scores, reverse)
+
+
+def without_unused_parameters(model: MimicModel) -> list[str]:
+    """Takes out of training the parameters that no loss depends on, such as CLIP's temperature, and names them.
+
+    DistributedDataParallel waits for the gradients of all parameters. It can look for those that will have none, but
+    not through the loss, which here is computed outside of the model's `forward`.
+    """
+    size = model.config.text_max_length
+    texts = torch.arange(2 * size, device=model.device).view(2, size) % 2
+    state = [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()]
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"), torch.enable_grad():
+        model.zero_grad()
+        model(input_ids=texts, entity_input_ids=texts, return_loss=True).loss.backward()
+    unused = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    for (name, parameter), gradient in zip(model.named_parameters(), state, strict=True):
+        parameter.grad = gradient
+        if name in unused:
+            parameter.requires_grad_(False)
+    return unused
 
 
 def _of_all(own: Tensor) -> Tensor:
@@ -235,5 +273,3 @@ def _first_of_each(numbers: Tensor, answered: Tensor, merge: bool) -> Tensor:
         seen.add(number)
         kept.append(column)
     return torch.tensor(kept, device=numbers.device, dtype=torch.long)
-
-

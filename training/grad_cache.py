@@ -54,6 +54,7 @@ def cached_step(
     *,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     merge: bool = False,
+    gather: bool = False,
 ) -> Tensor:
     """The loss of a batch; its gradients are added to the parameters'.
 
@@ -64,7 +65,7 @@ def cached_step(
         chunk_size: mentions and entities that are encoded at a time.
         backward: called with a scalar for each chunk, whose gradients add up to those of the loss.
         context: in which forward passes are run, such as autocast.
-        merge: as of [`SharedBatch.of`].
+        merge, gather: as of [`SharedBatch.of`].
     """
     numbers = inputs.get("entity_labels")
     chunks = list(_chunks(inputs, chunk_size))
@@ -76,8 +77,9 @@ def cached_step(
     mentions = MentionFeatures.cat([part.mention_features for part in parts if part.mention_features is not None])
     entities = EntityFeatures.cat([part.entity_features for part in parts if part.entity_features is not None])
     del parts
+    batch = SharedBatch.of(len(mentions), len(entities), inputs["labels"], numbers, merge=merge, gather=gather)
     loss, mention_gradient, entity_gradient, matcher_gradients = _gradients_of_features(
-        inner, mentions, entities, inputs["labels"], numbers, merge
+        inner, mentions, entities, batch
     )
     for chunk in chunks:
         is_last = chunk is chunks[-1]
@@ -115,16 +117,10 @@ def _parts(count: int, size: int) -> list[slice]:
 
 
 def _gradients_of_features(
-    model: MimicModel,
-    mentions: MentionFeatures,
-    entities: EntityFeatures,
-    labels: Tensor,
-    numbers: Tensor | None,
-    merge: bool,
+    model: MimicModel, mentions: MentionFeatures, entities: EntityFeatures, batch: SharedBatch
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[nn.Parameter, Tensor]]]:
     """The loss, its gradients with respect to the own features, as matrices of [`packed`], and those with respect to
     parameters that scoring uses."""
-    batch = SharedBatch.of(len(mentions), len(entities), labels, numbers, merge)
     symmetric = bool(model.config.symmetric_loss)
     with torch.no_grad():
         every = gathered(entities, batch.entity_counts)
@@ -144,8 +140,13 @@ def _gradients_of_features(
     entity_gradient, mention_gradient = torch.zeros_like(every_matrix), torch.zeros_like(mention_matrix)
 
     def go_back(
-        mention_rows: Tensor, mention_source: Tensor, mention_sum: Tensor, columns: Tensor, entity_source: Tensor,
-        entity_sum: Tensor, gradients: list[Tensor],
+        mention_rows: Tensor,
+        mention_source: Tensor,
+        mention_sum: Tensor,
+        columns: Tensor,
+        entity_source: Tensor,
+        entity_sum: Tensor,
+        gradients: list[Tensor],
     ) -> None:
         """Adds what some pairs' scores give to the gradients."""
         some_mentions = mention_source[mention_rows].requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -34,11 +36,13 @@ from .arguments import MimicTrainingArguments
 from .collator import MentionEntityCollator
 from .dealing import DealtBatches, DealtStream
 from .evaluation import RankedMentions, rank_mentions
-from .gather import shared_loss
+from .gather import shared_loss, without_unused_parameters
 from .grad_cache import cached_step
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
 from .processes import check_same_data, refuse_other_engines
+
+logger = logging.getLogger("mimic_el.train")
 
 INDEX_FOLDER = "index"
 
@@ -76,6 +80,35 @@ class SessionTime(TrainerCallback, ExportableState):
         """What a checkpoint keeps: under `before`, the seconds of all sessions so far."""
         now = 0.0 if self._start is None else time.monotonic() - self._start
         return {"args": {}, "attributes": {"before": self.before + now}}
+
+
+class BatchNote(TrainerCallback):
+    """Says in the log what a step is: how many processes, and what a mention's negatives are."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.should_log:
+            logger.info("%s", batch_note(args))
+
+
+def batch_note(args: TrainingArguments) -> str:
+    """What a step is, in words."""
+    each, count = args.per_device_train_batch_size, args.world_size
+    total = args.batch_of_all(each) if isinstance(args, MimicTrainingArguments) else each * count
+    processes = "1 process" if count == 1 else f"{count} processes"
+    note = f"{processes}, {total} mentions in a batch"
+    if count > 1:
+        gather = getattr(args, "gather_negatives", False)
+        note += f", {each} at most in each; the negatives are the entities of "
+        note += "all processes" if gather else "the mention's own process"
+    if args.gradient_accumulation_steps > 1:
+        note += f"; gradients of {args.gradient_accumulation_steps} batches are added up, which adds no negatives"
+    if chunk := getattr(args, "cached_batch_size", None):
+        note += f"; encoded {chunk} at a time"
+    if hard := getattr(args, "hard_negatives", 0):
+        note += f"; {hard} hard negatives for each mention from epoch {args.hard_negatives_epochs + 1} on"
+    return note + "."
 
 
 class MimicTrainer(Trainer):
@@ -130,6 +163,14 @@ class MimicTrainer(Trainer):
                 f"cannot use. Start one process a GPU: `torchrun --nproc-per-node {args.n_gpu} -m mimic_el.train ...`, "
                 "or show one GPU alone: `CUDA_VISIBLE_DEVICES=0`."
             )
+        launched = dist.is_available() and dist.is_initialized()  # with one process, too
+        if launched:
+            args.ddp_find_unused_parameters = False
+            # One encoder serves both sides: it would go back twice on its own, for which DistributedDataParallel is
+            # not made.
+            name = "activation_checkpointing_kwargs"  # the new name of gradient_checkpointing_kwargs
+            name = name if hasattr(args, name) else "gradient_checkpointing_kwargs"
+            setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": False})
         super().__init__(
             model,
             args,
@@ -139,7 +180,10 @@ class MimicTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if launched:
+            without_unused_parameters(self.model)
         self._merge = data_collator.merge_duplicates
+        self.add_callback(BatchNote())
         self.add_callback(SessionTime())
         if isinstance(args, MimicTrainingArguments):
             self.add_callback(EvaluateEveryFewEpochs(args.eval_epochs))
@@ -208,9 +252,7 @@ class MimicTrainer(Trainer):
         encoded = {name: value for name, value in inputs.items() if not name.endswith("labels")}
         output = model(**encoded, return_scores=False)
         inner = self.accelerator.unwrap_model(model)
-        return shared_loss(
-            inner, output.mention_features, output.entity_features, labels, numbers, self._merge
-        )
+        return shared_loss(inner, output.mention_features, output.entity_features, labels, numbers, self._merge)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """A step of the Trainer's, or with `cached_batch_size` one that encodes the batch part by part."""
