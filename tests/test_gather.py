@@ -94,7 +94,7 @@ def assert_same(
         )
 
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "published": {},
     "masked": {"ignore_duplicate_answers": True, "mask_text_padding": True},
     "symmetric": {"symmetric_loss": True, "ignore_duplicate_answers": True},
@@ -121,7 +121,9 @@ def test_processes_train_as_one_with_the_whole_batch(python: ForkingPython, tmp_
     scenarios["merged"] = {**scenarios["published-None"], "merge": True}
     wanted["merged"] = whole_loss(batch, kept, labels)
     # Hard negatives come after a process's answers: 3 is new, and twice; 4 and 5 are or may be answers.
-    numbers, places, columns, first = [], [], [], 0
+    numbers: list[int] = []
+    places: list[int] = []
+    columns, first = [], 0
     for start, stop in rows:
         own = [*answers[start:stop], 3, 5, 4]
         places += range(first, first + stop - start)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
@@ -38,6 +39,7 @@ from .dealing import DealtBatches, DealtStream
 from .evaluation import RankedMentions, rank_mentions
 from .gather import shared_loss, without_unused_parameters
 from .grad_cache import cached_step
+from .hard_negatives import TABLE, MentionsWithNegatives, best_wrong_entities
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
 from .processes import check_same_data, refuse_other_engines
@@ -82,6 +84,26 @@ class SessionTime(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"before": self.before + now}}
 
 
+class RefreshHardNegatives(TrainerCallback):
+    """Has the hard negatives searched anew when an epoch begins, after every so many, and keeps them in checkpoints."""
+
+    def __init__(self, trainer: MimicTrainer, mentions: MentionsWithNegatives, epochs: int) -> None:
+        self.trainer, self.mentions, self.epochs = trainer, mentions, epochs
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch = round(state.epoch or 0)
+        # In the middle of an epoch, after an interruption, those of the checkpoint are still good.
+        if epoch and epoch % self.epochs == 0 and abs(epoch - (state.epoch or 0)) < 1e-6:
+            self.mentions.table = self.trainer.find_hard_negatives()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.mentions.table is not None and args.should_save:
+            folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            np.save(folder / TABLE, self.mentions.table)
+
+
 class BatchNote(TrainerCallback):
     """Says in the log what a step is: how many processes, and what a mention's negatives are."""
 
@@ -106,8 +128,9 @@ def batch_note(args: TrainingArguments) -> str:
         note += f"; gradients of {args.gradient_accumulation_steps} batches are added up, which adds no negatives"
     if chunk := getattr(args, "cached_batch_size", None):
         note += f"; encoded {chunk} at a time"
-    if hard := getattr(args, "hard_negatives", 0):
-        note += f"; {hard} hard negatives for each mention from epoch {args.hard_negatives_epochs + 1} on"
+    if isinstance(args, MimicTrainingArguments) and args.hard_negatives:
+        first = args.hard_negatives_epochs + 1
+        note += f"; {args.hard_negatives} hard negatives for each mention from epoch {first} on"
     return note + "."
 
 
@@ -163,6 +186,11 @@ class MimicTrainer(Trainer):
                 f"cannot use. Start one process a GPU: `torchrun --nproc-per-node {args.n_gpu} -m mimic_el.train ...`, "
                 "or show one GPU alone: `CUDA_VISIBLE_DEVICES=0`."
             )
+        train_dataset = undecoded(train_dataset, "image")
+        hard_negatives = getattr(args, "hard_negatives", 0)
+        if hard_negatives and train_dataset is not None:
+            train_dataset = MentionsWithNegatives(train_dataset)
+            data_collator.hard_negatives = hard_negatives
         launched = dist.is_available() and dist.is_initialized()  # with one process, too
         if launched:
             args.ddp_find_unused_parameters = False
@@ -175,15 +203,17 @@ class MimicTrainer(Trainer):
             model,
             args,
             data_collator=data_collator,
-            train_dataset=undecoded(train_dataset, "image"),
+            train_dataset=train_dataset,
             eval_dataset=undecoded(eval_dataset, "image"),
             processing_class=processing_class,
             **kwargs,
         )
         if launched:
-            without_unused_parameters(self.model)
+            without_unused_parameters(model)
         self._merge = data_collator.merge_duplicates
         self.add_callback(BatchNote())
+        if isinstance(train_dataset, MentionsWithNegatives) and isinstance(args, MimicTrainingArguments):
+            self.add_callback(RefreshHardNegatives(self, train_dataset, args.hard_negatives_epochs))
         self.add_callback(SessionTime())
         if isinstance(args, MimicTrainingArguments):
             self.add_callback(EvaluateEveryFewEpochs(args.eval_epochs))
@@ -241,7 +271,7 @@ class MimicTrainer(Trainer):
         accelerator._dataloaders.append(prepared)
         return prepared
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The loss of a batch; in training by several processes, with the entities of all as negatives."""
@@ -274,6 +304,32 @@ class MimicTrainer(Trainer):
         )
         return loss / steps
 
+    def find_hard_negatives(self) -> np.ndarray:
+        """The wrong entities that the model as it is now thinks best of each training mention, as numbers in the
+        knowledge base; see [`best_wrong_entities`]. Called by all processes."""
+        mentions = self.train_dataset
+        assert isinstance(mentions, MentionsWithNegatives)
+        return best_wrong_entities(
+            self._mimic_model(),
+            self.collator,
+            self.knowledge_base,
+            mentions.mentions,
+            self.collator.hard_negatives,
+            Path(self.args.output_dir or ".") / "_hard_negatives_index",
+            batch_size=self.args.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            show_progress=not self.args.disable_tqdm,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        table = Path(resume_from_checkpoint) / TABLE
+        if isinstance(self.train_dataset, MentionsWithNegatives) and table.is_file():
+            self.train_dataset.table = np.load(table, allow_pickle=False)
+
+    def _mimic_model(self) -> MimicModel:
+        return self.accelerator.unwrap_model(self.model)
+
     # --- The knowledge base
 
     def build_index(self, output_dir: str | Path | None = None) -> EntityIndex:
@@ -281,7 +337,7 @@ class MimicTrainer(Trainer):
         if output_dir is not None:
             shutil.rmtree(output_dir, ignore_errors=True)
         return EntityIndex.build(
-            self.accelerator.unwrap_model(self.model),
+            self._mimic_model(),
             self.collator.processor,
             self.knowledge_base.entities(),
             output_dir,
@@ -307,7 +363,7 @@ class MimicTrainer(Trainer):
             index = self.build_index(scratch)
         try:
             return rank_mentions(
-                self.accelerator.unwrap_model(self.model),
+                self._mimic_model(),
                 self.collator,
                 index,
                 mentions,
