@@ -89,9 +89,7 @@ def assert_same(
         if gradient is None:
             assert found[1][name] is None, name
             continue
-        torch.testing.assert_close(
-            found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{what}, {n}: {m}"
-        )
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=f"{what}, {name}")
 
 
 SETTINGS: dict[str, Any] = {

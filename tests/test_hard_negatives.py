@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,7 @@ def test_training_searches_them_every_few_epochs_and_goes_on_with_those_of_the_c
             return super().training_step(model, inputs, *args, **kwargs)
 
     def train(output: Path, resume: str | None = None) -> dict[str, Any]:
-        model = MimicModel(parts[0].config)
-        model.load_state_dict(parts[0].state_dict())
+        model = copy.deepcopy(parts[0])
         args = MimicTrainingArguments(
             output_dir=str(output), use_cpu=True, report_to="none", eval_strategy="no", load_best_model_at_end=False,
             save_strategy="steps", save_steps=5, disable_tqdm=True, num_train_epochs=5, learning_rate=1e-2,
@@ -141,7 +141,7 @@ def test_training_searches_them_every_few_epochs_and_goes_on_with_those_of_the_c
             train_dataset=toy_data.mention_dataset("train", 12),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
-        return dict(trainer.model.state_dict())
+        return dict(model.state_dict())
 
     whole = train(tmp_path / "out")
     assert searched == [4, 8]  # two steps an epoch: when the third and the fifth begin

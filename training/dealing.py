@@ -69,7 +69,8 @@ class DealtStream(torch.utils.data.IterableDataset):
             self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        mentions, first = iter(self.stream), []
+        mentions = iter(self.stream)
+        first: list[Any] = []
         while batch := list(itertools.islice(mentions, self.total)):
             first = first or batch
             batch = _filled(batch, first, self.processes)

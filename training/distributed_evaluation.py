@@ -123,6 +123,7 @@ def encoded_by_all(
             with torch.no_grad():
                 features = gathered(_or_none(features, model), sizes)
             named = joined(named)
+        assert features is not None  # a block is not empty
         yield EncodedMentions(features, named)
 
 

@@ -41,7 +41,7 @@ class _GatheredRows(torch.autograd.Function):
         return _gathered_rows(own, counts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return summed_rows(gradient, ctx.counts), None
 
 
@@ -179,6 +179,7 @@ class SharedBatch:
         if model.config.ignore_duplicate_answers and self.entity_numbers is not None:
             answers = self.entity_numbers[self.labels].unsqueeze(1)
             not_rivals = (answers == self.entity_numbers).index_put((own, self.labels), own.new_zeros(()).bool())
+            assert self.answer_numbers is not None
             not_rival_mentions = (answers == self.answer_numbers).index_put(
                 (own, own + self.first_mention), own.new_zeros(()).bool()
             )
