@@ -5,16 +5,16 @@ What is finished is kept: a build that was interrupted goes on after its last wh
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,24 +23,25 @@ from tqdm.auto import tqdm
 from .directory_mimic import (
     BUILD_STATE,
     MANIFEST,
-    SHARD_ENTITIES,
     Manifest,
-    locked,
     new_manifest,
     new_shard_name,
     next_generation,
     publish,
+    shard_size,
     unfinished_build,
-    write_json,
 )
 from .errors_mimic import EntityIndexError
+from .files_mimic import locked, write_json
 from .identity_mimic import model_facts, same_model
+from .images_mimic import first_image
 from .matching_mimic import EntityFeatures
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
-from .records_mimic import Records, duplicate_id, in_order_of_length, table_record
+from .records_mimic import Records, duplicate_id, in_order_of_length, is_absent, table_record
 from .store_mimic import (
     STORED_DTYPES,
+    IdRows,
     Shard,
     Store,
     make_shard,
@@ -62,7 +63,7 @@ class Builder:
         batch_size: entities encoded at a time.
         num_workers: processes that read and resize images beside the one that encodes.
         on_image_error: "warn" goes on without an image that cannot be read, "raise" stops.
-        shard_entities: entities in a shard; 8,192 unless told.
+        shard_entities: entities in a shard; unless told 8,192, and more where an index has many shards.
         show_progress: whether to show a progress bar.
 
     Raises:
@@ -75,22 +76,23 @@ class Builder:
     batch_size: int = 64
     num_workers: int = 0
     on_image_error: str = "warn"
-    shard_entities: int = field(default_factory=lambda: SHARD_ENTITIES)
+    shard_entities: int | None = None
     show_progress: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(STORED_DTYPES)}, got {self.dtype!r}.")
         for name in ("batch_size", "shard_entities"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not (value is None and name == "shard_entities") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         if self.on_image_error not in ("raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {self.on_image_error!r}.')
 
     def shards(
         self,
         records: Records,
-        keep: Callable[[Shard], Shard] = lambda shard: shard,
+        keep: Callable[[Shard, ImagesRead], Shard] = lambda shard, _: shard,
         done: Sequence[Shard] = (),
         added_to: Store | None = None,
         replace: bool = False,
@@ -99,7 +101,7 @@ class Builder:
 
         Args:
             records: what is encoded.
-            keep: stores a shard, and gives it as it is stored; the one in memory is let go.
+            keep: stores a shard, told what its images were, and gives it as it is stored; the one in memory is let go.
             done: shards of the records before, whose ids must not come again.
             added_to: what the shards are to be added to; its ids must not come again either, unless they are to be
                 replaced.
@@ -118,28 +120,33 @@ class Builder:
         )
         try:
             with progress:
-                while shard := self._shard(records, new_shard_name(number), progress):
-                    seen.check(shard)
-                    shard = keep(shard)
-                    seen.shards.append(shard)
+                stored = finished + (len(added_to) if added_to else 0)
+                while found := self._shard(records, new_shard_name(number), self._size(stored), progress):
+                    seen.check(found[0])
+                    shard = keep(*found)
+                    seen.add(shard)
                     number += 1
+                    stored += len(shard)
                     yield shard
         finally:
             self.model.train(was_training)
 
-    def _shard(self, records: Records, name: str, progress: Any) -> Shard | None:
-        kept: list[dict[str, Any]] = []
-        parts: list[dict[str, Tensor]] = []
-        while left := self.shard_entities - len(kept):
+    def _size(self, stored: int) -> int:
+        return self.shard_entities or shard_size(stored)
+
+    def _shard(self, records: Records, name: str, size: int, progress: Any) -> tuple[Shard, ImagesRead] | None:
+        part = _Encoded()
+        while left := size - len(part.kept):
             some = records.take(min(records.at_once or left, left))
             if not len(some):
                 break
-            self._encode(some, kept, parts, progress)
-        if not kept:
+            self._encode(some, part, progress)
+        if not part.kept:
             return None
-        return make_shard(name, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, kept)
+        features = {key: torch.cat([batch[key] for batch in part.features]) for key in part.features[0]}
+        return make_shard(name, features, part.kept), part.images
 
-    def _encode(self, records: Any, kept: list[dict[str, Any]], parts: list[dict[str, Tensor]], progress: Any) -> None:
+    def _encode(self, records: Any, part: _Encoded, progress: Any) -> None:
         """Appends what the table keeps of some records, and their features."""
         # In the order of length where the model can leave padding out: batches are then dense.
         order = in_order_of_length(records) if self.model.config.mask_text_padding else list(range(len(records)))
@@ -151,21 +158,65 @@ class Builder:
             collate_fn=_Collate(self.processor, self.on_image_error),
             worker_init_fn=_quiet_tokenizers,
         )
-        encoded: list[dict[str, Any]] = []
+        encoded: list[tuple[dict[str, Any], tuple[str, str]]] = []
         batches: list[dict[str, Tensor]] = []
         device = self.model.device
-        for batch_records, inputs, troubles in loader:
+        for batch_records, inputs, images, troubles in loader:
+            part.images.unreadable += len(troubles)
             for trouble in troubles:
                 warnings.warn(trouble, stacklevel=2)
             with torch.inference_mode():
                 features = self.model.encode_entities(**{name: t.to(device) for name, t in inputs.items()})
-                batches.append(quantized(features, self.model.matcher, STORED_DTYPES[self.dtype]))
-            encoded.extend(batch_records)
+                ids = [record["id"] for record in batch_records]
+                batches.append(quantized(features, self.model.matcher, STORED_DTYPES[self.dtype], ids))
+            encoded.extend(zip(batch_records, images, strict=True))
             progress.update(len(batch_records))
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
-        parts.append({name: torch.cat([batch[name] for batch in batches])[back] for name in batches[0]})
-        kept.extend(encoded[row] for row in back.tolist())
+        part.features.append({name: torch.cat([batch[name] for batch in batches])[back] for name in batches[0]})
+        for row in back.tolist():
+            record, image = encoded[row]
+            part.kept.append(record)
+            part.images.add(*image)
+
+
+class ImagesRead:
+    """What the images of some entities were when they were encoded."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+        self._count = 0
+        self.unreadable = 0
+
+    def add(self, kind: str, image: str) -> None:
+        """Takes the next entity's image into account, of which `image` tells whether it is the same."""
+        digest = self._digests.setdefault(kind, hashlib.sha256())
+        digest.update(f"{self._count} {image}\n".encode("utf-8", "surrogatepass"))
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        self._count += 1
+
+    def facts(self) -> dict[str, Any]:
+        """Of each kind of image a number and a checksum, as JSON has them."""
+        return {kind: [self._counts[kind], digest.hexdigest()] for kind, digest in self._digests.items()}
+
+
+def _same_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether facts are of the same images. Where they come in another form, such as bytes in the place of files, only
+    which entities have one is compared."""
+    if before.get(_NO_IMAGE) != now.get(_NO_IMAGE):
+        return False
+    counts = [{kind: facts[0] for kind, facts in item.items()} for item in (before, now)]
+    return counts[0] != counts[1] or dict(before) == dict(now)
+
+
+class _Encoded:
+    """The entities of a shard that is being made."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Any]] = []
+        self.features: list[dict[str, Tensor]] = []
+        self.images = ImagesRead()
 
 
 def build_in_memory(builder: Builder, entities: Any) -> tuple[Manifest, Store]:
@@ -178,7 +229,7 @@ def build_in_memory(builder: Builder, entities: Any) -> tuple[Manifest, Store]:
     shards = list(builder.shards(Records(entities)))
     if not shards:
         raise EntityIndexError(_EMPTY)
-    return new_manifest(builder.dtype, model_facts(builder.model)), Store(shards)
+    return new_manifest(builder.dtype, model_facts(builder.model, builder.processor)), Store(shards)
 
 
 def build_in_directory(builder: Builder, entities: Any, directory: Path, overwrite: bool) -> None:
@@ -195,8 +246,14 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
                 f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
             )
         records = Records(entities)
-        manifest = new_manifest(builder.dtype, model_facts(builder.model))
-        state = {"build": secrets.token_hex(8), "dtype": manifest["dtype"], "model": manifest["model"], "shards": []}
+        manifest = new_manifest(builder.dtype, model_facts(builder.model, builder.processor))
+        state = {
+            "build": secrets.token_hex(8),
+            "dtype": manifest["dtype"],
+            "model": manifest["model"],
+            "shards": [],
+            "images": [],
+        }
         done: list[Shard] = []
         if unfinished := unfinished_build(directory):
             try:
@@ -212,9 +269,12 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
                         "which some were read to compare them with it. Call build again with a new generator."
                     ) from error
                 records = Records(entities)
+            if len(done) < len(state["shards"]):
+                records = _images_changed(directory, state, done, records, entities)
 
-        def written(shard: Shard) -> Shard:
+        def written(shard: Shard, images: ImagesRead) -> Shard:
             state["shards"].append(write_shard(directory, shard))
+            state["images"].append({"seen": images.facts(), "unreadable": images.unreadable})
             write_json(directory / BUILD_STATE, state)
             return read_shard(directory, state["shards"][-1])
 
@@ -226,7 +286,7 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
 
 
 def shards_of_features(
-    features: EntityFeatures, records: Any, model: MimicModel, dtype: str, shard_entities: int = SHARD_ENTITIES
+    features: EntityFeatures, records: Any, model: MimicModel, dtype: str, shard_entities: int | None = None
 ) -> list[Shard]:
     """Shards of entities that were encoded before.
 
@@ -244,14 +304,16 @@ def shards_of_features(
     if len(kept) != len(features) or not kept:
         raise ValueError(f"There are features of {len(features)} entities, but {len(kept)} records or more.")
     with torch.no_grad():
-        stored = quantized(features, model.matcher, STORED_DTYPES[dtype])
-    seen = _SeenIds((), None)
-    for number, start in enumerate(range(0, len(kept), shard_entities)):
-        rows = slice(start, start + shard_entities)
-        shard = make_shard(new_shard_name(number), {name: t[rows] for name, t in stored.items()}, kept[rows])
+        stored = quantized(features, model.matcher, STORED_DTYPES[dtype], [record["id"] for record in kept])
+    seen, shards, start = _SeenIds((), None), [], 0
+    while start < len(kept):
+        rows = slice(start, start + (shard_entities or shard_size(start)))
+        shard = make_shard(new_shard_name(len(shards)), {name: t[rows] for name, t in stored.items()}, kept[rows])
         seen.check(shard)
-        seen.shards.append(shard)
-    return seen.shards
+        seen.add(shard)
+        shards.append(shard)
+        start = rows.stop
+    return shards
 
 
 _EMPTY = "The knowledge base is empty: there is nothing to build an index of."
@@ -263,8 +325,10 @@ class _Collate:
     def __init__(self, processor: MimicProcessor, on_image_error: str) -> None:
         self.processor, self.on_image_error = processor, on_image_error
 
-    def __call__(self, records: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Tensor], list[str]]:
-        """The table's records, the model's inputs, and what is to be warned of."""
+    def __call__(
+        self, records: list[Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], dict[str, Tensor], list[tuple[str, str]], list[str]]:
+        """The table's records, the model's inputs, what the images were, and what is to be warned of."""
         kept = [table_record(record) for record in records]
         names, descriptions = ([record[name] for record in kept] for name in ("name", "description"))
         with warnings.catch_warnings(record=True) as caught:
@@ -277,70 +341,144 @@ class _Collate:
                 on_image_error=self.on_image_error,
                 labels=[f"Entity {record['id']!r}" for record in kept],
             )
-        return kept, dict(inputs), [str(warning.message) for warning in caught]
+        images = [_image_seen(record) for record in records]
+        return kept, dict(inputs), images, [str(warning.message) for warning in caught]
+
+
+_NO_IMAGE = "none"
+
+
+def _image_seen(record: Mapping[str, Any]) -> tuple[str, str]:
+    """In what form the image that is encoded of a record is given, and what tells whether it is still the same: of a
+    file its size and time, of data in memory a checksum, of anything else its name."""
+    image = first_image(record.get("images"))
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if is_absent(image):
+        return _NO_IMAGE, ""
+    if isinstance(image, str | os.PathLike):
+        try:
+            facts = os.stat(image)
+            return "file", f"{os.fspath(image)!r} {facts.st_size} {facts.st_mtime_ns}"
+        except (OSError, ValueError):
+            return "file", repr(os.fspath(image))
+    if isinstance(image, bytes | bytearray | memoryview):
+        return "bytes", hashlib.sha256(image).hexdigest()
+    try:
+        digest = hashlib.sha256(image.tobytes()).hexdigest()
+        return "pixels", f"{getattr(image, 'size', '')} {getattr(image, 'mode', '')} {digest}"
+    except Exception:  # whatever an image that cannot be decoded raises
+        return "other", type(image).__name__
 
 
 def _resumed(directory: Path, state: dict[str, Any], fresh: dict[str, Any], records: Records) -> list[Shard]:
-    """The finished shards of an unfinished build, if it is of the same entities and model; records are passed over."""
+    """The finished shards of an unfinished build, if it is of the same entities and model, up to the first whose images
+    are others now; the records of all are passed over."""
     try:
         same = same_model(state["model"], fresh["model"]) and state["dtype"] == fresh["dtype"]
         entries = [(entry, entry["files"][shard_files(entry["name"])[1]]["sha256"]) for entry in state["shards"]]
         counts = [int(entry["count"]) for entry in state["shards"]]
-    except (KeyError, TypeError, ValueError) as error:
+        # Builds of older versions have none.
+        images = [(dict(item["seen"]), int(item["unreadable"])) for item in state.setdefault("images", [])]
+        if images and len(images) != len(entries):
+            raise ValueError("it tells the images of another number of shards")
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise EntityIndexError(
             f"{directory / BUILD_STATE} is damaged: {error!r}. Delete it, and the build starts from the beginning."
         ) from error
-    for (_, expected), count in zip(entries, counts, strict=True):
+    unchanged, unreadable = len(entries), 0
+    for number, ((_, expected), count) in enumerate(zip(entries, counts, strict=True)):
         if not same:
             break
-        digest = hashlib.sha256()
-        for record in records.skip(count):
+        digest, seen = hashlib.sha256(), ImagesRead()
+        for record in records.skip(count, images=bool(images)):
             digest.update(table_line(table_record(record)))
+            if images:
+                seen.add(*_image_seen(record))
         same = digest.hexdigest() == expected
+        if images and not _same_images(images[number][0], seen.facts()):
+            unchanged = min(unchanged, number)
+        elif images and unchanged == len(entries):
+            unreadable += images[number][1]
     if not same:
         raise EntityIndexError(
             f"{directory} holds an unfinished build of another model, of another precision, or of other entities. "
             "Build into another directory, or pass overwrite=True to give that build up."
         )
-    return [read_shard(directory, entry) for entry, _ in entries]
+    if unreadable:
+        warnings.warn(
+            f"Of the entities that are encoded already in {directory}, {unreadable} have no image: theirs could not be "
+            "read. To try these again, start anew in another directory, or use EntityIndex.update.",
+            stacklevel=2,
+        )
+    return [read_shard(directory, entry) for entry, _ in entries[:unchanged]]
+
+
+def _images_changed(
+    directory: Path, state: dict[str, Any], done: Sequence[Shard], records: Records, entities: Any
+) -> Records:
+    """Gives up the shards of an unfinished build after those that are done, and gives the records that follow these."""
+    count = sum(len(shard) for shard in done)
+    warnings.warn(
+        f"Images have changed since the build in {directory} was interrupted: what was encoded after the first "
+        f"{count:,} entities is encoded again.",
+        stacklevel=2,
+    )
+    for name in ("shards", "images"):
+        del state[name][len(done) :]
+    write_json(directory / BUILD_STATE, state)
+    if not records.again:
+        raise EntityIndexError(
+            f"Images have changed since the build in {directory} was interrupted, so entities must be encoded again "
+            "that were read already, and these come from a generator. Call build again with a new generator."
+        )
+    records = Records(entities)
+    for _ in records.skip(count):
+        pass
+    return records
 
 
 class _SeenIds:
     """Refuses an id that was there before, in shards or in a store."""
 
     def __init__(self, shards: Sequence[Shard], store: Store | None) -> None:
-        self.shards, self._store = list(shards), store
+        self._rows, self._shards, self._starts, self._store = IdRows(), [], [0], store
+        for shard in shards:
+            self.add(shard)
+
+    def add(self, shard: Shard) -> None:
+        self._rows.add(shard)
+        self._shards.append(shard)
+        self._starts.append(self._starts[-1] + len(shard))
 
     def check(self, shard: Shard) -> None:
-        for hashed in np.unique(shard.hashes[1:][shard.hashes[1:] == shard.hashes[:-1]]):
-            ids = _ids_with(shard, hashed)
-            for entity_id in ids:
-                if ids.count(entity_id) > 1:
-                    raise duplicate_id(entity_id)
-        for before in self.shards:
-            for entity_id in _common_ids(before, shard):
+        """Refuses a shard that holds an id twice, or one that was there before.
+
+        Raises:
+            ValueError: naming the id.
+        """
+        hashes = shard.hashes
+        doubtful = self._rows.has(hashes)
+        doubtful[1:] |= hashes[1:] == hashes[:-1]
+        doubtful[:-1] |= hashes[1:] == hashes[:-1]
+        if self._store is not None:
+            doubtful |= self._store.ids.has(hashes)
+        inside: set[str] = set()
+        for row, hashed in zip(shard.hash_rows[doubtful].tolist(), hashes[doubtful].tolist(), strict=True):
+            entity_id = shard.table[row]["id"]
+            # One that was removed is free again.
+            known = entity_id in inside or (self._store is not None and self._store.row(entity_id) is not None)
+            if known or any(self._id(before) == entity_id for before in self._rows.rows(hashed)):
                 raise duplicate_id(entity_id)
-        for before in self._store.shards if self._store else []:
-            for entity_id in _common_ids(before, shard):
-                # One that was removed is free again.
-                if self._store is not None and self._store.row(entity_id) is not None:
-                    raise duplicate_id(entity_id)
+            inside.add(entity_id)
 
-
-def _common_ids(one: Shard, other: Shard) -> Iterator[str]:
-    places = np.searchsorted(one.hashes, other.hashes).clip(max=len(one) - 1)
-    for hashed in np.unique(other.hashes[one.hashes[places] == other.hashes]):
-        for entity_id in _ids_with(other, hashed):
-            if one.rows_of(entity_id, int(hashed)):
-                yield entity_id
-
-
-def _ids_with(shard: Shard, hashed: Any) -> list[str]:
-    return [shard.table[int(row)]["id"] for row in shard.hash_rows[shard.hashes == hashed]]
+    def _id(self, row: int) -> str:
+        number = bisect.bisect_right(self._starts, row) - 1
+        return self._shards[number].table[row - self._starts[number]]["id"]
 
 
 def _quiet_tokenizers(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-__all__ = ["Builder", "build_in_directory", "build_in_memory", "shards_of_features"]
+__all__ = ["Builder", "ImagesRead", "build_in_directory", "build_in_memory", "shards_of_features"]

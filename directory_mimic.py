@@ -6,46 +6,57 @@ whoever opens the directory finds the old index or the new one, whenever a proce
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import logging
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .configuration_mimic import MimicConfig
 from .errors_mimic import EntityIndexError
+from .files_mimic import (
+    file_facts,
+    locked,
+    read_json,
+    regular,
+    write_atomically,
+    write_json,
+    write_text,
+)
+from .identity_mimic import check_facts
 from .index_card_mimic import card_of_index
 from .matching_mimic import Matcher
-from .names_mimic import NameTable
 from .store_mimic import (
     STORED_DTYPES,
     Store,
     check_shards,
-    file_facts,
-    no_space_told,
     read_shard,
     shard_files,
-    write_atomically,
     write_shard,
 )
+
+logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "mimic-entity-index", 1
 MANIFEST = "index_config.json"
 BUILD_STATE = "build_state.json"
+# Entities in a shard of a small index. Of a large one shards grow, so that there are few, up to a size that memory
+# holds while a shard is made.
 SHARD_ENTITIES = 8192
-_LOCK = ".lock"
-_LOCK_SECONDS = 10.0
-_OPENINGS = 10
-_PART = re.compile(r"(shard|removed|matcher|names|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
+_SHARDS_BEFORE_GROWTH, _MOST_GROWTH = 64, 8
+_OPENINGS = 20
+_WAIT_SECONDS = 0.01
+_PART = re.compile(r"(shard|removed|matcher|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
 # Ours, and those that safetensors makes while it writes.
 _TEMPORARY = re.compile(rf"\.({_PART.pattern}|{MANIFEST}|{BUILD_STATE}|README\.md)\.[0-9]+\.tmp|\.tmp[A-Za-z0-9]{{6}}")
 
@@ -61,8 +72,12 @@ def new_manifest(dtype: str, model: Mapping[str, Any]) -> Manifest:
         "dtype": dtype,
         "model": dict(model),
         "removed": None,
-        "names": None,
     }
+
+
+def shard_size(stored: int) -> int:
+    """The number of entities of the shard that follows so many others in the making of an index."""
+    return SHARD_ENTITIES * min(max(1, stored // (SHARD_ENTITIES * _SHARDS_BEFORE_GROWTH)), _MOST_GROWTH)
 
 
 # --- Opening --------------------------------------------------------------------------------------------------------
@@ -75,23 +90,31 @@ def open_directory(directory: Path) -> tuple[Manifest, Store, Matcher]:
         EntityIndexError: if there is none, its build is unfinished, it is damaged, of a newer format, or changed
             again and again while it is opened.
     """
-    for _ in range(_OPENINGS):
+    for opening in range(_OPENINGS):
         manifest = read_manifest(directory)
         try:
             shards = [read_shard(directory, entry) for entry in manifest["shards"]]
             removed = _read_removed(directory, manifest["removed"], sum(len(shard) for shard in shards))
             matcher = _read_matcher(directory, manifest)
             check_shards(shards, matcher, STORED_DTYPES[manifest["dtype"]], directory)
-            return manifest, Store(shards, removed), matcher
-        except (EntityIndexError, FileNotFoundError) as error:
+            store = Store(shards, removed)
+            _check_count(directory, manifest, store)
+            return manifest, store, matcher
+        except EntityIndexError:
             # Another process may have replaced the files since their list was read.
             if state_of(read_manifest(directory)) == state_of(manifest):
-                if isinstance(error, EntityIndexError):
-                    raise
-                raise EntityIndexError(
-                    f"The index {directory} lacks a file: {error}. Build the index again."
-                ) from error
+                raise
+            time.sleep(_WAIT_SECONDS * opening)
     raise EntityIndexError(f"The index {directory} is being changed again and again; try later.")
+
+
+def _check_count(directory: Path, manifest: Mapping[str, Any], store: Store) -> None:
+    count = len(store) - store.removed_count
+    if manifest.get("entities", count) != count:
+        raise EntityIndexError(
+            f"The index {directory} holds {count:,} entities instead of {manifest['entities']:,}: its {MANIFEST} lacks "
+            "a part or names one too many. Restore that file, or build the index again."
+        )
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -109,12 +132,12 @@ def read_manifest(directory: Path) -> Manifest:
             )
         raise EntityIndexError(f"There is no entity index in {directory}: it has no {MANIFEST}.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         known = manifest.get("format") == FORMAT
         version = manifest.get("version")
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise EntityIndexError(f"{path} is damaged: {error}. Build the index again.") from error
-    if not known or not isinstance(version, int):
+    if not known or type(version) is not int or version < 1:
         raise EntityIndexError(f"{path} does not describe an entity index.")
     if version > VERSION:
         raise EntityIndexError(
@@ -123,14 +146,31 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if wrong := _wrong_part(manifest):
         raise EntityIndexError(f"{path} is damaged: its `{wrong}` is missing or not valid. Build the index again.")
+    if manifest.get("digest", (digest := _digest(manifest))) != digest:
+        raise EntityIndexError(
+            f"{path} is damaged: it is not what was written, as its own digest shows. Restore it, or build the index "
+            "again."
+        )
     return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> Manifest:
+    """A manifest with its digest, as it is written: whatever changes in it afterwards is noticed."""
+    return {**manifest, "digest": _digest(manifest)}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "digest"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _wrong_part(manifest: Mapping[str, Any]) -> str | None:
     """The first key of a manifest that is not as it must be."""
     model, shards = manifest.get("model"), manifest.get("shards")
-    if not isinstance(manifest.get("generation"), int):
+    if not _is_count(manifest.get("generation")):
         return "generation"
+    if not _is_count(manifest.get("entities", 0)):
+        return "entities"
     if manifest.get("dtype") not in list(STORED_DTYPES):
         return "dtype"
     if (
@@ -142,20 +182,24 @@ def _wrong_part(manifest: Mapping[str, Any]) -> str | None:
     if not isinstance(shards, list) or not shards:
         return "shards"
     for entry in shards:
-        if not isinstance(entry, dict) or not isinstance(entry.get("count"), int):
+        if not isinstance(entry, dict) or not _is_count(entry.get("count")):
             return "shards"
         if not _are_file_facts(entry.get("files"), shard_files(entry.get("name"))):
             return "shards"
     if len({entry["name"] for entry in shards}) < len(shards):
         return "shards"
     shard_files(manifest.get("matcher"))
-    if manifest.get("removed") is not None:
+    if "removed" not in manifest:
+        return "removed"
+    if manifest["removed"] is not None:
         shard_files(manifest["removed"])
-    if manifest.get("names") is not None:  # an older index has none
-        shard_files(manifest["names"])
     if not _are_file_facts(manifest.get("files", {}), ()):
         return "files"
     return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _are_file_facts(files: Any, names: Sequence[str]) -> bool:
@@ -163,8 +207,7 @@ def _are_file_facts(files: Any, names: Sequence[str]) -> bool:
     if not isinstance(files, dict) or not set(names) <= files.keys():
         return False
     return all(
-        is_part(name) and isinstance(facts, dict) and isinstance(facts.get("bytes"), int)
-        for name, facts in files.items()
+        is_part(name) and isinstance(facts, dict) and _is_count(facts.get("bytes")) for name, facts in files.items()
     )
 
 
@@ -180,8 +223,6 @@ def files_of(manifest: Mapping[str, Any]) -> list[str]:
         files += shard_files(entry["name"])
     if manifest["removed"]:
         files.append(shard_files(manifest["removed"])[0])
-    if manifest.get("names"):
-        files.append(shard_files(manifest["names"])[0])
     return files
 
 
@@ -201,33 +242,19 @@ def verify_files(directory: Path, manifest: Mapping[str, Any]) -> None:
         files |= entry["files"]
     for file, expected in files.items():
         path = directory / file
-        if not path.is_file():
+        try:
+            found = file_facts(path) if path.is_file() else None
+        except OSError as error:
+            raise EntityIndexError(f"{path} cannot be read: {error}.") from error
+        if found is None:
             raise EntityIndexError(f"{path} is missing. Restore the file, or build the index again.")
-        if file_facts(path) != expected:
+        if found != expected:
             raise EntityIndexError(
                 f"{path} is not what was written: its checksum differs. Restore the file, or build the index again."
             )
 
 
 # --- Changing -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Holds the directory, which is made if there is none, for one writer; a full disk is told as such.
-
-    Raises:
-        EntityIndexError: if another process holds it.
-    """
-    with no_space_told(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            with WeakFileLock(directory / _LOCK, timeout=_LOCK_SECONDS):
-                yield
-        except TimeoutError as error:
-            raise EntityIndexError(
-                f"Another process is building or changing the index {directory}. Wait for it to end, and try again."
-            ) from error
 
 
 @contextmanager
@@ -259,28 +286,34 @@ def publish(directory: Path, manifest: Manifest, store: Store, matcher: Matcher 
     manifest["removed"] = (
         _write_removed(directory, manifest["generation"], store.removed) if store.removed_count else None
     )
-    manifest["names"] = _write_names(directory, store)
-    own = [shard_files(manifest[part])[0] for part in ("matcher", "removed", "names") if manifest[part]]
+    manifest["entities"] = len(store) - store.removed_count
+    own = [shard_files(name)[0] for name in (manifest["matcher"], manifest["removed"]) if name]
     manifest["files"] = {file: file_facts(directory / file) for file in own}
-    card = card_of_index(directory.resolve().name, manifest, store)
-    write_atomically(directory / "README.md", lambda path: _write_text(path, card))
+    manifest["digest"] = sealed(manifest)["digest"]
+    write_text(directory / "README.md", card_of_index(directory.resolve().name, manifest, store))
     write_json(directory / MANIFEST, manifest)
-    remove_strays(directory, manifest)
+    try:
+        remove_strays(directory, manifest)
+    except OSError as error:
+        # The change is made: an error now must not be told as its failure.
+        logger.warning("The index %s was changed, but files of its old state are left: %s", directory, error)
 
 
 def save_copy(directory: Path, manifest: Manifest, store: Store, matcher: Matcher) -> None:
     """Writes an index into another directory, without its removed entities; one that is there is replaced."""
     with locked(directory):
         manifest = {**manifest, "generation": next_generation(directory)}
-        manifest["shards"] = [
-            write_shard(directory, shard) for shard in store.compacted(SHARD_ENTITIES, new_shard_name)
-        ]
+        manifest["shards"] = [write_shard(directory, shard) for shard in store.compacted(shard_size, new_shard_name)]
         kept = Store([read_shard(directory, entry) for entry in manifest["shards"]])
         publish(directory, manifest, kept, matcher)
 
 
 def remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Deletes parts that no list names: of older generations, and of changes that were interrupted."""
+    """Deletes parts that no list names: of older generations, and of changes that were interrupted.
+
+    Raises:
+        OSError: if one cannot be deleted; the others are.
+    """
     named = set(files_of(manifest))
     with suppress(EntityIndexError):
         if unfinished := unfinished_build(directory):
@@ -288,9 +321,15 @@ def remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:
             named |= {file for entry in unfinished["shards"] for file in shard_files(entry["name"])}
         else:
             (directory / BUILD_STATE).unlink(missing_ok=True)
-    for path in directory.iterdir():
+    errors = []
+    for path in list(directory.iterdir()):
         if (is_part(path.name) and path.name not in named) or _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def unfinished_build(directory: Path) -> dict[str, Any] | None:
@@ -303,10 +342,10 @@ def unfinished_build(directory: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         files = [name for entry in state["shards"] for name in shard_files(entry["name"])]
         known = isinstance(state["build"], str) and isinstance(files, list)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise EntityIndexError(
             f"{path} cannot be read: {error!r}. Delete it, and the build starts from the beginning."
         ) from error
@@ -337,18 +376,6 @@ def shortlist_path(directory: Path, manifest: Mapping[str, Any]) -> Path:
 # --- Single files ---------------------------------------------------------------------------------------------------
 
 
-def json_text(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda temporary: _write_text(temporary, json_text(value)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def _write_removed(directory: Path, generation: int, removed: Tensor) -> str:
     name = f"removed-{generation:05d}"
     rows = removed.nonzero().squeeze(1)
@@ -361,49 +388,18 @@ def _read_removed(directory: Path, name: str | None, count: int) -> Tensor | Non
         return None
     path = directory / shard_files(name)[0]
     try:
-        rows = load_file(_regular(path))["rows"]
+        rows = load_file(regular(path))["rows"]
         if rows.dtype != torch.int64 or rows.dim() != 1 or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
             raise ValueError("it does not hold rows of this index")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if len(rows.unique()) != len(rows):
+            raise ValueError("it holds a row twice")
+    except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
         raise EntityIndexError(
             f"The index file {path} is missing or damaged: {error}. Restore it, or build the index again."
         ) from error
     removed = torch.zeros(count, dtype=torch.bool)
     removed[rows] = True
     return removed
-
-
-def names_path(directory: Path, manifest: Mapping[str, Any]) -> Path | None:
-    """Where the names of an index are stored; `None` for one that was made without."""
-    name = manifest.get("names")
-    return None if name is None else directory / shard_files(name)[0]
-
-
-def _write_names(directory: Path, store: Store) -> str:
-    """Writes the names of all rows, and gives the file's name; what is there already of the same shards is used."""
-    shards = [shard.name for shard in store.shards]
-    before, known = _names_before(directory, shards)
-    if before is not None and len(known) == len(shards):
-        return before
-    rest = store.shards[len(known) :]
-    names = NameTable.of((record for shard in rest for record in shard.table), store.starts[len(known)])
-    if before is not None:
-        names = NameTable.load(directory / shard_files(before)[0], len(store))[0].followed_by(names)
-    name = f"names-{secrets.token_hex(6)}"
-    write_atomically(directory / shard_files(name)[0], lambda path: names.save(path, shards))
-    return name
-
-
-def _names_before(directory: Path, shards: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The file of names that lies in a directory and the shards that it is of, if these come first among some."""
-    with suppress(EntityIndexError):
-        manifest = read_manifest(directory)
-        if manifest.get("names"):
-            count = sum(entry["count"] for entry in manifest["shards"])
-            _, known = NameTable.load(directory / shard_files(manifest["names"])[0], count)
-            if list(shards[: len(known)]) == known:
-                return manifest["names"], known
-    return None, []
 
 
 def _write_matcher(directory: Path, matcher: Matcher) -> str:
@@ -415,24 +411,24 @@ def _write_matcher(directory: Path, matcher: Matcher) -> str:
 
 def _read_matcher(directory: Path, manifest: Mapping[str, Any]) -> Matcher:
     path = directory / shard_files(manifest["matcher"])[0]
+    facts = manifest["model"]
     try:
         # Without memory for its weights until they are read: a list of files may claim any size.
         with torch.device("meta"):
-            matcher = Matcher(MimicConfig.from_dict(manifest["model"]["config"]))
-        weights = {name: tensor.float() for name, tensor in load_file(_regular(path)).items()}
+            matcher = Matcher(MimicConfig.from_dict(facts["config"]))
+    except Exception as error:  # whatever the classes of configurations raise at values that are none
+        raise EntityIndexError(
+            f"{directory / MANIFEST} is damaged: it holds no model's configuration: {error!r}. Build the index again."
+        ) from error
+    try:
+        weights = {name: tensor.float() for name, tensor in load_file(regular(path)).items()}
         matcher.load_state_dict(weights, assign=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise EntityIndexError(
             f"The index file {path} is missing or damaged: {error}. Restore it, or build the index again."
         ) from error
+    check_facts(facts, matcher, path)
     return matcher
-
-
-def _regular(path: Path) -> Path:
-    """The path, if a file lies there: reading a named pipe or a device would wait for ever."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{os.fspath(path)} is no regular file")
-    return path
 
 
 __all__ = [
@@ -441,10 +437,7 @@ __all__ = [
     "SHARD_ENTITIES",
     "files_of",
     "is_part",
-    "json_text",
-    "locked",
     "locked_for_change",
-    "names_path",
     "new_manifest",
     "new_shard_name",
     "next_generation",
@@ -453,9 +446,10 @@ __all__ = [
     "read_manifest",
     "remove_strays",
     "save_copy",
+    "sealed",
+    "shard_size",
     "shortlist_path",
     "state_of",
     "unfinished_build",
     "verify_files",
-    "write_json",
 ]

@@ -65,9 +65,14 @@ class Encoder(nn.Module):
             image_tokens=image_tokens,
         )
 
+    def _will_be_trained(self) -> bool:
+        """Whether all is computed as in training: with a graph, or to be computed again with one. Random numbers, as
+        of dropout, must then be drawn for the same tensors."""
+        return torch.is_grad_enabled() or self.training
+
     def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         length = input_ids.shape[1]
-        leave_out = self.mask_padding and not torch.is_grad_enabled()
+        leave_out = self.mask_padding and not self._will_be_trained()
         kept = self.adapter.columns(self.backbone.config, input_ids, attention_mask) if leave_out else length
         mask = attention_mask[:, :kept]
         pooled, tokens = self.adapter.encode_texts(self.backbone, input_ids[:, :kept], mask, self.pooling, **kwargs)
@@ -79,7 +84,7 @@ class Encoder(nn.Module):
 
     def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         rows = None
-        if not torch.is_grad_enabled():
+        if not self._will_be_trained():
             # Whatever has no image has the same blank one, which is encoded once.
             blank = ~pixel_values.flatten(1).any(dim=1)
             if int(blank.sum()) > 1:

@@ -18,8 +18,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .directory_mimic import MANIFEST, Manifest, files_of, is_part, json_text, open_directory, read_manifest, save_copy
+from .directory_mimic import MANIFEST, Manifest, files_of, is_part, open_directory, read_manifest, save_copy, sealed
 from .errors_mimic import EntityIndexError
+from .files_mimic import json_text
 from .hub_files_mimic import refuse_links
 from .index_card_mimic import card_of_index, hub_id
 from .matching_mimic import Matcher
@@ -86,7 +87,7 @@ def files_for_hub(
         card = card_of_index(repo_id, manifest, store, model_id=model_id, license=license, source=source)
         yield {
             **{name: directory / name for name in files_of(manifest)},
-            MANIFEST: json_text(manifest).encode(),
+            MANIFEST: json_text(sealed(manifest)).encode(),
             "README.md": card.encode(),
         }
 

@@ -508,7 +508,7 @@ class Matcher(nn.Module):
         )
 
     def entity_features(self, encoded: MimicEncoderOutput, mask: Tensor) -> EntityFeatures:
-        with _full_precision(encoded.text_embeds.device):
+        with full_precision(encoded.text_embeds.device):
             text_embeds, text_tokens, image_embeds, image_tokens = self._normalized(encoded)
             return EntityFeatures(
                 self.tglu.entity_features(text_embeds, text_tokens, mask.to(text_embeds.device))
@@ -517,7 +517,7 @@ class Matcher(nn.Module):
             )
 
     def mention_features(self, encoded: MimicEncoderOutput, mask: Tensor) -> MentionFeatures:
-        with _full_precision(encoded.text_embeds.device):
+        with full_precision(encoded.text_embeds.device):
             text_embeds, text_tokens, image_embeds, image_tokens = self._normalized(encoded)
             return MentionFeatures(
                 self.tglu.mention_features(text_embeds, text_tokens, mask.to(text_embeds.device))
@@ -527,7 +527,7 @@ class Matcher(nn.Module):
 
     def forward(self, mentions: MentionFeatures, entities: EntityFeatures) -> PairScores:
         mention, entity = mentions.tensors, entities.tensors
-        with _full_precision(mention["text_embed"].device):
+        with full_precision(mention["text_embed"].device):
             return _mean_of(*(unit.score(mention, entity) for unit in (self.tglu, self.vdlu, self.cmfu)))
 
     def score_pairs(
@@ -535,7 +535,7 @@ class Matcher(nn.Module):
     ) -> PairScores:
         """Scores of mention i with entity i only; the logits have the shape (pairs,). `local` as in the text unit."""
         mention, entity = mentions.tensors, entities.tensors
-        with _full_precision(mention["text_embed"].device):
+        with full_precision(mention["text_embed"].device):
             return _mean_of(
                 self.tglu.score_pairs(mention, entity, local),
                 self.vdlu.score_pairs(mention, entity),
@@ -548,7 +548,7 @@ def _mean_of(text: Tensor, image: Tensor, cross_modal: Tensor) -> PairScores:
     return PairScores(total=total, text=text, image=image, cross_modal=cross_modal)
 
 
-def _full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
@@ -564,4 +564,5 @@ __all__ = [
     "TextGlobalLocalUnit",
     "VisionDualDirection",
     "VisionDualUnit",
+    "full_precision",
 ]

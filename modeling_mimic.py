@@ -14,7 +14,7 @@ Shapes: M mentions, N entities, L text tokens, P image tokens (the class token a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,10 @@ class MimicOutput(ModelOutput):
     cross_modal_logits: Tensor = None  # type: ignore[assignment]
     mention_features: MentionFeatures | None = None
     entity_features: EntityFeatures | None = None
+
+    def all_logits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The total score and those of the three units: what the loss is the sum over."""
+        return self.logits, self.text_logits, self.image_logits, self.cross_modal_logits
 
 
 class MimicPreTrainedModel(PreTrainedModel):
@@ -273,7 +277,7 @@ class MimicModel(MimicPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         entity_input_ids: Tensor | None = None,
@@ -283,6 +287,7 @@ class MimicModel(MimicPreTrainedModel):
         entity_labels: Tensor | None = None,
         return_loss: bool | None = None,
         return_features: bool = False,
+        return_scores: bool = True,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MimicOutput | tuple[Tensor, ...]:
@@ -301,16 +306,29 @@ class MimicModel(MimicPreTrainedModel):
                 if the configuration says `ignore_duplicate_answers`.
             return_loss (`bool`, *optional*): whether to return the loss. By default, if `labels` are given.
             return_features (`bool`, defaults to `False`): whether to return the features that were scored, too.
+            return_scores (`bool`, defaults to `True`): whether to score the pairs. Without, the features are all that
+                is returned, and either side may be left out: training that scores the entities of several processes,
+                or encodes its batch part by part, does so.
             return_dict (`bool`, *optional*): whether to return a [`MimicOutput`] or a tuple.
             **kwargs: handed to the backbone's text and vision models.
 
         Raises:
             ValueError: if the shapes do not fit each other.
         """
-        if entity_input_ids is None:
+        if not return_scores:
+            output = MimicOutput()
+            if input_ids is not None:
+                output["mention_features"] = self.encode_mentions(input_ids, attention_mask, pixel_values, **kwargs)
+            if entity_input_ids is not None:
+                output["entity_features"] = self.encode_entities(
+                    entity_input_ids, entity_attention_mask, entity_pixel_values, **kwargs
+                )
+            return output
+        if input_ids is None or entity_input_ids is None:
+            missing = "entity_input_ids" if entity_input_ids is None else "input_ids"
             raise ValueError(
-                "MimicModel scores mentions against entities and was given no `entity_input_ids`. To encode mentions "
-                "alone, call `encode_mentions`."
+                f"MimicModel scores mentions against entities and was given no `{missing}`. To encode mentions or "
+                "entities alone, call `encode_mentions` or `encode_entities`."
             )
         mentions = self.encode_mentions(input_ids, attention_mask, pixel_values, **kwargs)
         entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values, **kwargs)
@@ -362,16 +380,41 @@ class MimicModel(MimicPreTrainedModel):
             answers = entity_labels[labels].unsqueeze(1)
             not_rivals = (answers == entity_labels).index_put((own, labels), own.new_zeros(()).bool())
             not_rival_mentions = (answers == answers.T).fill_diagonal_(False)
-        loss = output.logits.new_zeros(())
-        for logits in (output.logits, output.text_logits, output.image_logits, output.cross_modal_logits):
-            scores = logits if not_rivals is None else logits.masked_fill(not_rivals, -torch.inf)
-            loss = loss + F.cross_entropy(scores, labels)
-            if self.config.symmetric_loss:
-                reverse = logits[:, labels].T  # each mention's answer against all mentions
-                if not_rival_mentions is not None:
-                    reverse = reverse.masked_fill(not_rival_mentions, -torch.inf)
-                loss = loss + F.cross_entropy(reverse, own)
-        return loss
+        reverse = None
+        if self.config.symmetric_loss:  # each mention's answer against all mentions
+            reverse = [logits[:, labels].T for logits in output.all_logits()]
+        return loss_of_scores(output.all_logits(), labels, not_rivals, reverse, own, not_rival_mentions)
+
+
+def loss_of_scores(
+    scores: Sequence[Tensor],
+    labels: Tensor,
+    not_rivals: Tensor | None = None,
+    reverse: Sequence[Tensor] | None = None,
+    own: Tensor | None = None,
+    not_rival_mentions: Tensor | None = None,
+) -> Tensor:
+    """The sum of cross-entropies that [`MimicModel.contrastive_loss`] is, from scores of any origin.
+
+    Args:
+        scores: of the total and of each unit, each of shape (M, N).
+        labels: the column of each mention's answer, (M,).
+        not_rivals: booleans (M, N): columns that are no negatives of a mention.
+        reverse: where mentions are ranked for each answer too, their scores, each of shape (M, all mentions).
+        own: the column of each mention itself in these, (M,).
+        not_rival_mentions: booleans of that shape: mentions that are no negatives of an answer.
+    """
+    loss = scores[0].new_zeros(())
+    for place, logits in enumerate(scores):
+        loss = loss + F.cross_entropy(
+            logits if not_rivals is None else logits.masked_fill(not_rivals, -torch.inf), labels
+        )
+        if reverse is not None and own is not None:
+            backward = reverse[place]
+            if not_rival_mentions is not None:
+                backward = backward.masked_fill(not_rival_mentions, -torch.inf)
+            loss = loss + F.cross_entropy(backward, own)
+    return loss
 
 
 def _pair_blocks(
@@ -387,4 +430,4 @@ def _pair_blocks(
         yield slice(start, start + rows), [slice(i, i + columns) for i in range(0, len(entities), columns)]
 
 
-__all__ = ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput"]
+__all__ = ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput", "loss_of_scores"]

@@ -14,8 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from .names_mimic import ALIASES, listed_aliases
-
 _RECORDS_AT_ONCE = 512
 
 
@@ -67,12 +65,13 @@ class Records:
         """How many records may be taken at a time: those that are read by number stay where they are."""
         return None if self._by_number is not None else _RECORDS_AT_ONCE
 
-    def skip(self, count: int) -> Iterator[Mapping[str, Any]]:
-        """Passes over the next records and gives them, perhaps without their images."""
+    def skip(self, count: int, images: bool = False) -> Iterator[Mapping[str, Any]]:
+        """Passes over the next records and gives them, perhaps without their images unless these are asked for."""
         if self._by_number is None:
             yield from itertools.islice(cast(Any, self._iterator), count)
             return
-        span = self.take(count).without_images()
+        span = self.take(count)
+        span = span if images else span.without_images()
         for row in range(len(span)):
             yield span[row]
 
@@ -120,10 +119,10 @@ def undecoded(dataset: Any, column: str) -> Any:
 
 
 def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What an index keeps of a record: id, name, description, aliases, and other plain fields.
+    """What an index keeps of a record: id, name, description, and other plain fields.
 
     Raises:
-        ValueError: if it has no id, its texts are no valid text, or its aliases no list of strings.
+        ValueError: if it has no id, or its texts are no valid text.
     """
     if not isinstance(record, Mapping) or record.get("id") is None:
         raise ValueError(
@@ -136,14 +135,7 @@ def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in ("name", "description") and not isinstance(value, str):
             raise ValueError(f"Entity {kept['id']!r}: `{name}` must be a string, got {type(value).__name__}.")
-        if name == ALIASES:
-            try:
-                aliases = listed_aliases(value)
-            except ValueError as error:
-                raise ValueError(f"Entity {kept['id']!r}: {error}") from error
-            if aliases:
-                kept[name] = aliases
-        elif isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
+        if isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
             kept[name] = value
     for name, value in kept.items():
         try:

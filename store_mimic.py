@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import errno
 import hashlib
 import json
-import mmap
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .errors_mimic import EntityIndexError
-from .matching_mimic import EntityFeatures, Matcher, MimicEncoderOutput
+from .files_mimic import file_facts, is_small, mapped, no_space_told, regular, size_of, write_atomically
+from .matching_mimic import EntityFeatures, Matcher, MimicEncoderOutput, full_precision
 
 _SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
-_KINDS = {kind: kind for kind in ("string", "bool", "int64", "float64", "list")}
+# Types of a table's fields, as `datasets` names them. What its reader would guess wrong is "json": numbers among
+# texts, integers beyond 64 bits, and texts that look like a date, of which Arrow makes one.
+_KINDS = {kind: kind for kind in ("string", "bool", "int64", "float64", "json")}
+_LIKE_A_DATE = re.compile(r"\d{4}-\d{2}-\d{2}([ T].*)?")
+_FACTS_VERSION = 2
+_LARGE = 2**53  # integers that a float64 holds exactly
 # What features may be stored in.
 STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 # Kept in float32 whatever the rest is stored in: a few numbers an entity, made from the stored vectors.
@@ -43,7 +46,7 @@ _EXACT = ("text_bias", "image_query_stats", "image_key_stats")
 class Table:
     """The entities' own data, one JSON object a line, read when asked for."""
 
-    def __init__(self, lines: mmap.mmap | bytes, offsets: np.ndarray) -> None:
+    def __init__(self, lines: memoryview | bytes, offsets: np.ndarray) -> None:
         self._lines, self._offsets = lines, offsets
 
     def __len__(self) -> int:
@@ -59,14 +62,38 @@ class Table:
             start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
             if not 0 <= start <= stop <= len(self._lines):
                 raise ValueError(f"its place, from {start} to {stop}, is not in the table")
-            record = json.loads(self._lines[start:stop])
-            if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-                raise ValueError("it is no entity with an id")
+            return _entity(bytes(self._lines[start:stop]))
         except (ValueError, RecursionError) as error:
             raise EntityIndexError(
                 f"The entity table is damaged at row {row}: {error}. Build the index again."
             ) from error
-        return record
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
+
+
+def _entity(line: bytes) -> dict[str, Any]:
+    """The entity of a table's line.
+
+    Raises:
+        ValueError: if there is none in it.
+        RecursionError: if it is nested too deeply.
+    """
+    text = line.decode()
+    record = _DECODER.decode(text)
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str) or not record["id"]:
+        raise ValueError("it is no entity with an id")
+    for name in ("name", "description"):
+        if not isinstance(record.get(name, ""), str):
+            raise ValueError(f"its `{name}` is no text")
+    if "\\ud" in text or "\\uD" in text:
+        for name, value in record.items():
+            f"{name}{value}".encode()  # half of a character would fail only where it is written
+    return record
 
 
 @dataclass
@@ -76,6 +103,7 @@ class TableFacts:
     described: int = 0
     characters: int = 0
     fields: dict[str, str] = field(default_factory=dict)  # types as `datasets` names them
+    version: int = _FACTS_VERSION
 
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> TableFacts:
@@ -92,14 +120,16 @@ class TableFacts:
         """Facts that were noted with an index; `None` where they were not, or are not what they should be."""
         try:
             fields = {str(name): _KINDS[kind] for name, kind in value["fields"].items()}
-            return cls(int(value["described"]), int(value["characters"]), fields)
-        except (AttributeError, KeyError, TypeError, ValueError):
+            counts = value["described"], value["characters"]
+        except (AttributeError, KeyError, TypeError):
             return None
+        known = value.get("version") == _FACTS_VERSION and all(type(n) is int and 0 <= n < 2**63 for n in counts)
+        return cls(*counts, fields) if known else None
 
     def _note(self, name: str, kind: str) -> None:
         known = self.fields.setdefault(name, kind)
         if known != kind:
-            self.fields[name] = "float64" if {known, kind} == {"int64", "float64"} else "string"
+            self.fields[name] = "float64" if {known, kind} == {"int64", "float64"} else "json"
 
     def __add__(self, other: TableFacts) -> TableFacts:
         both = TableFacts(self.described + other.described, self.characters + other.characters, dict(self.fields))
@@ -109,7 +139,11 @@ class TableFacts:
 
 
 def _type_of(value: Any) -> str:
-    return {bool: "bool", int: "int64", float: "float64", list: "list"}.get(type(value), "string")
+    if isinstance(value, str):
+        return "json" if _LIKE_A_DATE.fullmatch(value) else "string"
+    if type(value) is int and abs(value) > _LARGE:
+        return "json"
+    return {bool: "bool", int: "int64", float: "float64"}.get(type(value), "json")
 
 
 @dataclass
@@ -125,11 +159,51 @@ class Shard:
     def __len__(self) -> int:
         return len(self.table)
 
-    def rows_of(self, entity_id: str, hashed: int) -> list[int]:
-        first = int(np.searchsorted(self.hashes, np.uint64(hashed), side="left"))
-        last = int(np.searchsorted(self.hashes, np.uint64(hashed), side="right"))
-        rows = [int(row) for row in self.hash_rows[first:last]]
-        return [row for row in rows if self.table[row]["id"] == entity_id]
+    def ids(self) -> Iterator[str]:
+        return (record["id"] for record in self.table)
+
+
+class IdRows:
+    """The rows of ids, found by their hashes. Shards can be added to it; of small ones are made larger pieces."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[np.ndarray, np.ndarray]] = []
+        self._count = 0
+
+    def add(self, shard: Shard) -> None:
+        """Takes the rows of a shard to follow those that are there.
+
+        Raises:
+            EntityIndexError: if it names rows that it does not have.
+        """
+        if len(wrong := shard.hash_rows[(shard.hash_rows < 0) | (shard.hash_rows >= len(shard))]):
+            raise EntityIndexError(
+                f"The entity table is damaged at row {wrong[0]} of {shard.name}, which it does not have. Build the "
+                "index again."
+            )
+        hashes, rows = shard.hashes, shard.hash_rows.astype(np.int64) + self._count
+        self._count += len(shard)
+        # As in counting: a piece is joined with those before it that are no longer, so that there are few.
+        while self._pieces and len(self._pieces[-1][0]) <= len(hashes):
+            before = self._pieces.pop()
+            hashes, rows = np.concatenate([before[0], hashes]), np.concatenate([before[1], rows])
+        order = np.argsort(hashes, kind="stable")  # of a damaged shard they may be in no order
+        self._pieces.append((hashes[order], rows[order]))
+
+    def has(self, hashes: np.ndarray) -> np.ndarray:
+        """Which of some hashes are those of ids that are there, as booleans."""
+        found = np.zeros(len(hashes), dtype=bool)
+        for piece, _ in self._pieces:
+            found |= piece[np.searchsorted(piece, hashes).clip(max=len(piece) - 1)] == hashes
+        return found
+
+    def rows(self, hashed: int) -> list[int]:
+        """The rows, in order, of all ids with a hash."""
+        wanted, found = np.uint64(hashed), []
+        for hashes, rows in self._pieces:
+            first, last = np.searchsorted(hashes, wanted, "left"), np.searchsorted(hashes, wanted, "right")
+            found += rows[first:last].tolist()
+        return sorted(found)
 
 
 def hash_id(entity_id: str) -> int:
@@ -151,7 +225,7 @@ def make_shard(name: str, features: dict[str, Tensor], records: Sequence[Mapping
 
 def write_shard(directory: Path, shard: Shard) -> dict[str, Any]:
     """Writes a shard's two files and gives its entry of the manifest."""
-    table = shard.table._lines[:]
+    table = shard.table._lines
     tensors = {f"feature.{name}": tensor.contiguous() for name, tensor in shard.tensors.items()}
     tensors["table.offsets"] = torch.from_numpy(shard.table._offsets.copy())
     tensors["table.hashes"] = torch.from_numpy(shard.hashes.view(np.int64).copy())
@@ -168,32 +242,42 @@ def write_shard(directory: Path, shard: Shard) -> dict[str, Any]:
     }
 
 
+def join_shards(name: str, shards: Sequence[Shard]) -> Shard:
+    """The rows of several shards, in their order, as one."""
+    features = {key: torch.cat([shard.tensors[key] for shard in shards]) for key in shards[0].tensors}
+    return make_shard(name, features, [record for shard in shards for record in shard.table])
+
+
 def read_shard(directory: Path, entry: Mapping[str, Any]) -> Shard:
+    """A shard as it was written. Its files are mapped into memory, and stay so if they are deleted; none stays open.
+
+    Raises:
+        EntityIndexError: if a file is missing, damaged, or not as its entry says.
+    """
     features_file, table_file = shard_files(entry["name"])
     for file in (features_file, table_file):
         path = directory / file
-        if not path.is_file():
+        size, expected = size_of(path), entry["files"][file]["bytes"]
+        if size is None:
             raise EntityIndexError(
                 f"The index {directory} lacks its file {file}. Restore the file, or build the index again."
             )
-        expected = entry["files"][file]["bytes"]
-        if path.stat().st_size != expected:
+        if size != expected:
             raise EntityIndexError(
-                f"The index file {path} has {path.stat().st_size} bytes instead of {expected}: it was cut short or "
+                f"The index file {path} has {size} bytes instead of {expected}: it was cut short or "
                 "changed. Restore the file, or build the index again."
             )
+    if not entry["files"][table_file]["bytes"]:
+        raise EntityIndexError(f"The index file {directory / table_file} is empty. Build the index again.")
+    path = directory / features_file
     try:
-        with safe_open(directory / features_file, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except SafetensorError as error:
+        tensors = _read_tensors(path, entry["files"][features_file]["bytes"])
+        path = directory / table_file
+        table = mapped(path, entry["files"][table_file]["bytes"])
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise EntityIndexError(
-            f"The index file {directory / features_file} is damaged: {error}. Restore it, or build the index again."
+            f"The index file {path} is damaged: {error}. Restore it, or build the index again."
         ) from error
-    try:
-        with open(directory / table_file, "rb") as lines:
-            table = mmap.mmap(lines.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError as error:
-        raise EntityIndexError(f"The index file {directory / table_file} is empty. Build the index again.") from error
     numbers = {}
     for name, dtype in (("offsets", torch.int64), ("hashes", torch.int64), ("hash_rows", torch.int32)):
         tensor = tensors.get(f"table.{name}")
@@ -220,51 +304,40 @@ def read_shard(directory: Path, entry: Mapping[str, Any]) -> Shard:
     return shard
 
 
+def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
+    if is_small(size):
+        return load(regular(path).read_bytes())
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
 def shard_files(name: Any) -> tuple[str, str]:
     if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
         raise EntityIndexError(f"The index names a part {name!r}, which is no valid name: the index is damaged.")
     return f"{name}.safetensors", f"{name}.jsonl"
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file so that it is either whole or not there, whenever the process ends."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors makes files that nobody else may read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def no_space_told(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full:
-            raise
-        raise EntityIndexError(
-            f"No space is left on the disk of {directory}. What is finished is kept: make room and run the same "
-            "command again."
-        ) from error
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 # --- Numbers ------------------------------------------------------------------------------------------------------
 
 
-def quantized(features: EntityFeatures, matcher: Matcher, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Features as they are stored. What is made from vectors is made anew, from the vectors as they were rounded."""
+def quantized(
+    features: EntityFeatures, matcher: Matcher, dtype: torch.dtype, ids: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Features as they are stored. What is made from vectors is made anew, from the vectors as they were rounded.
+
+    Args:
+        ids: the entities', for messages.
+
+    Raises:
+        EntityIndexError: if a number is not finite, or too large for the precision.
+    """
+    with full_precision(features.device):
+        return _quantized(features, matcher, dtype, ids)
+
+
+def _quantized(
+    features: EntityFeatures, matcher: Matcher, dtype: torch.dtype, ids: Sequence[str] | None
+) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     rounded: dict[str, Tensor] = {}
     for name, tensor in features.tensors.items():
@@ -273,25 +346,43 @@ def quantized(features: EntityFeatures, matcher: Matcher, dtype: torch.dtype) ->
             stored[name] = tensor if tensor.dtype == torch.bool else tensor.float()
             continue
         tensor = tensor.float()
-        _check_finite(name, tensor)
+        _check_finite(name, tensor, ids)
         if dtype == torch.int8:
             scale = tensor.abs().amax(dim=-1).clamp(min=1e-12) / 127
             stored[name] = (tensor / scale.unsqueeze(-1)).round().to(torch.int8)
             stored[name + "_scale"] = scale
         else:
             stored[name] = tensor.to(dtype)
-            if not bool(torch.isfinite(stored[name]).all()):
-                raise EntityIndexError(f'The values of `{name}` are too large for float16; use dtype="float32".')
+            if wrong := _whose(not_finite(stored[name]), ids):
+                raise EntityIndexError(
+                    f'The values of `{name}` are too large for float16; use dtype="float32". They are those of {wrong}.'
+                )
         rounded[name] = dequantized(stored, name)
     stored |= matcher.vdlu.entity_stats(rounded, stored)
     for name in _EXACT:
-        _check_finite(name, stored[name])
+        _check_finite(name, stored[name], ids)
     return stored
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise EntityIndexError(f"The model gives `{name}` values that are not finite; no index can be made of it.")
+def _check_finite(name: str, tensor: Tensor, ids: Sequence[str] | None) -> None:
+    if wrong := _whose(not_finite(tensor), ids):
+        raise EntityIndexError(
+            f"The model gives `{name}` values that are not finite, of {wrong}; no index can be made of it."
+        )
+
+
+def not_finite(tensor: Tensor) -> Tensor:
+    """The rows, int64, that hold a number that is not finite."""
+    if not tensor.is_floating_point():
+        return torch.empty(0, dtype=torch.long)
+    return (~torch.isfinite(tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)).all(dim=1)).nonzero()[:, 0]
+
+
+def _whose(rows: Tensor, ids: Sequence[str] | None) -> str:
+    """Rows in words; nothing if there are none."""
+    shown = ", ".join(repr(ids[row]) if ids else str(row) for row in rows[:3].tolist())
+    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+    return shown and f"{'entity' if len(rows) == 1 else 'entities'} {shown}{more}"
 
 
 def dequantized(stored: Mapping[str, Tensor], name: str) -> Tensor:
@@ -394,10 +485,17 @@ class Store:
     def feature_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for shard in self.shards for t in shard.tensors.values())
 
-    def compacted(self, shard_entities: int, new_name: Callable[[int], str]) -> Iterator[Shard]:
-        """The rows that are not removed, in shards of equal size. Features are copied as they are stored."""
+    def compacted(self, size_after: Callable[[int], int], new_name: Callable[[int], str]) -> Iterator[Shard]:
+        """The rows that are not removed, in new shards. Features are copied as they are stored.
+
+        Args:
+            size_after: the number of entities of the shard that follows so many others.
+        """
         rows = (~self.removed).nonzero().squeeze(1)
-        for number, chunk in enumerate(rows.split(shard_entities)):
+        sizes: list[int] = []
+        while (done := sum(sizes)) < len(rows):
+            sizes.append(min(size_after(done), len(rows) - done))
+        for number, chunk in enumerate(rows.split(sizes)):
             pieces = list(self._pieces(chunk))
             features = {
                 name: torch.cat([shard.tensors[name][inside] for shard, inside, _ in pieces])
@@ -409,13 +507,54 @@ class Store:
         number = bisect.bisect_right(self.starts, row) - 1
         return self.shards[number].table[row - self.starts[number]]
 
+    @cached_property
+    def ids(self) -> IdRows:
+        """The rows of all ids, those of removed entities too."""
+        ids = IdRows()
+        for shard in self.shards:
+            ids.add(shard)
+        return ids
+
     def row(self, entity_id: str) -> int | None:
-        hashed = hash_id(entity_id)
-        for shard, start in zip(self.shards, self.starts, strict=False):
-            for row in shard.rows_of(entity_id, hashed):
-                if not self.removed[start + row]:
-                    return start + row
+        """The row of an entity that is not removed."""
+        for row in self.ids.rows(hash_id(entity_id)):
+            if not self.removed[row] and self.record(row)["id"] == entity_id:
+                return row
         return None
+
+    def check(self) -> None:
+        """Reads everything, and makes sure that it is what an index can be searched by.
+
+        Raises:
+            EntityIndexError: if a number is not finite, an entity cannot be read or found by its id, or two entities
+                that are not removed have the same id. Says which.
+        """
+        seen = IdRows()
+        for shard, start in zip(self.shards, self.starts, strict=False):
+            ids = list(shard.ids())
+            for name, tensor in shard.tensors.items():
+                rows = not_finite(tensor)
+                if wrong := _whose(rows[~self.removed[start + rows]], ids):
+                    raise EntityIndexError(
+                        f"The features `{name}` of {wrong} are not finite: scores would have no order. Build the index "
+                        "again, or remove what is named."
+                    )
+            order = shard.hash_rows
+            hashes = np.fromiter(map(hash_id, ids), dtype=np.uint64, count=len(ids))
+            if not np.array_equal(np.sort(order), np.arange(len(ids))) or (hashes[order] != shard.hashes).any():
+                raise EntityIndexError(
+                    f"The ids of the shard {shard.name} cannot be looked up: their hashes are damaged. Build the index "
+                    "again."
+                )
+            seen.add(shard)
+            for row, (entity_id, hashed) in enumerate(zip(ids, hashes.tolist(), strict=True), start):
+                if self.removed[row]:
+                    continue
+                others = (other for other in seen.rows(hashed) if other < row and not self.removed[other])
+                if any(self.record(other)["id"] == entity_id for other in others):
+                    raise EntityIndexError(
+                        f"The index holds the entity {entity_id!r} twice: it is damaged. Build the index again."
+                    )
 
     def _pieces(self, rows: Tensor | slice) -> Iterator[tuple[Shard, slice | Tensor, Tensor | None]]:
         """For each shard that has some of the rows: the shard, the rows within it, and their places in the result."""
@@ -459,22 +598,22 @@ class Store:
 
 __all__ = [
     "STORED_DTYPES",
+    "IdRows",
     "Shard",
     "Store",
     "Table",
     "TableFacts",
     "check_shards",
     "dequantized",
-    "file_facts",
     "hash_id",
+    "join_shards",
     "layout_of",
     "make_shard",
     "mention_layout",
-    "no_space_told",
+    "not_finite",
     "quantized",
     "read_shard",
     "shard_files",
     "table_line",
-    "write_atomically",
     "write_shard",
 ]

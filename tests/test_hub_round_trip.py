@@ -235,6 +235,7 @@ def test_card_of_an_index_that_tells_nothing_of_its_tables(hub: Hub, api: HfApi,
     manifest = json.loads((copy / "index_config.json").read_text())
     for entry in manifest["shards"]:
         entry["facts"] = facts
+    del manifest["digest"]
     (copy / "index_config.json").write_text(json.dumps(manifest))
     EntityIndex.from_pretrained(copy).push_to_hub("alice/copy", token=ALICE)
     index.push_to_hub("alice/copied", token=ALICE)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_clip import tiny_tokenizer
 
-from mimic_el import building_mimic, contents_mimic, directory_mimic
+from mimic_el import directory_mimic
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.matching_mimic import EntityFeatures, MentionFeatures, MimicEncoderOutput
@@ -119,5 +119,4 @@ def once(items: Iterable[Any]) -> Iterator[Any]:
 
 def small_shards(monkeypatch: pytest.MonkeyPatch, entities: int) -> None:
     """Makes the shards of all that is built, changed and saved from now on hold so many entities."""
-    for module in (building_mimic, contents_mimic, directory_mimic):
-        monkeypatch.setattr(module, "SHARD_ENTITIES", entities)
+    monkeypatch.setattr(directory_mimic, "SHARD_ENTITIES", entities)

@@ -13,6 +13,8 @@ from transformers import (
 from ..datasets_scripts.builders import BUILDERS
 
 MISSING_ANSWERS = ("exclude", "miss", "error")
+# Mentions of a step in all processes together, as published.
+PUBLISHED_BATCH = 128
 
 
 # The arguments of `ModelArguments` that are `MimicConfig`'s.
@@ -157,9 +159,9 @@ class DataArguments:
 _PARENT_FIELDS = {parent.name: parent for parent in dataclasses.fields(TrainingArguments)}
 
 
-def _recipe(name: str, value: Any) -> Any:
+def _recipe(name: str, value: Any, text: str | None = None) -> Any:
     """A field of TrainingArguments with the published recipe's default."""
-    return field(default=value, metadata=_PARENT_FIELDS[name].metadata)
+    return field(default=value, metadata=_PARENT_FIELDS[name].metadata if text is None else {"help": text})
 
 
 @dataclass
@@ -178,9 +180,24 @@ class MimicTrainingArguments(TrainingArguments):
             knowledge base: "exclude", "miss" or "error", as in metrics/mel_ranking.
         index_dtype (`str`, defaults to "float32"): in what the knowledge base's features are kept for evaluation and
             in the index that training leaves.
+        gather_negatives (`bool`, defaults to `True`): with several processes, whether a mention's negatives are the
+            entities of all of them: so n processes train as one does with the whole batch. Without, they are those of
+            its own process.
+        cached_batch_size (`int`, *optional*): encode at most so many mentions and entities at a time (GradCache): a
+            batch of any size then takes the memory of a small one, for a third more time. Loss and gradients are
+            those of the plain step.
+        hard_negatives (`int`, defaults to 0): so many wrong entities join a batch for each of its mentions, drawn from
+            those that the model thinks best of the mention. The published batches have none.
+        hard_negatives_epochs (`int`, defaults to 2): after every so many epochs the model's best wrong entities are
+            searched anew; the first so many epochs are trained without.
+
+    `per_device_train_batch_size` is by default what makes 128 mentions of all processes together, as published.
+    `gradient_accumulation_steps` adds up gradients; it adds no negatives.
     """
 
-    per_device_train_batch_size: int = _recipe("per_device_train_batch_size", 128)
+    per_device_train_batch_size: int | None = _recipe(  # type: ignore[assignment]
+        "per_device_train_batch_size", None, "Mentions of a step in each process. By default 128 in all together."
+    )
     per_device_eval_batch_size: int = _recipe("per_device_eval_batch_size", 128)
     num_train_epochs: float = _recipe("num_train_epochs", 20.0)
     learning_rate: float = _recipe("learning_rate", 1e-5)
@@ -224,12 +241,59 @@ class MimicTrainingArguments(TrainingArguments):
             "choices": ["float32", "float16", "int8"],
         },
     )
+    gather_negatives: bool = field(
+        default=True,
+        metadata={
+            "help": "With several processes, a mention's negatives are the entities of all of them, so that they train "
+            "as one process does with the whole batch. Without, those of its own process."
+        },
+    )
+    cached_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Encode at most so many mentions and entities at a time (GradCache): a batch of any size in the "
+            "memory of a small one, with the same loss and gradients, for a third more time."
+        },
+    )
+    hard_negatives: int = field(
+        default=0,
+        metadata={
+            "help": "So many wrong entities join a batch for each of its mentions, drawn from those that the model "
+            "thinks best. Published: none."
+        },
+    )
+    hard_negatives_epochs: int = field(
+        default=2, metadata={"help": "Search the hard negatives anew after every so many epochs; the first have none."}
+    )
 
     def __post_init__(self) -> None:
+        # Told from a value that was given: 128 cannot be divided by every number of processes.
+        self._batch_is_published = self.per_device_train_batch_size is None
+        if self._batch_is_published:
+            self.per_device_train_batch_size = PUBLISHED_BATCH
         super().__post_init__()
+        if self._batch_is_published:
+            self.per_device_train_batch_size = -(-PUBLISHED_BATCH // self.world_size)
         if self.eval_epochs < 1:
             raise ValueError(f"eval_epochs must be at least 1, got {self.eval_epochs}.")
         if self.early_stopping_patience < 0:
             raise ValueError(f"early_stopping_patience must not be negative, got {self.early_stopping_patience}.")
         if self.missing_answers not in MISSING_ANSWERS:
             raise ValueError(f"missing_answers must be one of {MISSING_ANSWERS}, got {self.missing_answers!r}.")
+        if self.cached_batch_size is not None and self.cached_batch_size < 1:
+            raise ValueError(f"cached_batch_size must be at least 1, got {self.cached_batch_size}.")
+        if self.hard_negatives < 0:
+            raise ValueError(f"hard_negatives must not be negative, got {self.hard_negatives}.")
+        if self.hard_negatives_epochs < 1:
+            raise ValueError(f"hard_negatives_epochs must be at least 1, got {self.hard_negatives_epochs}.")
+        if self.hard_negatives and self.dataloader_persistent_workers:
+            raise ValueError(
+                "hard_negatives change from epoch to epoch, which workers that outlive an epoch do not see: leave "
+                "dataloader_persistent_workers off."
+            )
+
+    def batch_of_all(self, of_each: int) -> int:
+        """Mentions of a step in all processes, where each takes `of_each` at most."""
+        if self._batch_is_published and of_each == self.per_device_train_batch_size:
+            return PUBLISHED_BATCH
+        return of_each * self.world_size

@@ -42,6 +42,8 @@ class MentionEntityCollator:
         seed (`int`, defaults to 43): of the random images.
         merge_duplicates (`bool`, defaults to `False`): whether an entity that several mentions of the batch mean is
             in it once. The published batches have it once for each, so that it is its own negative.
+        hard_negatives (`int`, defaults to 0): so many wrong entities join the batch for each mention, drawn from the
+            numbers in its field `hard_negatives`, where it has one. What is in the batch already does not come again.
         unreadable_log (path, *optional*): JSON Lines file to which images that cannot be read are appended. Each is
             warned of and taken as absent in any case.
 
@@ -61,6 +63,7 @@ class MentionEntityCollator:
         random_images: bool = True,
         seed: int = 43,
         merge_duplicates: bool = False,
+        hard_negatives: int = 0,
         unreadable_log: str | Path | None = None,
     ) -> None:
         self.processor = processor
@@ -68,6 +71,7 @@ class MentionEntityCollator:
         self.random_images = random_images
         self.seed = seed
         self.merge_duplicates = merge_duplicates
+        self.hard_negatives = hard_negatives
         self.unreadable_log = None if unreadable_log is None else Path(unreadable_log)
         self._records = self.knowledge_base.entities()
         self._reported: set[str] = set()
@@ -86,6 +90,7 @@ class MentionEntityCollator:
             labels = [position[row] for row in rows]
         else:
             entity_rows, labels = rows, list(range(len(rows)))
+        entity_rows = entity_rows + self._wrong_entities(mentions, rows)
         draw = self._draw(mentions)
         entities = [self._records[row] for row in entity_rows]
         images = [_pick(entity.get("images"), draw) for entity in entities]
@@ -164,6 +169,19 @@ class MentionEntityCollator:
             return None
         names = [f"{mention.get('id')}\0{mention['answer']}" for mention in mentions]
         return random.Random("\0".join([str(self.seed), *names]))
+
+    def _wrong_entities(self, mentions: Sequence[Mapping[str, Any]], answers: list[int]) -> list[int]:
+        """Hard negatives of a batch, each once, and none that is an answer in it."""
+        if not self.hard_negatives:
+            return []
+        draw = random.Random("\0".join(["hard", str(self.seed), *(str(mention.get("id")) for mention in mentions)]))
+        taken, found = set(answers), []
+        for mention in mentions:
+            pool = [row for row in mention.get("hard_negatives") or [] if row not in taken]
+            for row in draw.sample(pool, min(self.hard_negatives, len(pool))):
+                taken.add(row)
+                found.append(row)
+        return found
 
     def _inputs(self, heads: list[str], bodies: list[str], sources: list[Any], names: list[str]) -> dict[str, Tensor]:
         separator = self.processor.separator

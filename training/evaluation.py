@@ -135,7 +135,7 @@ def rank_mentions(
         mentions,  # type: ignore[arg-type]
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=functools.partial(_encoded_and_named, collator),
+        collate_fn=functools.partial(encoded_and_named, collator),
     )
     results = RankedMentions([], [], [], np.empty(0), [] if top_k else None)
     ranks: list[np.ndarray] = []
@@ -147,13 +147,7 @@ def rank_mentions(
     try:
         with torch.inference_mode(), tqdm(total=total, desc="Encoding mentions", disable=not show_progress) as bar:
             for inputs, named in loader:
-                encoded = model.encode_mentions(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-                if not all(tensor.isfinite().all() for tensor in encoded.tensors.values()):
-                    raise ValueError(
-                        "The model's features of mentions are not finite: training has diverged. Try a smaller "
-                        "learning rate."
-                    )
-                features.append(encoded)  # on the model's device: that is where ranking is done
+                features.append(finite_features(model, inputs))
                 waiting += named["answer"]
                 results.ids += named["id"]
                 results.kinds += named["kind"]
@@ -175,9 +169,24 @@ def rank_mentions(
     return results
 
 
-def _encoded_and_named(
+def finite_features(model: MimicModel, inputs: Mapping[str, Tensor]) -> MentionFeatures:
+    """Features of mentions, on the model's device, where ranking is done.
+
+    Raises:
+        ValueError: if they are not finite.
+    """
+    encoded = model.encode_mentions(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+    if not all(tensor.isfinite().all() for tensor in encoded.tensors.values()):
+        raise ValueError(
+            "The model's features of mentions are not finite: training has diverged. Try a smaller learning rate."
+        )
+    return encoded
+
+
+def encoded_and_named(
     collator: MentionEntityCollator, mentions: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+    """What the model encodes of some mentions, and their `id`, `answer`, `kind`, `mention` and `text`."""
     named = {name: [mention.get(name) for mention in mentions] for name in ("id", "answer", "kind")}
     named["answer"] = [
         entity_id_of(answer, f"The answer of mention {mention_id!r}")

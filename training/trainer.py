@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from torch import nn
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -29,9 +35,16 @@ from ..processing_mimic import MimicProcessor
 from ..records_mimic import undecoded
 from .arguments import MimicTrainingArguments
 from .collator import MentionEntityCollator
+from .dealing import DealtBatches, DealtStream
 from .evaluation import RankedMentions, rank_mentions
+from .gather import shared_loss, without_unused_parameters
+from .grad_cache import cached_step
+from .hard_negatives import TABLE, MentionsWithNegatives, best_wrong_entities
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
+from .processes import check_same_data, refuse_other_engines
+
+logger = logging.getLogger("mimic_el.train")
 
 INDEX_FOLDER = "index"
 
@@ -69,6 +82,56 @@ class SessionTime(TrainerCallback, ExportableState):
         """What a checkpoint keeps: under `before`, the seconds of all sessions so far."""
         now = 0.0 if self._start is None else time.monotonic() - self._start
         return {"args": {}, "attributes": {"before": self.before + now}}
+
+
+class RefreshHardNegatives(TrainerCallback):
+    """Has the hard negatives searched anew when an epoch begins, after every so many, and keeps them in checkpoints."""
+
+    def __init__(self, trainer: MimicTrainer, mentions: MentionsWithNegatives, epochs: int) -> None:
+        self.trainer, self.mentions, self.epochs = trainer, mentions, epochs
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch = round(state.epoch or 0)
+        # In the middle of an epoch, after an interruption, those of the checkpoint are still good.
+        if epoch and epoch % self.epochs == 0 and abs(epoch - (state.epoch or 0)) < 1e-6:
+            self.mentions.table = self.trainer.find_hard_negatives()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.mentions.table is not None and args.should_save:
+            folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            np.save(folder / TABLE, self.mentions.table)
+
+
+class BatchNote(TrainerCallback):
+    """Says in the log what a step is: how many processes, and what a mention's negatives are."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.should_log:
+            logger.info("%s", batch_note(args))
+
+
+def batch_note(args: TrainingArguments) -> str:
+    """What a step is, in words."""
+    each, count = args.per_device_train_batch_size, args.world_size
+    total = args.batch_of_all(each) if isinstance(args, MimicTrainingArguments) else each * count
+    processes = "1 process" if count == 1 else f"{count} processes"
+    note = f"{processes}, {total} mentions in a batch"
+    if count > 1:
+        gather = getattr(args, "gather_negatives", False)
+        note += f", {each} at most in each; the negatives are the entities of "
+        note += "all processes" if gather else "the mention's own process"
+    if args.gradient_accumulation_steps > 1:
+        note += f"; gradients of {args.gradient_accumulation_steps} batches are added up, which adds no negatives"
+    if chunk := getattr(args, "cached_batch_size", None):
+        note += f"; encoded {chunk} at a time"
+    if isinstance(args, MimicTrainingArguments) and args.hard_negatives:
+        first = args.hard_negatives_epochs + 1
+        note += f"; {args.hard_negatives} hard negatives for each mention from epoch {first} on"
+    return note + "."
 
 
 class MimicTrainer(Trainer):
@@ -116,21 +179,41 @@ class MimicTrainer(Trainer):
                 "label_smoothing_factor is not for MIMIC: the Trainer would smooth the total score's loss and drop "
                 "those of the three units. Leave it 0."
             )
+        refuse_other_engines(args)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, which would split batches in ways that MIMIC's loss "
                 f"cannot use. Start one process a GPU: `torchrun --nproc-per-node {args.n_gpu} -m mimic_el.train ...`, "
                 "or show one GPU alone: `CUDA_VISIBLE_DEVICES=0`."
             )
+        train_dataset = undecoded(train_dataset, "image")
+        hard_negatives = getattr(args, "hard_negatives", 0)
+        if hard_negatives and train_dataset is not None:
+            train_dataset = MentionsWithNegatives(train_dataset)
+            data_collator.hard_negatives = hard_negatives
+        launched = dist.is_available() and dist.is_initialized()  # with one process, too
+        if launched:
+            args.ddp_find_unused_parameters = False
+            # One encoder serves both sides: it would go back twice on its own, for which DistributedDataParallel is
+            # not made.
+            name = "activation_checkpointing_kwargs"  # the new name of gradient_checkpointing_kwargs
+            name = name if hasattr(args, name) else "gradient_checkpointing_kwargs"
+            setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": False})
         super().__init__(
             model,
             args,
             data_collator=data_collator,
-            train_dataset=undecoded(train_dataset, "image"),
+            train_dataset=train_dataset,
             eval_dataset=undecoded(eval_dataset, "image"),
             processing_class=processing_class,
             **kwargs,
         )
+        if launched:
+            without_unused_parameters(model)
+        self._merge = data_collator.merge_duplicates
+        self.add_callback(BatchNote())
+        if isinstance(train_dataset, MentionsWithNegatives) and isinstance(args, MimicTrainingArguments):
+            self.add_callback(RefreshHardNegatives(self, train_dataset, args.hard_negatives_epochs))
         self.add_callback(SessionTime())
         if isinstance(args, MimicTrainingArguments):
             self.add_callback(EvaluateEveryFewEpochs(args.eval_epochs))
@@ -146,12 +229,115 @@ class MimicTrainer(Trainer):
         """Everything but the parameters with "bias" in their name, as published: layer norm weights decay too."""
         return [name for name, _ in model.named_parameters() if "bias" not in name]
 
+    # --- Batches and their loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches; of several processes each gets its part of what one would have (see dealing.py)."""
+        count = self.args.world_size
+        if count == 1 or self.train_dataset is None:
+            return super().get_train_dataloader()
+        check_same_data(self.knowledge_base, self.train_dataset)
+        args, each = self.args, self._train_batch_size
+        total = args.batch_of_all(each) if isinstance(args, MimicTrainingArguments) else each * count
+        options: dict[str, Any] = {
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        }
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            dataset = DealtStream(dataset, total, args.process_index, count)
+            loader = DataLoader(dataset, batch_size=dataset.batch_size, **options)
+        else:
+            sampler = self._get_train_sampler(dataset)
+            assert sampler is not None
+            batches = DealtBatches(sampler, total, args.process_index, count, args.dataloader_drop_last)
+            loader = DataLoader(dataset, batch_sampler=batches, **options)
+        accelerator = self.accelerator
+        prepared = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,  # it is dealt out already
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            rng_types=list(accelerator.rng_types or []),
+            dispatch_batches=False,
+            use_seedable_sampler=True,  # the same order in all processes
+            data_seed=args.data_seed,
+            non_blocking=accelerator.non_blocking,
+        )
+        accelerator._dataloaders.append(prepared)
+        return prepared
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The loss of a batch; in training by several processes, with the entities of all as negatives."""
+        gather = getattr(self.args, "gather_negatives", False) and self.args.world_size > 1
+        if return_outputs or not model.training or not gather:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        labels, numbers = inputs["labels"], inputs.get("entity_labels")
+        encoded = {name: value for name, value in inputs.items() if not name.endswith("labels")}
+        output = model(**encoded, return_scores=False)
+        inner = self.accelerator.unwrap_model(model)
+        return shared_loss(inner, output.mention_features, output.entity_features, labels, numbers, self._merge)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A step of the Trainer's, or with `cached_batch_size` one that encodes the batch part by part."""
+        chunk = getattr(self.args, "cached_batch_size", None)
+        if chunk is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        steps = self.current_gradient_accumulation_steps
+        loss = cached_step(
+            model,
+            self.accelerator.unwrap_model(model),
+            inputs,
+            chunk,
+            lambda part: self.accelerator.backward(part / steps),
+            context=self.compute_loss_context_manager,
+            gather=getattr(self.args, "gather_negatives", False),
+            merge=self._merge,
+        )
+        return loss / steps
+
+    def find_hard_negatives(self) -> np.ndarray:
+        """The wrong entities that the model as it is now thinks best of each training mention, as numbers in the
+        knowledge base; see [`best_wrong_entities`]. Called by all processes."""
+        mentions = self.train_dataset
+        assert isinstance(mentions, MentionsWithNegatives)
+        return best_wrong_entities(
+            self._mimic_model(),
+            self.collator,
+            self.knowledge_base,
+            mentions.mentions,
+            self.collator.hard_negatives,
+            Path(self.args.output_dir or ".") / "_hard_negatives_index",
+            batch_size=self.args.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            show_progress=not self.args.disable_tqdm,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        table = Path(resume_from_checkpoint) / TABLE
+        if isinstance(self.train_dataset, MentionsWithNegatives) and table.is_file():
+            self.train_dataset.table = np.load(table, allow_pickle=False)
+
+    def _mimic_model(self) -> MimicModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    # --- The knowledge base
+
     def build_index(self, output_dir: str | Path | None = None) -> EntityIndex:
         """The knowledge base encoded by the model as it is now; in memory, or in a directory that is emptied first."""
         if output_dir is not None:
             shutil.rmtree(output_dir, ignore_errors=True)
         return EntityIndex.build(
-            self.accelerator.unwrap_model(self.model),
+            self._mimic_model(),
             self.collator.processor,
             self.knowledge_base.entities(),
             output_dir,
@@ -177,7 +363,7 @@ class MimicTrainer(Trainer):
             index = self.build_index(scratch)
         try:
             return rank_mentions(
-                self.accelerator.unwrap_model(self.model),
+                self._mimic_model(),
                 self.collator,
                 index,
                 mentions,
