@@ -10,7 +10,9 @@ import difflib
 import itertools
 import math
 import operator
+import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -53,12 +55,17 @@ class Records:
         if callable(getattr(entities, "to_dict", None)) and hasattr(entities, "iloc"):
             entities = entities.to_dict("records")  # a DataFrame
         entities = undecoded(entities, "images")
+        self._named: Iterable[str] | None = getattr(entities, "column_names", None)
+        if self._named is None and isinstance(entities, list | tuple):
+            self._named = _names_of(entities[:_RECORDS_AT_ONCE])
         self.total = len(entities) if hasattr(entities, "__len__") else None
         self._by_number = entities if self.total is not None and hasattr(entities, "__getitem__") else None
         self._iterator = None if self._by_number is not None else iter(entities)
         # A generator can be read only once.
         self.again = self._iterator is not entities
         self._next = 0
+        if self._named is not None:
+            _warn_of_other_names(self._named)
 
     @property
     def at_once(self) -> int | None:
@@ -78,7 +85,11 @@ class Records:
     def take(self, count: int) -> Any:
         """The next records, at most `count`; something with a length that is read by number."""
         if self._by_number is None:
-            return list(itertools.islice(cast(Any, self._iterator), count))
+            records = list(itertools.islice(cast(Any, self._iterator), count))
+            if self._named is None:
+                self._named = _names_of(records)
+                _warn_of_other_names(self._named)
+            return records
         first, self._next = self._next, self._next + count
         return Span(self._by_number, first, min(self._next, cast(int, self.total)))
 
@@ -105,8 +116,31 @@ class Span:
         return Span(self.records.select_columns(names), self.start, self.stop)
 
 
+class _StoredRecords(Sequence[Mapping[str, Any]]):
+    """The records of a `datasets.Dataset` as they are stored: images as their bytes, whatever format is set."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._rows = dataset.with_format("arrow")
+        self.column_names = dataset.column_names
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[place] for place in range(*row.indices(len(self)))]
+        return self._rows[range(len(self))[row]].to_pylist()[0]
+
+    def select_columns(self, names: list[str]) -> _StoredRecords:
+        return _StoredRecords(self._rows.select_columns(names))
+
+
 def undecoded(dataset: Any, column: str) -> Any:
-    """A data set with its images as bytes: they are decoded by our own reader, with its limits."""
+    """A data set with its images as bytes: they are decoded by our own reader, with its limits.
+
+    Of a `datasets.Dataset` whose column holds lists of images this is a sequence of its records: a cast of such a
+    column would write all of them anew.
+    """
     features = getattr(dataset, "features", None)
     if features is None or column not in features or not hasattr(dataset, "cast_column"):
         return dataset
@@ -115,11 +149,13 @@ def undecoded(dataset: Any, column: str) -> Any:
     if type(image).__name__ != "Image":
         return dataset
     plain = type(image)(decode=False)
+    if wrapped is not image and hasattr(dataset, "with_format") and hasattr(dataset, "__len__"):
+        return _StoredRecords(dataset)
     return dataset.cast_column(column, plain if wrapped is image else dataclasses.replace(wrapped, feature=plain))
 
 
 def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What an index keeps of a record: id, name, description, and other plain fields.
+    """What an index keeps of a record: id, name, description, and other plain fields but paths of files.
 
     Raises:
         ValueError: if it has no id, or its texts are no valid text.
@@ -135,6 +171,8 @@ def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in ("name", "description") and not isinstance(value, str):
             raise ValueError(f"Entity {kept['id']!r}: `{name}` must be a string, got {type(value).__name__}.")
+        if name not in ("name", "description") and _is_local_path(value):
+            continue  # an index is shared: it tells nothing of the machine that it was made on
         if isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
             kept[name] = value
     for name, value in kept.items():
@@ -156,6 +194,44 @@ _OTHER_NAMES = {
     "sentence": ("text", "sentences", "context", "caption", "content"),
     "answer": ("answers", "entity_id", "gold", "label", "target", "qid", "entity", "entities"),
 }
+
+
+def _names_of(records: Iterable[Any]) -> set[str]:
+    """The fields that some of the records have."""
+    named: set[str] = set()
+    for record in records:
+        if isinstance(record, Mapping):
+            named |= {name for name, value in record.items() if isinstance(name, str) and not is_absent(value)}
+    return named
+
+
+def _warn_of_other_names(present: Iterable[str]) -> None:
+    """Warns where a field that is known here is missing, and one of another name may be meant."""
+    present = set(present)
+    for name in ("name", "description", "images"):
+        near = None if name in present else near_field(name, present - {"id", "name", "description", "images"})
+        if near:
+            warnings.warn(
+                f"The entities have no field `{name}`, and `{near}` may be meant: rename it. The fields are id, name, "
+                "description and images; others are kept with the index, and nothing is encoded of them.",
+                stacklevel=4,
+            )
+
+
+_IMAGE_FILE = re.compile(r"\.(jpe?g|jp2|png|gif|webp|bmp|tiff?|avif|ico|ppm)$", re.IGNORECASE)
+_MACHINE_PATH = re.compile(r"([A-Za-z]:[\\/]|\\\\|~[\\/]|file:)")
+
+
+def _is_local_path(value: Any) -> bool:
+    """Whether a text is the path of a file on some machine: of an image, or of anything that is there."""
+    if not isinstance(value, str) or not value or len(value) > 4096 or "\n" in value:
+        return False
+    if _MACHINE_PATH.match(value):
+        return True
+    if _IMAGE_FILE.search(value):
+        return not re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE)
+    # Ids such as Freebase's `/m/0abc` begin with a slash too.
+    return value.startswith("/") and "\0" not in value and os.path.exists(value)
 
 
 def near_field(name: str, present: Iterable[str]) -> str | None:

@@ -1,0 +1,116 @@
+"""Knowledge bases as users have them: read without a copy, and nothing of the machine in what is kept."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from mel_archives import noise
+
+from mimic_el.records_mimic import Records, near_field, table_record
+
+
+@pytest.fixture
+def knowledge_base(tmp_path: Path) -> datasets.Dataset:
+    """Thirty entities with two images each, loaded from Parquet into a cache of its own."""
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "name": datasets.Value("string"), "images": datasets.List(datasets.Image())}
+    )
+    rows = [
+        {"id": str(row), "name": f"n{row}", "images": [{"bytes": noise(row + k), "path": None} for k in range(2)]}
+        for row in range(30)
+    ]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "kb.parquet")
+    return datasets.Dataset.from_parquet(str(tmp_path / "kb.parquet"), cache_dir=str(tmp_path / "cache"))
+
+
+def cached(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_size for path in folder.rglob("*.arrow")}
+
+
+@pytest.mark.parametrize("format", [None, "numpy", "pandas"])
+def test_images_of_a_data_set_are_read_where_they_lie(
+    knowledge_base: datasets.Dataset, tmp_path: Path, format: str | None
+) -> None:
+    before = cached(tmp_path)
+    records = Records(knowledge_base.with_format(format) if format else knowledge_base)
+    read = pickle.loads(pickle.dumps(records.take(20)))  # as a worker process gets them
+    assert [[image["bytes"] for image in read[row]["images"]] for row in (0, 19)] == [
+        [noise(0), noise(1)],
+        [noise(19), noise(20)],
+    ]
+    assert read.without_images()[3] == {"id": "3", "name": "n3"}
+    assert [record["id"] for record in records.skip(5)] == ["20", "21", "22", "23", "24"]
+    assert records.total == 30
+    assert cached(tmp_path) == before
+
+
+def warned_of(entities: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = Records(entities)
+        records.take(5)
+    return [str(warning.message).partition(":")[0] for warning in caught]
+
+
+ODD = {"id": "1", "title": "Ann", "text": "A chemist", "image": "/home/ann/photo.png"}
+
+
+@pytest.mark.parametrize(
+    "entities",
+    [lambda: [ODD], lambda: (ODD,), lambda: iter([ODD]), lambda: datasets.Dataset.from_list([ODD]),
+     lambda: datasets.Dataset.from_list([ODD]).to_iterable_dataset()],
+    ids=["list", "tuple", "iterator", "data set", "streamed"],
+)  # fmt: skip
+def test_fields_with_other_names_are_warned_of_once(entities: Callable[[], Any]) -> None:
+    assert warned_of(entities()) == [
+        "The entities have no field `name`, and `title` may be meant",
+        "The entities have no field `description`, and `text` may be meant",
+        "The entities have no field `images`, and `image` may be meant",
+    ]
+
+
+@pytest.mark.parametrize(
+    "record", [{"id": "1", "name": "Ann"}, {"id": "1", "name": "Ann", "description": "", "text": "x", "qid": "Q1"}]
+)
+def test_nothing_is_said_of_fields_that_are_there_or_that_nothing_stands_for(record: dict[str, Any]) -> None:
+    assert warned_of([record, {**record, "id": "2"}]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "present", "near"),
+    [("name", ["Title"], "Title"), ("name", [" name "], " name "), ("description", ["descripton"], "descripton"),
+     ("images", ["img_path", "image"], "image"), ("answer", ["sentence"], None), ("name", [], None)],
+)  # fmt: skip
+def test_near_field(name: str, present: list[str], near: str | None) -> None:
+    assert near_field(name, present) == near
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("/home/ann/photo.png", False),
+        ("photos/1.JPG", False),
+        ("C:\\Users\\ann\\kb", False),
+        ("\\\\server\\share", False),
+        ("~/kb", False),
+        ("file:///home/ann/a", False),
+        (__file__, False),
+        ("https://example.org/a.png", True),
+        ("/m/0abc", True),
+        ("AC/DC", True),
+        ("A: a letter", True),
+        ("Q5", True),
+        (5, True),
+    ],
+)
+def test_paths_of_files_do_not_go_into_an_index(value: Any, kept: bool) -> None:
+    record = table_record({"id": "1", "name": "photo.png", "description": "/home/ann", "note": value})
+    assert record["name"] == "photo.png"
+    assert record["description"] == "/home/ann"
+    assert record.get("note") == (value if kept else None)
