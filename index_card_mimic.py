@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from tqdm.auto import tqdm
 
+from .markdown_mimic import code, escaped, table
 from .store_mimic import Store, TableFacts
 
 _TASK = "multimodal-entity-linking"
@@ -101,14 +103,14 @@ def index_card(
         ("With a description", share),
         ("Fields", ", ".join(map(_cell, facts.fields))),
         ("Features stored as", manifest["dtype"]),
-        ("Size", f"{_bytes(size)} ({size / max(1, count):,.0f} bytes an entity, its data included)"),
+        ("Size", f"{tqdm.format_sizeof(size)}B ({size / max(1, count):,.0f} bytes an entity, its data included)"),
         ("Model", model),
     ]
     if source:
         rows.append(("Made from", f"[{source}](https://huggingface.co/datasets/{source})"))
     shown = ["id", "name", "description"]
     example_rows = [[_cell(record.get(name, "")) for name in shown] for record in islice(examples, _EXAMPLES)]
-    text = f"""# {title}: {count:,} entities to link mentions to
+    text = f"""# {escaped(title)}: {count:,} entities to link mentions to
 
 A knowledge base, encoded for multimodal entity linking: given a mention, its sentence and its image, the MIMIC model
 {model} finds the entity that is meant among those of this index. One model serves any number of such indexes.
@@ -138,11 +140,11 @@ entities = load_dataset("{place}", "entities", split="kb")
 
 ## What is in it
 
-{_table(("", ""), rows)}
+{table(("", ""), rows)}
 
 The first of them:
 
-{_table(shown, example_rows)}
+{table(shown, example_rows)}
 
 ## Limits
 
@@ -169,7 +171,7 @@ def _licence(license: str | None, source: str | None) -> str:
     of = f"[{source}](https://huggingface.co/datasets/{source})" if source else "the knowledge base it was made from"
     if license is None:
         return f"That of {of}."
-    return f"`{license}`, after {of}."
+    return f"{code(license)}, after {of}."
 
 
 def _size_category(count: int) -> str:
@@ -179,26 +181,8 @@ def _size_category(count: int) -> str:
     return "100M<n<1B"
 
 
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _cell(text: Any) -> str:
-    """Text of a knowledge base, harmless in a table: one line, cut, and nothing of it read as Markdown or HTML."""
-    line = " ".join(str(text).split())
-    if len(line) > _CELL_CHARACTERS:
-        line = line[: _CELL_CHARACTERS - 1] + "…"
-    line = line.replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{character}" if character in "\\`*_{}[]()#|!~>" else character for character in line)
+    return escaped(text, _CELL_CHARACTERS)
 
 
 __all__ = ["card_of_index", "hub_id", "index_card"]

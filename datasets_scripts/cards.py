@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
+
+from mimic_el.markdown_mimic import escaped, table
 
 from .custom import CustomData
 from .melbench import MelBench
@@ -175,24 +179,12 @@ def metadata(source: Source, facts: CardFacts) -> DatasetCardData:
     return data
 
 
-def _cell(text: Any) -> str:
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("\n", " ").replace("<", "&lt;")
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    alignment = ["---"] + ["---:" if isinstance(value, int) else "---" for value in (rows[0][1:] if rows else [])]
-    alignment += ["---"] * (len(header) - len(alignment))
-    cells = [[f"{value:,}" if isinstance(value, int) else _cell(value) for value in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, alignment, *cells])
-
-
 def _percentile(counts: Counter[int], share: float) -> int:
-    left = share * counts.total()
-    for value in sorted(counts):
-        left -= counts[value]
-        if left <= 0:
-            return value
-    return 0
+    """The smallest value that `share` of all are not above."""
+    if not counts:
+        return 0
+    values = np.repeat(list(counts), list(counts.values()))
+    return int(np.percentile(values, 100 * share, method="inverted_cdf"))
 
 
 def _lengths(counts: Counter[int]) -> str:
@@ -207,10 +199,10 @@ def _fields(config: str, facts: CardFacts) -> str:
         return "image" if isinstance(feature, datasets.Image) else feature.dtype
 
     rows = [
-        [f"**{name}**", type_name(feature), _FIELDS[config].get(name, "")]
+        [f"**{escaped(name)}**", type_name(feature), _FIELDS[config].get(name, "")]
         for name, feature in facts.features[config].items()
     ]
-    return _table(["field", "type", "what it is"], rows)
+    return table(["field", "type", "what it is"], rows)
 
 
 def _statistics(source: Source, report: Report) -> str:
@@ -223,9 +215,9 @@ def _statistics(source: Source, report: Report) -> str:
         ["answers that are none in train", 0, *(stats.unseen_answers(split) for split in SPLITS[1:])],
     ]
     lines = [
-        _table(["", *SPLITS], rows),
+        table(["", *SPLITS], rows),
         "",
-        _table(
+        table(
             ["knowledge base", "entities"],
             [
                 ["all", stats.entities],
@@ -244,7 +236,9 @@ def _statistics(source: Source, report: Report) -> str:
 
 
 def _made(source: Source, report: Report, facts: CardFacts) -> str:
-    options = "".join(f" --{name} {value}".rstrip() for name, value in facts.options.items())
+    options = "".join(
+        f" --{name}" + (f" {shlex.quote(value)}" if value else "") for name, value in facts.options.items()
+    )
     lines = [
         f"From {source.format}, with",
         "",
@@ -288,9 +282,12 @@ def _made(source: Source, report: Report, facts: CardFacts) -> str:
         "Images keep their bytes unless an option above says otherwise. `datasets` turns an image as its camera's "
         "orientation tag says when it decodes it.",
         "",
-        _table(
+        table(
             ["file read", "bytes", "MD5", "published MD5"],
-            [[name, entry["bytes"], entry["md5"], _md5_verdict(entry)] for name, entry in report.files.items()],
+            [
+                [escaped(name), entry["bytes"], entry["md5"], _md5_verdict(entry)]
+                for name, entry in report.files.items()
+            ],
         ),
     ]
     return "\n".join(lines)
@@ -310,13 +307,13 @@ def _problems(report: Report) -> str:
     if report.published and not differing:
         lines.append("- The counts are those of the MIMIC paper.")
     if report.unused_fields:
-        names = ", ".join(f"{_cell(name)} ({count:,})" for name, count in sorted(report.unused_fields.items()))
+        names = ", ".join(f"{escaped(name)} ({count:,})" for name, count in sorted(report.unused_fields.items()))
         lines.append(f"- Fields of the source that are not here: {names}.")
     rows = [[kind, report.counts[kind], KINDS[kind].effect] for kind in KINDS if report.counts[kind]]
     if not rows:
         return "\n".join([*lines, "Nothing was found wrong."])
-    table = _table(["kind", "count", "what it is and what was done"], rows)
-    return "\n".join([*lines, "", table, "", "Each is listed, with its file and row, in `problems.jsonl`."])
+    kinds = table(["kind", "count", "what it is and what was done"], rows)
+    return "\n".join([*lines, "", kinds, "", "Each is listed, with its file and row, in `problems.jsonl`."])
 
 
 def _histograms(source: Source, report: Report) -> dict[str, tuple[str, Counter[int]]]:
@@ -365,10 +362,10 @@ def card_text(source: Source, report: Report, facts: CardFacts, figures: list[st
     citations = list(_CITATIONS[source.benchmark.name])
     if isinstance(source, MimicArchive):
         citations.append(_MIMIC)
-    licence = f"Licence: {facts.license}." if facts.license else _licence(source)[1]
+    licence = f"Licence: {escaped(facts.license)}." if facts.license else _licence(source)[1]
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_cell(data.pretty_name)}",
+        f"# {escaped(data.pretty_name)}",
         f"{origin} For multimodal entity linking: given a mention, its sentence and its image, find the entity that "
         "is meant in a knowledge base of names, descriptions and images.".strip(),
         "## Use",

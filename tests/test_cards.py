@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -90,9 +91,28 @@ def test_card_of_own_data_with_a_hostile_name(tmp_path: Path) -> None:
     assert card.data.to_dict()["pretty_name"] == name
     assert card.data.to_dict()["license"] == "cc0-1.0"
     assert "Licence: cc0-1.0." in text
-    assert "&lt;/td>\\|'" in text
+    assert "&lt;/td\\>\\|\\`" in text
     assert "```bibtex" not in text
     assert check_card(text, "dataset") == ([], [])
+
+
+HOSTILE = "[a](https://x.org) ![b](c.png) <img src=d> # | `e` https://x.org www.x.org \x1b[2J\u202e m@x.org"
+
+
+def test_no_text_of_data_is_markup_in_a_card(tmp_path: Path) -> None:
+    row = {
+        "mention": "Ann",
+        "sentence": "Ann",
+        "answer": "1",
+        HOSTILE[:90]: {"not": "kept"},
+        "[k](https://x.org)": "kept",
+    }
+    files = {"entities.csv": b"id,name\n1,Ann\n", "train.jsonl": json.dumps(row).encode()}
+    _, text = card_of("custom", write_folder(files, tmp_path), pretty_name=HOSTILE, license=HOSTILE)
+    body = text.partition("\n---\n")[2]
+    for markup in ("](https", "](c.png", "<img", "\x1b", "\u202e", "https://x", "www.x", "m@x", "`e`"):
+        assert markup not in body.replace("\\`", ""), markup
+    assert "\\[k\\]" in body
 
 
 def test_histograms(tmp_path: Path) -> None:

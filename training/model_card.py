@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer
+
+from ..markdown_mimic import code, code_block, escaped, plain_line
 
 TASK = "multimodal-entity-linking"
 CURVES = "training_curves.png"
@@ -180,7 +182,7 @@ class TrainingRun:
             metrics=None,
         )
         parts = [
-            f"# {model_name.rpartition('/')[2]}",
+            f"# {escaped(model_name.rpartition('/')[2])}",
             self._summary(),
             self._usage(model_name),
             self._results(with_curves),
@@ -227,14 +229,14 @@ class TrainingRun:
         dataset = self.dataset_id or self.dataset_title or "path/to/a/data-set"
         lines = ["from datasets import load_dataset", "from transformers import pipeline", ""]
         if self.has_index:
-            lines.append(f'linker = pipeline("{TASK}", model="{model_name}", trust_remote_code=True)')
+            lines.append(f'linker = pipeline("{TASK}", model={_quoted(model_name)}, trust_remote_code=True)')
         else:
             lines += [
-                f'entities = load_dataset("{dataset}", "entities", split="kb")',
-                f'linker = pipeline("{TASK}", model="{model_name}", trust_remote_code=True, entities=entities)',
+                f'entities = load_dataset({_quoted(dataset)}, "entities", split="kb")',
+                f'linker = pipeline("{TASK}", model={_quoted(model_name)}, trust_remote_code=True, entities=entities)',
             ]
         row = 0 if self.example is None else self.example["row"]
-        lines.append(f'mention = load_dataset("{dataset}", "mentions", split="test")[{row}]')
+        lines.append(f'mention = load_dataset({_quoted(dataset)}, "mentions", split="test")[{row}]')
         if self.example is None:
             lines.append("linker(mention, top_k=3)")
         else:
@@ -245,13 +247,9 @@ class TrainingRun:
             lines += [
                 f"# {'[' if n == 0 else ' '}{row}{']' if n == len(rows) - 1 else ','}" for n, row in enumerate(rows)
             ]
-        code = "\n".join(lines)
-        fence = "```"
-        while fence in code:  # a mention may hold backticks
-            fence += "`"
-        text = f"## Use\n\n{fence}python\n{code}\n{fence}"
+        text = "## Use\n\n" + code_block("\n".join(lines), "python")
         if self.example is not None:
-            text += f"\n\nThe mention's answer is {_code(self.example['answer'])}."
+            text += f"\n\nThe mention's answer is {code(self.example['answer'])}."
         return text + (
             " A mention is a dict with `mention`, `text` (or `sentence`) and, if there is one, `image`: a path, a URL, "
             "a PIL image or the bytes of a file. For a knowledge base of your own, pass `entities=` a data set or list "
@@ -266,7 +264,7 @@ class TrainingRun:
             for kind in kinds:
                 names = [name for name in (*_SHOWN, "mentions") if f"{kind}_{name}" in metrics]
                 own = {name: metrics[f"{kind}_{name}"] for name in names}
-                rows.append((f"This model, {split}, kind {_cell(kind)}", own, 100.0))
+                rows.append((f"This model, {split}, kind {escaped(kind)}", own, 100.0))
         if not rows:
             return ""
         if self.benchmark is not None:
@@ -301,7 +299,7 @@ class TrainingRun:
     def _training(self) -> str:
         facts = []
         if self.dataset is not None:
-            revision = f", revision `{self.dataset_revision}`" if self.dataset_revision else ""
+            revision = f", revision {code(self.dataset_revision)}" if self.dataset_revision else ""
             facts.append(("Data", f"{_linked('datasets/', self.dataset)}{revision}"))
         if self.train_mentions is not None:
             left = f" ({self.train_mentions_left_out:,} left out: their answer is no entity)"
@@ -315,16 +313,22 @@ class TrainingRun:
         if self.seconds is not None:
             facts.append(("Time", _duration(self.seconds)))
         if self.hardware:
-            facts.append(("Hardware", self.hardware))
-        facts += [(name.capitalize(), _plain(value)) for name, value in self.model.items()]
+            facts.append(("Hardware", escaped(self.hardware)))
+        facts += [(escaped(name.capitalize()), escaped(_plain(value))) for name, value in self.model.items()]
         if not facts:
             return ""
         table = "\n".join(f"| {name} | {value} |" for name, value in facts)
         text = f"## Training\n\n| | |\n|---|---|\n{table}"
         if self.arguments:
-            text += "\n\nArguments: " + ", ".join(f"`{name}={value}`" for name, value in self.arguments.items()) + "."
+            text += (
+                "\n\nArguments: " + ", ".join(code(f"{name}={value}") for name, value in self.arguments.items()) + "."
+            )
         if self.versions:
-            text += "\n\nMade with " + ", ".join(f"{name} {version}" for name, version in self.versions.items()) + "."
+            text += (
+                "\n\nMade with "
+                + ", ".join(escaped(f"{name} {version}") for name, version in self.versions.items())
+                + "."
+            )
         return text
 
     def _limits(self) -> str:
@@ -425,22 +429,12 @@ def _linked(prefix: str, name: str | None) -> str:
     hub_id = _hub_id(name)
     if hub_id is not None:
         return f"[{hub_id}](https://huggingface.co/{prefix}{hub_id})"
-    return _code(Path(str(name)).resolve().name)
+    return code(Path(str(name)).resolve().name)
 
 
-def _code(text: Any) -> str:
-    """Text from data as Markdown code in a line: with more backticks around than it has, and no line break."""
-    line = " ".join(str(text).split())
-    fence = "`"
-    while fence in line:
-        fence += "`"
-    space = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{space}{line}{space}{fence}"
-
-
-def _cell(text: Any) -> str:
-    """Text from data in a cell of a Markdown table: nothing in it is markup."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", " ".join(str(text).split()))
+def _quoted(text: str) -> str:
+    """A string of Python in double quotes."""
+    return json.dumps(plain_line(text), ensure_ascii=False)
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,55 @@
+"""Text from data in the Markdown of a card: nothing of it is markup, a link or a control character.
+
+Every card that is generated, of a model, an index or a data set, takes texts of others through here. It knows nothing
+of what the cards say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# After this, which nobody sees, a bare address or e-mail address is not made a link of.
+_WORD_JOINER = "\u2060"
+
+
+def plain_line(text: Any, limit: int | None = None) -> str:
+    """Text as one line of printable characters, cut at `limit` characters."""
+    words = "".join(character if character.isprintable() else " " for character in str(text)).split()
+    line = " ".join(words)
+    return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
+
+
+def escaped(text: Any, limit: int | None = None) -> str:
+    """Text as a line of Markdown that shows it as it is, also in a heading or the cell of a table."""
+    line = plain_line(text, limit).replace("&", "&amp;").replace("<", "&lt;")
+    line = re.sub(r"([\\`*_{}\[\]()#|!~>$])", r"\\\1", line)
+    line = re.sub(r"^(\d*)([-+.])", r"\1\\\2", line)  # no list
+    return re.sub(r"(?i):(?=//)|www(?=\.)|mailto:|xmpp:|(?=@)", rf"\g<0>{_WORD_JOINER}", line)
+
+
+def code(text: Any) -> str:
+    """Text as code in a line: between more backticks than it has together."""
+    line = plain_line(text).replace("|", "\u01c0")  # a bar would end the cell of a table, even in code
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    space = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def code_block(text: str, language: str = "") -> str:
+    """Lines of code, between more backticks than any of them begins with."""
+    fence = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of cells that are Markdown already; columns of numbers alone stand to the right."""
+    lines = [list(row) for row in rows]
+    numbers = [bool(lines) and all(isinstance(row[place], int) for row in lines) for place in range(len(head))]
+    cells = [[f"{value:,}" if isinstance(value, int) else str(value) for value in row] for row in lines]
+    rule = ["---:" if number else "---" for number in numbers]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(head), rule, *cells])
+
+
+__all__ = ["code", "code_block", "escaped", "plain_line", "table"]
