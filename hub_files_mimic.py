@@ -33,6 +33,8 @@ MODEL_FILES = (
     "*_results.json",
     "predictions_*.jsonl",
 )
+# Of a checkpoint too: figures as the Hub's leaderboards read them.
+EVAL_RESULTS_FOLDER = ".eval_results"
 INDEX_FILES = (
     "index_config.json",
     "shard-*.safetensors",
@@ -80,6 +82,8 @@ def hub_files(directory: str | os.PathLike[str], kind: str) -> tuple[dict[str, P
     left_out: list[str] = []
     for path in sorted(root.iterdir()):
         inside = list(_inside(path, root)) if kind == "dataset" and not path.name.startswith(".") else [path]
+        if kind == "model" and path.name == EVAL_RESULTS_FOLDER and path.is_dir():
+            inside = sorted(path.glob("*.yaml"))
         wanted = [item for item in inside if _is_wanted(item, kind)]
         files |= {item.relative_to(root).as_posix(): item for item in wanted}
         left_out += [_name(item, root) for item in inside if item not in wanted]
@@ -126,6 +130,8 @@ def _is_wanted(path: Path, kind: str) -> bool:
         return False
     if kind == "dataset" and (path.name.startswith(".") or _matches(path.name, _HALF_WRITTEN)):
         return False
+    if path.parent.name == EVAL_RESULTS_FOLDER:
+        return True
     return _matches(path.name, _FILES[kind])
 
 
@@ -138,4 +144,13 @@ def _name(path: Path, root: Path) -> str:
     return f"{name}/" if path.is_dir() else name
 
 
-__all__ = ["DATASET_FILES", "INDEX_FILES", "MODEL_FILES", "REPLACED", "HubFilesError", "hub_files", "refuse_links"]
+__all__ = [
+    "DATASET_FILES",
+    "EVAL_RESULTS_FOLDER",
+    "INDEX_FILES",
+    "MODEL_FILES",
+    "REPLACED",
+    "HubFilesError",
+    "hub_files",
+    "refuse_links",
+]

@@ -85,6 +85,7 @@ def index_card(
         size_categories=[_size_category(count)],
         source_datasets=[source] if source else None,
         base_model=model_id,
+        task_categories=["text-retrieval"],
         tags=["entity-linking", _TASK, "mimic", "entity-index"],
         configs=[{"config_name": "entities", "data_files": [{"split": "kb", "path": "shard-*.jsonl"}]}],
         # The files do not all have all fields.

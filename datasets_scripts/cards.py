@@ -11,11 +11,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import yaml
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
-from mimic_el.markdown_mimic import escaped, table
+from mimic_el.markdown_mimic import escaped, plain_line, table
 
 from .custom import CustomData
 from .melbench import MelBench
@@ -25,6 +26,9 @@ from .source import Source
 from .wikidiverse import WikiDiverseRelease
 
 logger = logging.getLogger(__name__)
+
+# What models are compared by on a data set, by the name of the metric.
+EVAL_TASKS = {"hits@1": "hits_at_1", "hits@3": "hits_at_3", "hits@5": "hits_at_5", "mrr": "mrr"}
 
 _MIMIC = """@inproceedings{luo2023multi,
   title = {Multi-Grained Multimodal Interaction Network for Entity Linking},
@@ -392,7 +396,24 @@ def card_text(source: Source, report: Report, facts: CardFacts, figures: list[st
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def eval_yaml(source: Source, facts: CardFacts) -> str | None:
+    """The tasks that the Hub collects models' figures for (`eval.yaml`); `None` where there is no test split."""
+    if "test" not in facts.splits.get("mentions", {}):
+        return None
+    name = plain_line(facts.pretty_name or source.benchmark.pretty_name)
+    described = {
+        "name": name,
+        "description": f"{name}: multimodal entity linking. Each test mention's answer is ranked among all entities; "
+        "Hits@k and MRR in percent.",
+        "evaluation_framework": "mimic-el",
+        "tasks": [{"id": task, "config": "mentions", "split": "test"} for task in EVAL_TASKS.values()],
+    }
+    return yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
+
+
 def write_card(folder: Path, source: Source, report: Report, facts: CardFacts) -> None:
-    """Write `README.md` and, where matplotlib is installed, `figures/*.png`."""
+    """Write `README.md`, `eval.yaml` and, where matplotlib is installed, `figures/*.png`."""
     figures = draw_histograms(_histograms(source, report), folder / "figures")
     (folder / "README.md").write_text(card_text(source, report, facts, figures), encoding="utf-8")
+    if tasks := eval_yaml(source, facts):
+        (folder / "eval.yaml").write_text(tasks, encoding="utf-8")

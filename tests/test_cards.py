@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hub_server import check_card
 from huggingface_hub import DatasetCard
 from mel_archives import an_image, sound_archive, to_json, write_folder
@@ -135,6 +136,8 @@ def test_card_without_matplotlib(
     text = (tmp_path / "out" / "README.md").read_text()
     assert "figures/" not in text
     assert "## Statistics" in text
+    tasks = yaml.safe_load((tmp_path / "out" / "eval.yaml").read_text())["tasks"]
+    assert {"id": "mrr", "config": "mentions", "split": "test"} in tasks
     assert "matplotlib is not installed" in caplog.text
 
 

@@ -1,17 +1,21 @@
 """Model cards say what the training did, in Markdown and in metadata that the Hub accepts."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import toy_data
+import yaml
 from hub_server import check_card
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import set_seed
 
 from mimic_el import train
+from mimic_el.hub_files_mimic import hub_files
 from mimic_el.training import MimicTrainer, MimicTrainingArguments, model_card
 from mimic_el.training.model_card import PUBLISHED, TrainingRun, draw_curves
 
@@ -189,3 +193,47 @@ def test_hub_ids_are_told_from_directories(tmp_path: Path, monkeypatch: pytest.M
     assert TrainingRun(dataset="wikimel").dataset_id is None
     assert TrainingRun(dataset="/some/where/else").dataset_id is None
     assert TrainingRun().dataset_id is None
+
+
+@pytest.mark.skipif(not hasattr(huggingface_hub, "EvalResultEntry"), reason="huggingface_hub is too old for it")
+def test_test_figures_are_written_as_leaderboards_read_them(tmp_path: Path) -> None:
+    metrics = {"hits@1": 0.5, "hits@3": 0.75, "hits@5": 0.75, "mrr": 0.61234567, "mean_rank": 3.0, "mentions": 4}
+    run = TrainingRun(
+        dataset="someone/wikimel", dataset_revision="abc", metrics={"test": metrics, "validation": metrics}
+    )
+    run.write(tmp_path)
+    entries = yaml.safe_load((tmp_path / ".eval_results" / "wikimel.yaml").read_text())
+    parsed = huggingface_hub.parse_eval_result_entries(entries)
+    assert [(entry.dataset_id, entry.task_id, entry.value, entry.dataset_revision) for entry in parsed] == [
+        ("someone/wikimel", "hits_at_1", 50.0, "abc"),
+        ("someone/wikimel", "hits_at_3", 75.0, "abc"),
+        ("someone/wikimel", "hits_at_5", 75.0, "abc"),
+        ("someone/wikimel", "mrr", 61.2346, "abc"),
+    ]
+    files, _ = hub_files(tmp_path, "model")
+    assert ".eval_results/wikimel.yaml" in files
+    # Of a data set that is nowhere on the Hub there is no leaderboard.
+    TrainingRun(dataset=str(tmp_path), metrics={"test": metrics}).write(tmp_path / "b")
+    assert not (tmp_path / "b" / ".eval_results").exists()
+
+
+def test_texts_of_data_are_no_markup_in_a_model_card() -> None:
+    hostile = "[a](https://x.org) ![b](c.png)\n# Heading <img src=d> | `e`"
+    linked = [{"entity_id": hostile, "name": hostile, "description": "", "score": 1.0}]
+    example = {
+        "row": 0,
+        "mention": hostile,
+        "sentence": hostile,
+        "answer": hostile,
+        "has_image": True,
+        "linked": linked,
+    }
+    kinds = {f"{hostile}_{name}": 0.5 for name in ("hits@1", "mrr")}
+    run = TrainingRun(
+        dataset="x/y", dataset_revision=hostile, hardware=hostile, example=example, arguments={"optim": hostile},
+        versions={"torch": hostile}, model={"parameters": hostile}, metrics={"test": {"hits@1": 0.5, **kinds}},
+    )  # fmt: skip
+    text = run.card(hostile).text
+    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", text, flags=re.DOTALL)
+    for markup in ("](https://x", "](c.png", "<img", "\n# Heading"):
+        assert markup not in outside.replace("\\", "\\ "), markup

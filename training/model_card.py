@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer
 
+from ..datasets_scripts.cards import EVAL_TASKS
+from ..hub_files_mimic import EVAL_RESULTS_FOLDER
 from ..markdown_mimic import code, code_block, escaped, plain_line
 
 TASK = "multimodal-entity-linking"
@@ -173,7 +177,7 @@ class TrainingRun:
         data = ModelCardData(
             library_name="transformers",
             license=self.license,
-            pipeline_tag=None,
+            pipeline_tag="text-ranking",  # of those that the Hub knows, the one that is nearest
             base_model=_hub_id(self.base_model),
             datasets=[self.dataset_id] if self.dataset_id else None,
             tags=["mimic", TASK, "entity-linking", "multimodal", "custom_code"],
@@ -214,6 +218,28 @@ class TrainingRun:
                     )
                 )
         return results
+
+    def eval_results(self) -> str | None:
+        """The figures of the test split as the Hub's leaderboards read them (`.eval_results/*.yaml`).
+
+        `None` where there are none, the data set is not on the Hub, or huggingface_hub is too old to write them. The
+        tasks are those of the `eval.yaml` that `mimic-el prepare` writes; Hits and MRR are in percent.
+        """
+        entry_of = getattr(huggingface_hub, "EvalResultEntry", None)
+        measured = self.metrics.get("test", {})
+        if self.dataset_id is None or entry_of is None or not measured:
+            return None
+        entries = [
+            entry_of(
+                self.dataset_id,
+                task_id,
+                round(float(measured[metric]) * (1 if metric == "mean_rank" else 100), 4),
+                dataset_revision=self.dataset_revision,
+            )
+            for metric, task_id in EVAL_TASKS.items()
+            if metric in measured
+        ]
+        return yaml.safe_dump(huggingface_hub.eval_result_entries_to_yaml(entries), sort_keys=False)
 
     def _summary(self) -> str:
         start = "random weights" if self.base_model is None else _linked("", self.base_model)
@@ -345,12 +371,16 @@ class TrainingRun:
         )
 
     def write(self, directory: str | os.PathLike[str], model_name: str | None = None) -> ModelCard:
-        """Writes README.md, and the image of the training curves if matplotlib is installed, into a directory."""
+        """Writes README.md, [`eval_results`], and the training curves if matplotlib is installed, into a directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with_curves = draw_curves(self.log_history, directory / CURVES)
         card = self.card(model_name or directory.resolve().name, with_curves)
         card.save(directory / "README.md")
+        if results := self.eval_results():
+            path = directory / EVAL_RESULTS_FOLDER / f"{self.dataset_title}.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(results, encoding="utf-8")
         return card
 
 

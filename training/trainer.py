@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
@@ -27,8 +28,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.trainer_utils import speed_metrics
 
+from ..hub_files_mimic import REPLACED, hub_files
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MimicModel
 from ..processing_mimic import MimicProcessor
@@ -437,8 +439,9 @@ class MimicTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Uploads model, processor, code, card and results to the Hub, and the index, if the output directory has one
-        in `index`, to a repository of its own, which the uploaded model names as its default.
+        """Uploads model, processor, code, card and results to the Hub (the files of [`hub_files`]), and the index, if
+        the output directory has one in `index`, to a repository of its own, which the uploaded model names as its
+        default.
 
         Args:
             commit_message, token, revision, private: as in `Trainer.push_to_hub`.
@@ -475,12 +478,18 @@ class MimicTrainer(Trainer):
                 )
                 config.save_pretrained(output_dir)
             self.create_model_card(model_name=kwargs.get("model_name") or repo_id)
-            return HfApi(token=token).upload_folder(
-                repo_id=repo_id,
-                folder_path=output_dir,
-                commit_message=commit_message,
-                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{INDEX_FOLDER}/*", "training_args.bin"],
-                revision=revision or args.hub_revision,
+            files, _ = hub_files(output_dir, "model")
+            api, revision = HfApi(token=token), revision or args.hub_revision
+            there = api.list_repo_files(repo_id, revision=revision)
+            old = [path for path in there if any(fnmatchcase(path, pattern) for pattern in REPLACED["model"])]
+            return api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(path, file) for path, file in files.items()),
+                    *(CommitOperationDelete(path) for path in old if path not in files),
+                ],
+                commit_message=commit_message or "End of training",
+                revision=revision,
             )
         finally:
             # The checkpoint here goes on with the index beside it.
