@@ -316,7 +316,7 @@ def test_a_bad_row_names_field_type_and_row(tmp_path: Path, change: dict[str, An
 
 def test_own_columns_are_kept_with_their_types(tmp_path: Path) -> None:
     base = {"mention": "Ann", "sentence": "Ann", "answer": "e1"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {**base, "kind": "person", "page": 1, "weight": 1, "seen": True, "mixed": 1, "nested": {"a": 1}, "none": None},
         {**base, "kind": None, "page": 2, "weight": 0.5, "seen": False, "mixed": "x", "source_id": "theirs"},
     ]
@@ -370,7 +370,8 @@ def test_every_form_of_a_table(tmp_path: Path, name: str, data: bytes) -> None:
 
 
 def test_every_row_is_accounted_for(tmp_path: Path) -> None:
-    rows = [{"mention": "Ann", "sentence": "Ann", "answer": answer} for answer in ("e1", None, "gone", [], "nil")]
+    answers: list[Any] = ["e1", None, "gone", [], "nil"]
+    rows = [{"mention": "Ann", "sentence": "Ann", "answer": answer} for answer in answers]
     kb = b"id,name\ne1,Ann\ne1,Ann\n,x\ne2,Bob\n"
     source, report = own(tmp_path, {"mentions.jsonl": own_lines(*rows) + b"[]\n{\n", "entities.csv": kb})
     survey(source, report, Options())

@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mel_archives import noise, tar_bytes, zip_bytes
@@ -47,7 +48,7 @@ def tar_of_everything(format: int) -> bytes:
 def test_tar_members_are_those_of_the_standard_library(format: int) -> None:
     data = tar_of_everything(format)
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        expected = [
+        expected: list[tuple[Any, ...]] = [
             (
                 member.name,
                 "file" if member.isreg() else "folder" if member.isdir() else "link" if member.linkname else "other",
@@ -58,8 +59,8 @@ def test_tar_members_are_those_of_the_standard_library(format: int) -> None:
             for member in archive
         ]
     # A pipe and a device have a name to link to here, and are no links.
-    expected = [(name, "other" if name in ("pipe", "device") else kind, *rest) for name, kind, *rest in expected]
-    found = [(m.name.rstrip("/"), m.kind, m.size, m.offset, m.mtime) for m in tar_members(io.BytesIO(data), len(data))]
+    expected = [("other" if name in ("pipe", "device") else kind, name, *rest) for name, kind, *rest in expected]
+    found = [(m.kind, m.name.rstrip("/"), m.size, m.offset, m.mtime) for m in tar_members(io.BytesIO(data), len(data))]
     assert found == expected
     assert len(found) == 11
 

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from ..hub_files_mimic import REPLACED, hub_files
 from ..index_mimic import EntityIndex
