@@ -57,7 +57,9 @@ class Backbone:
 
     def build(self, config: Any) -> Any:
         """A model with random weights."""
-        return self.class_()._from_config(config)
+        # A precision that the configuration was saved with is not the model's that is made here.
+        dtype = None if config.dtype is None else torch.get_default_dtype()
+        return self.class_()._from_config(config, dtype=dtype)
 
     def config_from(self, values: dict[str, Any]) -> Any:
         """A configuration from what config.json holds."""
@@ -162,15 +164,17 @@ class Backbone:
 
     def encode_texts(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, pooling: str | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Pooled texts `(B, text_embed_width)` and tokens `(B, L, text_width)`."""
+    ) -> tuple[Tensor, Any]:
+        """Pooled texts `(B, text_embed_width)`, and the text model's output, its last hidden state the tokens, `(B, L,
+        text_width)`."""
         text = model.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return model.text_projection(text.pooler_output), text.last_hidden_state
+        return model.text_projection(text.pooler_output), text
 
-    def encode_images(self, model: Any, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Pooled images `(B, image_embed_width)` and tokens `(B, P, image_width)`."""
+    def encode_images(self, model: Any, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Pooled images `(B, image_embed_width)`, and the vision model's output, its last hidden state the tokens, `(B,
+        P, image_width)`."""
         image = model.vision_model(pixel_values=pixel_values, **kwargs)
-        return model.visual_projection(image.pooler_output), image.last_hidden_state
+        return model.visual_projection(image.pooler_output), image
 
 
 class _PooledAtEnd(Backbone):
@@ -228,9 +232,9 @@ class _ChineseCLIP(Backbone):
 
     def encode_texts(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, pooling: str | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        tokens = model.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
-        return model.text_projection(tokens[:, 0]), tokens
+    ) -> tuple[Tensor, Any]:
+        text = model.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return model.text_projection(text.last_hidden_state[:, 0]), text
 
 
 class _AltCLIP(_ChineseCLIP):
@@ -278,13 +282,13 @@ class _SigLIP(Backbone):
 
     def encode_texts(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, pooling: str | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         text = model.text_model(input_ids=input_ids, **kwargs)
-        return text.pooler_output, text.last_hidden_state
+        return text.pooler_output, text
 
-    def encode_images(self, model: Any, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def encode_images(self, model: Any, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
         image = model.vision_model(pixel_values=pixel_values, **kwargs)
-        return image.pooler_output, image.last_hidden_state
+        return image.pooler_output, image
 
 
 class _SigLIP2(_SigLIP):
@@ -303,7 +307,7 @@ class _SigLIP2(_SigLIP):
         given = {name: own[name] for name in kept if own.get(name) is not None} if own else {}
         return {**super().image_settings(config), **given}
 
-    def encode_images(self, model: Any, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def encode_images(self, model: Any, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
         size = model.config.vision_config.patch_size
         batch, channels, height, width = pixel_values.shape
         rows, columns = height // size, width // size
@@ -315,7 +319,7 @@ class _SigLIP2(_SigLIP):
             spatial_shapes=torch.tensor([[rows, columns]] * batch, device=pixel_values.device),
             **kwargs,
         )
-        return image.pooler_output, image.last_hidden_state
+        return image.pooler_output, image
 
 
 class _TwoTowers(Backbone):
@@ -357,7 +361,7 @@ class _TwoTowers(Backbone):
 
     def encode_texts(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, pooling: str | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         text = model.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         tokens = text.last_hidden_state
         if pooling == "mean":
@@ -367,16 +371,16 @@ class _TwoTowers(Backbone):
             pooled = tokens[:, 0]
         else:
             pooled = _pooled(text, "text", ' Say how to pool: text_pooling="mean" or "first".')
-        return model.text_projection(pooled), tokens
+        return model.text_projection(pooled), text
 
-    def encode_images(self, model: Any, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def encode_images(self, model: Any, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
         image = model.vision_model(pixel_values=pixel_values, **kwargs)
         if image.last_hidden_state.dim() != 3:
             raise ValueError(
                 f"The backbone's vision tower gives no sequence of tokens but {tuple(image.last_hidden_state.shape)}; "
                 "use a vision transformer."
             )
-        return model.visual_projection(_pooled(image, "vision")), image.last_hidden_state
+        return model.visual_projection(_pooled(image, "vision")), image
 
 
 _FAMILIES = (_CLIP(), _SigLIP(), _SigLIP2(), _MetaCLIP2(), _ChineseCLIP(), _AltCLIP(), _TwoTowers())

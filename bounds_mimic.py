@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .matching_mimic import HALF_UNITS, Matcher, MentionFeatures, VisionDualDirection, widened
+from .matching_mimic import HALF_UNITS, Matcher, MentionFeatures, VisionDualDirection, at_least_float32
 
 # Balls that hold a mention's value vectors.
 _BALLS = 4
-_IMAGE_BOUND = VisionDualDirection.QUERY_STATS.index("most")
+_IMAGE_BOUND = VisionDualDirection.QUERY_STATS.index("upper_bound")
 # What the coarse bounds need of an entity's features.
 COARSE_NAMES = ("text_embed", "cross_modal", "text_local", "text_bias", "image_query_stats")
 
@@ -42,14 +42,14 @@ class CoarseFeatures:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> CoarseFeatures:
-        local = widened(tensors["text_local"])
-        most = widened(tensors["image_query_stats"][:, _IMAGE_BOUND]) / HALF_UNITS
+        local = at_least_float32(tensors["text_local"])
+        most = at_least_float32(tensors["image_query_stats"][:, _IMAGE_BOUND]) / HALF_UNITS
         return cls(
-            widened(tensors["text_embed"]),
-            widened(tensors["cross_modal"]),
+            at_least_float32(tensors["text_embed"]),
+            at_least_float32(tensors["cross_modal"]),
             torch.cat([local, local.norm(dim=-1, keepdim=True)], dim=1),
             most,
-            torch.add(most, widened(tensors["text_bias"]), alpha=1 / HALF_UNITS),
+            torch.add(most, at_least_float32(tensors["text_bias"]), alpha=1 / HALF_UNITS),
         )
 
     def extent(self) -> Tensor:
@@ -69,7 +69,7 @@ class MentionBounds:
 
     @classmethod
     def of(cls, matcher: Matcher, mentions: MentionFeatures) -> MentionBounds:
-        values = widened(mentions.tensors["text_value"])
+        values = at_least_float32(mentions.tensors["text_value"])
         if matcher.tglu.mask_padding:
             mask = mentions.tensors["text_mask"]
             first = mask.int().argmax(dim=1)

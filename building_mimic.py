@@ -33,7 +33,7 @@ from .directory_mimic import (
 )
 from .errors_mimic import EntityIndexError
 from .files_mimic import locked, write_json
-from .identity_mimic import model_facts, same_model
+from .identity_mimic import copy_of_matcher, model_facts, same_model
 from .images_mimic import first_image
 from .matching_mimic import EntityFeatures
 from .modeling_mimic import MimicModel
@@ -282,7 +282,7 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
         if not shards:
             raise EntityIndexError(_EMPTY)
         manifest |= {"build": state["build"], "shards": state["shards"], "generation": next_generation(directory)}
-        publish(directory, manifest, Store(shards), builder.model.matcher)
+        publish(directory, manifest, Store(shards), copy_of_matcher(builder.model))
 
 
 def shards_of_features(

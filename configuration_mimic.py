@@ -112,6 +112,10 @@ class MimicConfig(PreTrainedConfig):
         """What config.json holds: it tells transformers where the pipeline's code is, too."""
         return {**super().to_diff_dict(), "custom_pipelines": _CUSTOM_PIPELINES}
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The configuration of the backbone's text model, whose vocabulary grows where tokens are added."""
+        return self.backbone_config.get_text_config(*args, **kwargs)
+
     @property
     def text_width(self) -> int:
         """Width of the backbone's text tokens."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .backbones_mimic import backbone_of
 from .configuration_mimic import MimicConfig
-from .matching_mimic import MimicEncoderOutput
+from .matching_mimic import MimicEncoderOutput, is_traced
 
 
 class Encoder(nn.Module):
@@ -41,6 +41,13 @@ class Encoder(nn.Module):
 
     def set_backbone(self, model: nn.Module) -> None:
         setattr(self, self.adapter.attribute, model)
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Leaves out of training what no gradient reaches, which is an error where several processes train: what the
+        backbone scales its own similarities with."""
+        for parameter in self.backbone.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
     def no_split_modules(self) -> set[str]:
         """Classes of the backbone's modules that must stay whole on one device."""
@@ -56,13 +63,23 @@ class Encoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, **kwargs: Any
     ) -> MimicEncoderOutput:
-        text_embeds, text_tokens = self._encode_texts(input_ids, attention_mask, **kwargs)
-        image_embeds, image_tokens = self._encode_images(pixel_values, **kwargs)
+        """What the backbone makes of texts and images; `**kwargs` are handed to its text and vision models.
+
+        Their own outputs are kept where hidden states or attentions are asked for.
+        """
+        kwargs["return_dict"] = True
+        with_states = any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
+        # What makes a batch smaller would leave gaps in the states; and a graph must not depend on the batch's values.
+        whole = with_states or is_traced() or self._will_be_trained()
+        text_embeds, text_tokens, text = self._encode_texts(input_ids, attention_mask, whole, **kwargs)
+        image_embeds, image_tokens, image = self._encode_images(pixel_values, whole, **kwargs)
         return MimicEncoderOutput(
             text_embeds=text_embeds,
             text_tokens=text_tokens,
             image_embeds=image_embeds,
             image_tokens=image_tokens,
+            text_model_output=text if with_states else None,
+            vision_model_output=image if with_states else None,
         )
 
     def _will_be_trained(self) -> bool:
@@ -70,21 +87,24 @@ class Encoder(nn.Module):
         of dropout, must then be drawn for the same tensors."""
         return torch.is_grad_enabled() or self.training
 
-    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        length = input_ids.shape[1]
-        leave_out = self.mask_padding and not self._will_be_trained()
-        kept = self.adapter.columns(self.backbone.config, input_ids, attention_mask) if leave_out else length
+    def _encode_texts(
+        self, input_ids: Tensor, attention_mask: Tensor, whole: bool, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Any]:
+        length = kept = input_ids.shape[1]
+        if self.mask_padding and not whole:
+            kept = self.adapter.columns(self.backbone.config, input_ids, attention_mask)
         mask = attention_mask[:, :kept]
-        pooled, tokens = self.adapter.encode_texts(self.backbone, input_ids[:, :kept], mask, self.pooling, **kwargs)
-        if leave_out:
+        pooled, output = self.adapter.encode_texts(self.backbone, input_ids[:, :kept], mask, self.pooling, **kwargs)
+        tokens = output.last_hidden_state
+        if self.mask_padding and not self._will_be_trained():
             # No score depends on padding: zeros, so that features do not depend on the rest of the batch either.
-            tokens = tokens.masked_fill(~mask[:, :, None].bool(), 0)
-            tokens = F.pad(tokens, (0, 0, 0, length - kept))
-        return F.normalize(pooled, dim=-1), tokens
+            tokens = tokens.masked_fill(~mask[:, :, None].bool().to(tokens.device), 0)
+            tokens = tokens if whole else F.pad(tokens, (0, 0, 0, length - kept))
+        return F.normalize(pooled, dim=-1), tokens, output
 
-    def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _encode_images(self, pixel_values: Tensor, whole: bool, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:
         rows = None
-        if not self._will_be_trained():
+        if not whole:
             # Whatever has no image has the same blank one, which is encoded once.
             blank = ~pixel_values.flatten(1).any(dim=1)
             if int(blank.sum()) > 1:
@@ -92,10 +112,12 @@ class Encoder(nn.Module):
                 rows = torch.zeros(len(blank), dtype=torch.long, device=blank.device)
                 rows[shown] = torch.arange(1, len(shown) + 1, device=blank.device)
                 pixel_values = torch.cat([pixel_values[blank][:1], pixel_values[shown]])
-        pooled, tokens = self.adapter.encode_images(self.backbone, pixel_values, **kwargs)
+        pooled, output = self.adapter.encode_images(self.backbone, pixel_values, **kwargs)
         embeds = self.image_cls_fc(F.normalize(pooled, dim=-1))
-        tokens = self.image_tokens_fc(tokens)
-        return (embeds, tokens) if rows is None else (embeds[rows], tokens[rows])
+        tokens = self.image_tokens_fc(output.last_hidden_state)
+        if rows is not None:
+            embeds, tokens = embeds[rows.to(embeds.device)], tokens[rows.to(tokens.device)]
+        return embeds, tokens, output
 
 
 __all__ = ["Encoder"]

@@ -27,6 +27,7 @@ from .configuration_mimic import MimicConfig
 from .errors_mimic import EntityIndexError
 from .matching_mimic import Matcher
 from .modeling_mimic import MimicModel
+from .weights_mimic import matcher_shape, matcher_weights, state_at_hand
 
 _VERSION = 2
 # Of a model's own configuration what features depend on; what the rest is for, a test lists.
@@ -76,15 +77,16 @@ def model_facts(model: MimicModel, processor: Any = None) -> dict[str, Any]:
     Args:
         processor: what its entities were read with; not noted where it is not known.
     """
+    matcher = copy_of_matcher(model)
     facts = {
         "name": model_name(model),
         "identity": _VERSION,
         "config": _plain(_without_paths(model.config.to_dict())),
-        "matcher": _matcher_digest(model.matcher),
+        "matcher": _matcher_digest(matcher),
         "encoder": _encoder_facts(model),
         "processor": None if processor is None else _processor_facts(processor),
     }
-    return {**facts, "fingerprint": _fingerprint(facts, model.matcher)}
+    return {**facts, "fingerprint": _fingerprint(facts, matcher)}
 
 
 def check_facts(facts: Mapping[str, Any], matcher: nn.Module, where: Path) -> None:
@@ -142,25 +144,25 @@ def model_name(model: MimicModel) -> str:
 
 
 def copy_of_matcher(model: MimicModel) -> Matcher:
-    """The model's matcher, in float32 on the CPU: what scoring needs of the model."""
-    config: Any = model.config
-    copy = Matcher(config)
-    copy.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in model.matcher.state_dict().items()})
-    return copy
+    """The model's matcher, in float32 on the CPU, with adapters merged: what scoring needs of the model."""
+    matcher = matcher_shape(model.config)
+    matcher.load_state_dict(matcher_weights(model), assign=True)
+    return matcher
 
 
 def _differences(facts: Mapping[str, Any], model: MimicModel, processor: Any) -> list[str]:
     """In what a model and its processor differ from what an index notes, in words."""
     here = _of_features(_plain(model.config.to_dict()))
+    matcher = copy_of_matcher(model)
     try:
         found = _unlike(_of_features(facts["config"]), here)
         if facts.get("identity") is None:
-            if facts["fingerprint"] != _first_fingerprint(model.config, model.matcher):
+            if facts["fingerprint"] != _first_fingerprint(model.config, matcher):
                 found.append("the matcher's weights or sizes")
             if not _same_probe(facts["probe"], _probe(model)):
                 found.append("the encoder's weights")
             return found
-        if facts["matcher"] != _matcher_digest(model.matcher):
+        if facts["matcher"] != _matcher_digest(matcher):
             found.append("the matcher's weights")
         if not _same_encoder(facts["encoder"], _encoder_facts(model)):
             found.append("the encoder's weights")
@@ -267,7 +269,7 @@ def _encoder_facts(model: MimicModel) -> dict[str, Any]:
     Hashing takes a second for a gigabyte, so what was hashed is remembered until a weight is changed.
     """
     encoder = model.encoder
-    state = [item for item in encoder.state_dict().values() if isinstance(item, Tensor)]
+    state = [item for item in state_at_hand(encoder).values() if isinstance(item, Tensor)]
     key = None
     if not any(tensor.is_inference() for tensor in state):  # these do not say whether they were changed
         key = [(tensor.data_ptr() if _is_plain(tensor) else id(tensor), tensor._version) for tensor in state]

@@ -13,6 +13,7 @@ Shapes: M mentions, N entities, L text tokens, P image tokens (the class token a
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,20 @@ from transformers.utils import ModelOutput
 from .backbones_mimic import backbone_of
 from .configuration_mimic import HUB_KWARGS, MimicConfig
 from .encoder_mimic import Encoder
-from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, MimicEncoderOutput, widened
+from .matching_mimic import (
+    EntityFeatures,
+    Matcher,
+    MentionFeatures,
+    MimicEncoderOutput,
+    PairScores,
+    at_least_float32,
+    is_traced,
+)
 
 # What a CPU's cache holds is twice as fast as what it does not; a GPU wants more at a time.
 _SCORE_BLOCK_BYTES, _SCORE_BLOCK_BYTES_GPU = 16 * 2**20, 256 * 2**20
 _SCORE_BLOCK_MENTIONS = 32
+_STATES = ("output_hidden_states", "output_attentions")
 
 
 @dataclass
@@ -47,6 +57,9 @@ class MimicOutput(ModelOutput):
         cross_modal_logits (`torch.Tensor` of shape `(M, N)`, float32): score of the cross-modal unit (CMFU).
         mention_features ([`MentionFeatures`], *optional*): of the M mentions, where they were asked for.
         entity_features ([`EntityFeatures`], *optional*): of the N entities, where they were asked for.
+        mention_encoder_output, entity_encoder_output ([`MimicEncoderOutput`], *optional*): what the encoder made of
+            either, where hidden states or attentions were asked for; these are in its `text_model_output` and
+            `vision_model_output`.
     """
 
     loss: Tensor | None = None
@@ -56,6 +69,8 @@ class MimicOutput(ModelOutput):
     cross_modal_logits: Tensor = None  # type: ignore[assignment]
     mention_features: MentionFeatures | None = None
     entity_features: EntityFeatures | None = None
+    mention_encoder_output: MimicEncoderOutput | None = None
+    entity_encoder_output: MimicEncoderOutput | None = None
 
     def all_logits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The total score and those of the three units: what the loss is the sum over."""
@@ -71,7 +86,8 @@ class MimicPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["Matcher"]  # noqa: RUF012  and the backbone's, see MimicModel
-    # Small beside the encoder, and its arithmetic is float32 whatever the encoder's is.
+    # Small beside the encoder, and its arithmetic is float32 whatever the encoder's is. Quantizers obey the first only.
+    _keep_in_fp32_modules = ["matcher"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["matcher"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -79,6 +95,14 @@ class MimicPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # The loss is a mean over the batch, not over a number of items that the Trainer could pass.
     accepts_loss_kwargs = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.encoder.freeze_unused()  # loading makes every parameter trainable
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -118,7 +142,8 @@ class MimicModel(MimicPreTrainedModel):
         super().__init__(config)
         self.encoder = Encoder(config)
         self._no_split_modules = sorted({*self.encoder.no_split_modules(), "Matcher"})
-        self.matcher = Matcher(config)
+        with _at_least_float32_made():
+            self.matcher = Matcher(config)
         self.post_init()
 
     @classmethod
@@ -164,7 +189,11 @@ class MimicModel(MimicPreTrainedModel):
         self.encoder.set_input_embeddings(value)
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
     ) -> MimicEncoderOutput:
         """Encodes texts and images of mentions or entities, before anything is specific to either.
 
@@ -172,12 +201,13 @@ class MimicModel(MimicPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(B, L)`): the tokens, L at most the backbone's positions.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): the images; zeros where there is none.
+            **kwargs: handed to the backbone's text and vision models; with `output_hidden_states` or
+                `output_attentions` their outputs are returned too.
 
         Raises:
             ValueError: if the shapes do not fit each other.
         """
-        input_ids, attention_mask, pixel_values = self._checked(input_ids, attention_mask, pixel_values, "")
-        return self.encoder(input_ids, attention_mask, pixel_values)
+        return self._encoded(input_ids, attention_mask, pixel_values, "", kwargs)[0]
 
     def encode_mentions(
         self,
@@ -186,10 +216,11 @@ class MimicModel(MimicPreTrainedModel):
         pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> MentionFeatures:
-        """Features of M mentions, to be scored against any entities. Arguments as of [`~MimicModel.encode`]."""
-        input_ids, attention_mask, pixel_values = self._checked(input_ids, attention_mask, pixel_values, "")
-        encoded = self.encoder(input_ids, attention_mask, pixel_values, **kwargs)
-        return self.matcher.mention_features(encoded, attention_mask)
+        """Features of M mentions, to be scored against any entities. Arguments as of [`~MimicModel.encode`], which
+        returns hidden states and attentions."""
+        _refuse_states(kwargs)
+        encoded, attention_mask = self._encoded(input_ids, attention_mask, pixel_values, "", kwargs)
+        return MentionFeatures(self.matcher(encoded, attention_mask, side="mention"))
 
     def encode_entities(
         self,
@@ -198,10 +229,27 @@ class MimicModel(MimicPreTrainedModel):
         pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> EntityFeatures:
-        """Features of N entities, to be scored against any mentions. Arguments as of [`~MimicModel.encode`]."""
-        input_ids, attention_mask, pixel_values = self._checked(input_ids, attention_mask, pixel_values, "entity_")
-        encoded = self.encoder(input_ids, attention_mask, pixel_values, **kwargs)
-        return self.matcher.entity_features(encoded, attention_mask)
+        """Features of N entities, to be scored against any mentions. Arguments as of [`~MimicModel.encode`], which
+        returns hidden states and attentions."""
+        _refuse_states(kwargs)
+        encoded, attention_mask = self._encoded(input_ids, attention_mask, pixel_values, "entity_", kwargs)
+        return EntityFeatures(self.matcher(encoded, attention_mask, side="entity"))
+
+    def _encoded(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        prefix: str,
+        kwargs: dict[str, Any],
+    ) -> tuple[MimicEncoderOutput, Tensor]:
+        """What the encoder gives, and the mask of the texts."""
+        input_ids, attention_mask, pixel_values = self._checked(input_ids, attention_mask, pixel_values, prefix)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        for name in _STATES:
+            if name not in kwargs and getattr(self.config, name, False):
+                kwargs[name] = True
+        return self.encoder(input_ids, attention_mask, pixel_values, **kwargs), attention_mask
 
     def _checked(
         self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor | None, prefix: str
@@ -222,8 +270,7 @@ class MimicModel(MimicPreTrainedModel):
         side = self.config.image_size
         shape = (input_ids.shape[0], vision.num_channels, side, side)
         if pixel_values is None:
-            dtype = self.encoder.image_tokens_fc.weight.dtype
-            pixel_values = torch.zeros(shape, dtype=dtype, device=input_ids.device)
+            pixel_values = torch.zeros(shape, dtype=self.dtype, device=input_ids.device)
         if tuple(pixel_values.shape) != shape:
             raise ValueError(
                 f"`{prefix}pixel_values` has the shape {tuple(pixel_values.shape)}, but this model and "
@@ -255,19 +302,18 @@ class MimicModel(MimicPreTrainedModel):
         if block_bytes is None:
             on_cpu = mentions.tensors["text_key"].device.type == "cpu"
             block_bytes = _SCORE_BLOCK_BYTES if on_cpu else _SCORE_BLOCK_BYTES_GPU
+        if is_traced():  # neither the numbers of mentions and entities nor blocks of them are known
+            return _as_output(self.matcher(mentions.tensors, entities.tensors))
         shape = (len(mentions), len(entities))
         names = ("logits", "text_logits", "image_logits", "cross_modal_logits")
         whole: dict[str, Any] = {}
         if 0 in shape:
-            whole = {name: widened(mentions.tensors["text_embed"]).new_empty(shape) for name in names}
+            whole = {name: at_least_float32(mentions.tensors["text_embed"]).new_empty(shape) for name in names}
         for rows, column_blocks in _pair_blocks(mentions, entities, block_bytes):
             for columns in column_blocks:
-                scores = self.matcher(mentions[rows], entities[columns])
-                part: dict[str, Any] = dict(
-                    zip(names, (scores.total, scores.text, scores.image, scores.cross_modal), strict=True)
-                )
-                if scores.total.shape == shape:
-                    return MimicOutput(**part)
+                part = _as_output(self.matcher(mentions[rows].tensors, entities[columns].tensors))
+                if part.logits.shape == shape:
+                    return part
                 # Into one place: kept one by one, they would scatter what the blocks leave free of the memory.
                 for name, block in part.items():
                     if name not in whole:
@@ -284,11 +330,12 @@ class MimicModel(MimicPreTrainedModel):
         entity_attention_mask: Tensor | None = None,
         entity_pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        entity_labels: Tensor | None = None,
         return_loss: bool | None = None,
         return_features: bool = False,
         return_scores: bool = True,
         return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MimicOutput | tuple[Tensor, ...]:
         """Encodes M mentions and N entities and scores all pairs.
@@ -302,19 +349,24 @@ class MimicModel(MimicPreTrainedModel):
             entity_pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`, *optional*): images of the entities.
             labels (`torch.LongTensor` of shape `(M,)`, *optional*): for the loss, the row of each mention's answer
                 among the entities. Defaults to the entity in the mention's own row, which needs M = N.
-            entity_labels (`torch.LongTensor` of shape `(N,)`, *optional*): equal numbers mark the same entity. Used
-                if the configuration says `ignore_duplicate_answers`.
             return_loss (`bool`, *optional*): whether to return the loss. By default, if `labels` are given.
             return_features (`bool`, defaults to `False`): whether to return the features that were scored, too.
             return_scores (`bool`, defaults to `True`): whether to score the pairs. Without, the features are all that
                 is returned, and either side may be left out: training that scores the entities of several processes,
                 or encodes its batch part by part, does so.
             return_dict (`bool`, *optional*): whether to return a [`MimicOutput`] or a tuple.
-            **kwargs: handed to the backbone's text and vision models.
+            output_hidden_states, output_attentions (`bool`, *optional*): whether to return the hidden states and
+                attentions of the backbone's models, in `mention_encoder_output` and `entity_encoder_output`.
+            **kwargs: `entity_labels` (`torch.LongTensor` of shape `(N,)`): equal numbers mark the same entity; used
+                if the configuration says `ignore_duplicate_answers`. It has no place of its own because a `Trainer`
+                computes no evaluation loss unless it is given all arguments that are called labels. Everything else is
+                handed to the backbone's text and vision models.
 
         Raises:
             ValueError: if the shapes do not fit each other.
         """
+        entity_labels: Tensor | None = kwargs.pop("entity_labels", None)
+        kwargs |= {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         if not return_scores:
             output = MimicOutput()
             if input_ids is not None:
@@ -330,13 +382,19 @@ class MimicModel(MimicPreTrainedModel):
                 f"MimicModel scores mentions against entities and was given no `{missing}`. To encode mentions or "
                 "entities alone, call `encode_mentions` or `encode_entities`."
             )
-        mentions = self.encode_mentions(input_ids, attention_mask, pixel_values, **kwargs)
-        entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values, **kwargs)
+        mention, mention_mask = self._encoded(input_ids, attention_mask, pixel_values, "", kwargs)
+        mentions = MentionFeatures(self.matcher(mention, mention_mask, side="mention"))
+        entity, entity_mask = self._encoded(
+            entity_input_ids, entity_attention_mask, entity_pixel_values, "entity_", kwargs
+        )
+        entities = EntityFeatures(self.matcher(entity, entity_mask, side="entity"))
         output = self.score(mentions, entities)
         if return_loss or (return_loss is None and labels is not None):
             output = MimicOutput(loss=self.contrastive_loss(output, labels, entity_labels), **output)
         if return_features:
             output = MimicOutput(**output, mention_features=mentions, entity_features=entities)
+        if mention.text_model_output is not None:
+            output = MimicOutput(**output, mention_encoder_output=mention, entity_encoder_output=entity)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -363,7 +421,10 @@ class MimicModel(MimicPreTrainedModel):
                 )
             labels = torch.arange(count, device=device)
         labels = labels.to(device)
-        if labels.shape != (count,) or (count and not 0 <= int(labels.min()) <= int(labels.max()) < entity_count):
+        known = not is_traced()
+        if labels.shape != (count,) or (
+            known and count and not 0 <= int(labels.min()) <= int(labels.max()) < entity_count
+        ):
             raise ValueError(
                 f"`labels` must hold {count} rows of entities, each from 0 to {entity_count - 1}; got the shape "
                 f"{tuple(labels.shape)} and values from {int(labels.min())} to {int(labels.max())}."
@@ -415,6 +476,34 @@ def loss_of_scores(
                 backward = backward.masked_fill(not_rival_mentions, -torch.inf)
             loss = loss + F.cross_entropy(backward, own)
     return loss
+
+
+def _as_output(scores: PairScores) -> MimicOutput:
+    return MimicOutput(
+        logits=scores.total,
+        text_logits=scores.text,
+        image_logits=scores.image,
+        cross_modal_logits=scores.cross_modal,
+    )
+
+
+def _refuse_states(kwargs: dict[str, Any]) -> None:
+    for name in _STATES:
+        if kwargs.get(name):
+            raise ValueError(
+                f"Features have no room for what `{name}` asks for: call `MimicModel.encode`, or the model, with it."
+            )
+
+
+@contextlib.contextmanager
+def _at_least_float32_made() -> Iterator[None]:
+    """Parameters that are made meanwhile are in float32 where others are made in half precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(before, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _pair_blocks(

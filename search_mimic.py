@@ -36,8 +36,8 @@ from .matching_mimic import (
     MentionFeatures,
     PairScores,
     VisionDualDirection,
-    widened,
-    without_prefix,
+    at_least_float32,
+    pick_prefix,
 )
 
 METHODS = ("pruned", "exhaustive")
@@ -165,16 +165,19 @@ class _Query:
     @classmethod
     def of(cls, matcher: Matcher, mentions: MentionFeatures) -> _Query:
         tensors = mentions.tensors
-        text, cross_modal = widened(tensors["text_embed"]) / HALF_UNITS, widened(tensors["cross_modal"]) / UNITS
+        text, cross_modal = (
+            at_least_float32(tensors["text_embed"]) / HALF_UNITS,
+            at_least_float32(tensors["cross_modal"]) / UNITS,
+        )
         size = torch.ones(len(mentions), 1, device=text.device)
         for vectors, norm in ((text, matcher.text_cls_layernorm), (cross_modal, matcher.cmfu.gate_layer_norm)):
             # No entity's vector is longer than a layer norm's output can be; a tenth more for how it is stored.
             longest = norm.weight.abs().amax() * norm.normalized_shape[0] ** 0.5 + norm.bias.norm()
             size = size + 1.1 * longest * vectors.norm(dim=1, keepdim=True)
         distinct, image_of = _different({name: tensors[name] for name in (*_KEY, *_QUERY)})
-        vector, stats = widened(distinct["image_query_m"]), widened(distinct["image_query_stats"])
+        vector, stats = at_least_float32(distinct["image_query_m"]), at_least_float32(distinct["image_query_stats"])
         # From the vectors: of features in half precision the stored number is rounded.
-        image_bound = (VisionDualDirection.most(vector, stats[:, _BIAS]) / HALF_UNITS).unsqueeze(1)
+        image_bound = (VisionDualDirection.upper_bound(vector, stats[:, _BIAS]) / HALF_UNITS).unsqueeze(1)
         most = image_bound.index_select(0, image_of)
         images = ({name: distinct[name] for name in _KEY}, {name: distinct[name] for name in _QUERY})
         dense = torch.zeros(len(image_bound), dtype=torch.bool, device=text.device)
@@ -567,7 +570,7 @@ class Searcher:
         """What a direction of the image unit adds to the totals of some of the mentions' images (P,) with entities,
         (P, N)."""
         unit, queries, keys = self._sides(direction, _rows(query.images[direction], numbers), entities)
-        scores = unit.score(queries, keys)
+        scores = unit(queries, keys)
         self.stats.image_pairs += scores.numel()
         return (scores.T.contiguous() if direction == _ENT2MEN else scores).div_(HALF_UNITS)
 
@@ -576,8 +579,8 @@ class Searcher:
     ) -> tuple[VisionDualDirection, dict[str, Tensor], dict[str, Tensor]]:
         """A direction's unit, its queries and its keys."""
         mention, entity = (
-            without_prefix(_PREFIXES[1 - direction], mention),
-            without_prefix(_PREFIXES[direction], entity),
+            pick_prefix(_PREFIXES[1 - direction], mention),
+            pick_prefix(_PREFIXES[direction], entity),
         )
         unit = self.matcher.vdlu
         if direction == _ENT2MEN:

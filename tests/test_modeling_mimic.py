@@ -178,7 +178,7 @@ def test_text_unit(case: Case) -> None:
         some, few = slice(case.mentions), slice(case.entities)
         mentions = unit.mention_features(t_m[some], T_m[some], mask_m[some])
         entities = unit.entity_features(t_e[few], T_e[few], mask_e[few])
-        assert_accurate(unit.score(mentions, entities), plain, exact)
+        assert_accurate(unit(mentions, entities), plain, exact)
 
 
 @properties
@@ -191,7 +191,7 @@ def test_dual_unit(case: Case) -> None:
     with torch.no_grad():
         plain, exact = in_both(partial(oracle.dual, unit="unit"), unit, "unit", q, k, Z)
         some, few = slice(case.mentions), slice(case.entities)
-        assert_accurate(unit.score(unit.query_features(q[some]), unit.key_features(k[few], Z[few])), plain, exact)
+        assert_accurate(unit(unit.query_features(q[some]), unit.key_features(k[few], Z[few])), plain, exact)
 
 
 @properties
@@ -204,7 +204,7 @@ def test_cross_modal_unit(case: Case) -> None:
     with torch.no_grad():
         plain, exact = in_both(partial(oracle.cmfu, unit="unit"), unit, "unit", t_m, V_m, t_e, V_e)
         some, few = slice(case.mentions), slice(case.entities)
-        scores = unit.score(unit.features(t_m[some], V_m[some]), unit.features(t_e[few], V_e[few]))
+        scores = unit(unit.features(t_m[some], V_m[some]), unit.features(t_e[few], V_e[few]))
         assert_accurate(scores, plain, exact)
 
 
@@ -283,7 +283,7 @@ def test_dual_unit_where_vectors_cancel(given: Cancelling) -> None:
         plain, exact = in_both(partial(oracle.dual, unit="unit"), unit, "unit", q, k, Z)
         unavoidable = rounding_of_vectors(unit, q, k, Z, exact)
         query, key = unit.query_features(q[some]), unit.key_features(k[few], Z[few])
-        assert_accurate(unit.score(query, key), plain, exact, unavoidable)
+        assert_accurate(unit(query, key), plain, exact, unavoidable)
         # Pairs of a list, and not of a matrix, are computed in another way.
         rows, columns = torch.cartesian_prod(torch.arange(given.case.mentions), torch.arange(given.case.entities)).T
         pairs = unit.score_pairs({n: t[rows] for n, t in query.items()}, {n: t[columns] for n, t in key.items()})
@@ -297,9 +297,9 @@ def test_no_key_scores_more_than_the_most(given: Cancelling) -> None:
     unit, q, k, Z = cancelling_unit(given)
     with torch.no_grad():
         query, key = unit.query_features(q), unit.key_features(k, Z)
-        most = query["stats"][:, VisionDualDirection.QUERY_STATS.index("most")]
+        most = query["stats"][:, VisionDualDirection.QUERY_STATS.index("upper_bound")]
         rounding = 1e-5 * (most.abs() + query["m"].norm(dim=1) * q.shape[1] ** 0.5)
-        assert (unit.score(query, key) <= (most + rounding).unsqueeze(1)).all()
+        assert (unit(query, key) <= (most + rounding).unsqueeze(1)).all()
         unit.gate_fc.weight.zero_()
         unit.gate_fc.bias.zero_()
         # So long that what the gate lets through does not turn it.
@@ -316,7 +316,7 @@ def test_gradients_where_vectors_cancel() -> None:
         unit.double()
         inputs = [x.double().requires_grad_() for x in inputs]
         q, k, Z = inputs
-        factored = unit.score(unit.query_features(q), unit.key_features(k, Z)).square().sum()
+        factored = unit(unit.query_features(q), unit.key_features(k, Z)).square().sum()
         ours = torch.autograd.grad(factored, [*unit.parameters(), *inputs])
         weights = {f"unit.{name}": parameter for name, parameter in unit.named_parameters()}
         plain = oracle.dual(weights, q, k, Z, unit="unit").square().sum()

@@ -1,0 +1,85 @@
+"""The layers that the units are made of, and their arithmetic.
+
+The units' factored form needs parts of a layer: the linear part of one, the scale of another. A part is asked for by
+calling the layer, never by reading its weights: so hooks fire, weights that are kept elsewhere are fetched, and a
+wrapper around the layer (an adapter, a copy that is trained in its place) has its say.
+
+All arithmetic is done in float32 (or float64, for a model in float64): its cost is small beside the encoder's, and the
+expanded sums lose too many digits in half precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+# Of the class that PyTorch and torchao leave in full precision: what is gained by quantizing a layer of the matcher is
+# small, and what is lost is not.
+class UnitLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """A linear layer that works in the precision of its input, and gives its linear part alone if asked to."""
+
+    def forward(self, input: Tensor, bias: bool = True) -> Tensor:
+        """`W x + b`, or `W x` without `bias`."""
+        weight = self.weight.to(input.dtype)
+        if bias:
+            return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
+        if self.out_features == 1:
+            return (input @ weight[0]).unsqueeze(-1)  # twice as fast
+        return F.linear(input, weight)
+
+
+class UnitLayerNorm(nn.LayerNorm):
+    """A layer norm that works in the precision of its input, and gives its scale alone if asked to."""
+
+    def forward(self, input: Tensor, only_scale: bool = False) -> Tensor:
+        """`gamma * normalized(x) + beta`, or `gamma * x` with `only_scale`."""
+        weight = self.weight.to(input.dtype)
+        if only_scale:
+            return weight * input
+        return F.layer_norm(input, self.normalized_shape, weight, self.bias.to(input.dtype), self.eps)
+
+
+def linear_part(layer: nn.Module, x: Tensor) -> Tensor:
+    """`W x` of a layer that is `W x + b`."""
+    if isinstance(layer, UnitLinear):
+        return layer(x, bias=False)
+    # An adapter around the layer, perhaps, which is still `W x + b`, but does not know the argument.
+    return layer(x) - offset(layer, x)
+
+
+def offset(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer makes of zeros as wide as x, and of x's type: `b` of a linear layer, `beta` of a layer norm."""
+    return layer(x.new_zeros(x.shape[-1]))
+
+
+def is_traced() -> bool:
+    """Whether a graph is made of what runs (`torch.compile`, `torch.export`, `torch.jit.trace`). Then no branch may
+    depend on the values of tensors, nor a shape."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def centered(x: Tensor) -> Tensor:
+    x = x - x.mean(dim=-1, keepdim=True)
+    return x - x.mean(dim=-1, keepdim=True)  # the rounding error of a large mean
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dim=-1)
+
+
+__all__ = [
+    "UnitLayerNorm",
+    "UnitLinear",
+    "at_least_float32",
+    "centered",
+    "dot",
+    "is_traced",
+    "linear_part",
+    "offset",
+]
