@@ -31,7 +31,15 @@ from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, PairScores
 from .mentions_mimic import checked_mentions, encoded_mentions
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
-from .search_mimic import METHODS, FoundEntities, SearchStats, answer_ranks, best_entities
+from .search_mimic import (
+    METHODS,
+    FoundEntities,
+    SearchStats,
+    answer_ranks,
+    answer_scores,
+    best_entities,
+    better_entities,
+)
 from .shortlist_mimic import Shortlist
 from .store_mimic import Store
 
@@ -220,6 +228,7 @@ class EntityIndex:
         *,
         candidates: Sequence[Sequence[str] | None] | None = None,
         method: str = "pruned",
+        min_score: float | Sequence[float] | np.ndarray | None = None,
         num_candidates: int | None = None,
         nprobe: int = 32,
         show_progress: bool = False,
@@ -233,6 +242,8 @@ class EntityIndex:
             candidates: for each mention the ids of the entities that it may mean, or `None` for all.
             method: "pruned" scores only those pairs whose upper bound leaves them in question, "exhaustive" scores
                 all. Both are exact, and their answers are the same.
+            min_score: what an entity's score must reach to be found, for all mentions or for each: those below are
+                left out, and are pruned where their upper bound is below.
             num_candidates: number of entities that an approximate shortlist leaves of each mention's, to be scored
                 exactly; needs `faiss`, and is for knowledge bases of 10^7 entities and more. See [`build_shortlist`].
             nprobe: of the shortlist, the number of an inverted file's lists that are read.
@@ -251,6 +262,7 @@ class EntityIndex:
             top_k,
             candidates=candidates,
             method=method,
+            min_score=min_score,
             num_candidates=num_candidates,
             nprobe=nprobe,
             show_progress=show_progress,
@@ -267,6 +279,7 @@ class EntityIndex:
         *,
         candidates: Sequence[Sequence[str] | None] | None = None,
         method: str = "pruned",
+        min_score: float | Sequence[float] | np.ndarray | None = None,
         num_candidates: int | None = None,
         nprobe: int = 32,
         show_progress: bool = False,
@@ -284,7 +297,14 @@ class EntityIndex:
         k = min(top_k, len(contents))
         with _progress("Searching", total, show_progress) as advance:
             return best_entities(
-                matcher, contents.store, mentions, k, method=method, candidates=allowed, advance=advance
+                matcher,
+                contents.store,
+                mentions,
+                k,
+                method=method,
+                candidates=allowed,
+                advance=advance,
+                floor=_for_each("min_score", min_score, mentions),
             )
 
     def rank(
@@ -308,10 +328,7 @@ class EntityIndex:
         """
         contents = self._contents
         matcher, mentions = self._checked(contents, mentions, method)
-        if len(answers) != len(mentions):
-            raise ValueError(f"There are {len(mentions)} mentions, but answers for {len(answers)}.")
-        found = [contents.row(answer) for answer in answers]
-        rows = torch.tensor([-1 if row is None else row for row in found], device=mentions.device)
+        rows = self._answer_rows(contents, mentions, answers)
         known = (rows >= 0).nonzero().squeeze(1)
         with _progress("Ranking", len(known) * len(contents.store), show_progress) as advance:
             ranked, stats = answer_ranks(
@@ -320,6 +337,64 @@ class EntityIndex:
         ranks = np.full(len(answers), np.nan)
         ranks[known.cpu().numpy()] = ranked.cpu().numpy()
         return RankResult(ranks, stats)
+
+    def answer_scores(self, mentions: MentionFeatures, answers: Sequence[str | None]) -> np.ndarray:
+        """The score of each mention's answer, float32 of shape `(M,)`; NaN where it is not in the index.
+
+        With [`count_better`] it gives ranks in a knowledge base of which this index is a part.
+
+        Args:
+            mentions, answers: as in [`rank`].
+        """
+        contents = self._contents
+        matcher, mentions = self._checked(contents, mentions, METHODS[0])
+        rows = self._answer_rows(contents, mentions, answers)
+        known = (rows >= 0).nonzero().squeeze(1)
+        scores = np.full(len(answers), np.nan, dtype=np.float32)
+        scores[known.cpu().numpy()] = answer_scores(matcher, contents.store, mentions[known], rows[known]).cpu().numpy()
+        return scores
+
+    def count_better(
+        self,
+        mentions: MentionFeatures,
+        scores: Sequence[float] | np.ndarray,
+        answers: Sequence[str | None],
+        *,
+        method: str = "pruned",
+        show_progress: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How many entities are better than each mention's answer, and how many as good: int64 of shape `(M,)` each.
+
+        Summed over the parts of a knowledge base, `1 + better + equal / 2` is the rank that [`rank`] gives.
+
+        Args:
+            mentions ([`MentionFeatures`]): M mentions.
+            scores: of their answers, from [`answer_scores`] of the part that has each.
+            answers: their ids; one that is in this index does not count itself.
+            method, show_progress: as in [`search`].
+
+        Raises:
+            ValueError: if the numbers differ, or `method` is not valid.
+            EntityIndexError: if the index is empty.
+        """
+        contents = self._contents
+        matcher, mentions = self._checked(contents, mentions, method)
+        rows = self._answer_rows(contents, mentions, answers)
+        gold = _for_each("scores", scores, mentions)
+        assert gold is not None
+        with _progress("Ranking", len(rows) * len(contents.store), show_progress) as advance:
+            above, equal = better_entities(
+                matcher, contents.store, mentions, rows, gold, method=method, advance=advance
+            )
+        return above.cpu().numpy(), equal.cpu().numpy()
+
+    @staticmethod
+    def _answer_rows(contents: Contents, mentions: MentionFeatures, answers: Sequence[str | None]) -> torch.Tensor:
+        """The row of each mention's answer, -1 where it is not there."""
+        if len(answers) != len(mentions):
+            raise ValueError(f"There are {len(mentions)} mentions, but answers for {len(answers)}.")
+        found = [contents.row(answer) for answer in answers]
+        return torch.tensor([-1 if row is None else row for row in found], dtype=torch.long, device=mentions.device)
 
     def _checked(self, contents: Contents, mentions: MentionFeatures, method: str) -> tuple[Matcher, MentionFeatures]:
         """The matcher on the mentions' device, and the mentions, if they can be searched with."""
@@ -616,6 +691,19 @@ def _at_least(name: str, value: Any, least: int) -> int:
         what = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"`{name}` must be {what}, got {value!r}.")
     return operator.index(value)
+
+
+def _for_each(name: str, values: Any, mentions: MentionFeatures) -> torch.Tensor | None:
+    """A number for each mention, float32 of shape (M,), from one for all or from one for each."""
+    if values is None:
+        return None
+    array = np.asarray(values, dtype=np.float32)
+    if array.shape not in ((), (len(mentions),)) or np.isnan(array).any():
+        raise ValueError(
+            f"`{name}` must be a number, or one for each of {len(mentions)} mentions, and none may be NaN; got "
+            f"{'NaN' if np.isnan(array).any() else f'the shape {array.shape}'}."
+        )
+    return torch.from_numpy(np.broadcast_to(array, (len(mentions),)).copy()).to(mentions.device)
 
 
 def _arrays(scores: PairScores) -> tuple[np.ndarray, ...]:

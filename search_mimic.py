@@ -331,16 +331,21 @@ def _grouped(mention_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _TopK:
-    """The best k rows seen so far for each of M mentions."""
+    """The best k rows seen so far for each of M mentions, among those that reach its floor (M, 1)."""
 
-    def __init__(self, count: int, k: int, device: torch.device) -> None:
+    def __init__(self, count: int, k: int, device: torch.device, floor: Tensor | None = None) -> None:
+        self.floor = torch.full((count, 1), -torch.inf, device=device) if floor is None else floor
         self.scores = torch.full((count, k), -torch.inf, device=device)
         self.rows = torch.full((count, k), -1, dtype=torch.long, device=device)
 
     @property
     def threshold(self) -> Tensor:
-        """The k-th best score of each mention, of shape (M, 1)."""
-        return self.scores[:, -1:]
+        """What a score must reach to be among each mention's best k, of shape (M, 1)."""
+        return torch.maximum(self.scores[:, -1:], self.floor)
+
+    def found(self) -> Tensor:
+        """The rows (M, k), best first; -1 where fewer reach the floor."""
+        return self.rows.masked_fill(self.scores < self.floor, -1)
 
     def merge(self, scores: Tensor, rows: Tensor) -> None:
         """Takes scores (M, n) of entity rows (M, n) into account; rows seen before must not come again."""
@@ -354,7 +359,7 @@ class _TopK:
 
     def part(self, mention_rows: Tensor) -> _TopK:
         """The same for some of the mentions."""
-        part = _TopK(len(mention_rows), self.scores.shape[1], self.scores.device)
+        part = _TopK(len(mention_rows), self.scores.shape[1], self.scores.device, self.floor[mention_rows])
         part.scores, part.rows = self.scores[mention_rows], self.rows[mention_rows]
         return part
 
@@ -397,27 +402,44 @@ class Searcher:
     sub_block: int = 1024
     stats: SearchStats = field(default_factory=SearchStats)
 
-    def top_k(self, mentions: MentionFeatures, k: int, exhaustive: bool, advance: Callable[[int], Any]) -> _TopK:
-        """The k best entities of each mention; `advance` is told of each block's number of pairs."""
-        top = _TopK(len(mentions), k, mentions.tensors["text_embed"].device)
+    def top_k(
+        self,
+        mentions: MentionFeatures,
+        k: int,
+        exhaustive: bool,
+        advance: Callable[[int], Any],
+        floor: Tensor | None = None,
+    ) -> Tensor:
+        """The rows (M, k) of the k best entities of each mention, -1 where fewer reach its `floor` (M, 1); `advance`
+        is told of each block's number of pairs."""
+        top = _TopK(len(mentions), k, mentions.tensors["text_embed"].device, floor)
         query = _Query.of(self.matcher, mentions)
         self._each_block(query, self._exhaustive_block if exhaustive else self._pruned_block, top, advance)
-        return top
+        return top.found()
+
+    def scores_of(self, mentions: MentionFeatures, answers: Tensor) -> Tensor:
+        """The score of each mention's answer, a row for each, (M,)."""
+        every = torch.arange(len(mentions), device=answers.device)
+        return score_pairs(self.matcher, mentions, every, self.blocks, answers, self.block_bytes).total
 
     def ranks(
-        self, mentions: MentionFeatures, answers: Tensor, exhaustive: bool, advance: Callable[[int], Any]
+        self,
+        mentions: MentionFeatures,
+        answers: Tensor,
+        gold: Tensor,
+        exhaustive: bool,
+        advance: Callable[[int], Any],
     ) -> tuple[Tensor, Tensor]:
         """How many entities score above each mention's answer, and how many tie with it (itself left out).
 
         Args:
-            answers (`torch.LongTensor` of shape `(M,)`): the row of each mention's answer.
+            answers (`torch.LongTensor` of shape `(M,)`): the row of each mention's answer; -1 where it is elsewhere.
+            gold (`torch.Tensor` of shape `(M,)`): its score.
 
         Returns:
             two `torch.LongTensor` of shape `(M,)`.
         """
-        every = torch.arange(len(mentions), device=answers.device)
-        gold = score_pairs(self.matcher, mentions, every, self.blocks, answers, self.block_bytes).total.unsqueeze(1)
-        places = _Places(answers, gold)
+        places = _Places(answers, gold.unsqueeze(1))
         query = _Query.of(self.matcher, mentions)
         self._each_block(query, self._rank_exhaustive if exhaustive else self._rank_pruned, places, advance)
         return places.above, places.equal
@@ -800,6 +822,7 @@ def best_entities(
     method: str,
     candidates: Sequence[Tensor | None],
     advance: Callable[[int], Any],
+    floor: Tensor | None = None,
 ) -> FoundEntities:
     """The k best entities of each of M mentions.
 
@@ -809,6 +832,7 @@ def best_entities(
         method: "pruned" or "exhaustive".
         candidates: for each mention the rows that it may mean, int64 and in order; `None` for all.
         advance: told of pairs that are done.
+        floor (`torch.Tensor` of shape `(M,)`, *optional*): the score that a mention's entities must reach, at least.
     """
     device = mentions.device
     rows = torch.full((len(mentions), k), -1, dtype=torch.long, device=device)
@@ -817,14 +841,16 @@ def best_entities(
     with torch.inference_mode():
         for start in range(0, len(free), _MENTION_BLOCK):
             picked = torch.tensor(free[start : start + _MENTION_BLOCK], dtype=torch.long, device=device)
-            rows[picked] = searcher.top_k(mentions[picked], k, method == "exhaustive", advance).rows
+            own_floor = None if floor is None else floor[picked].unsqueeze(1)
+            rows[picked] = searcher.top_k(mentions[picked], k, method == "exhaustive", advance, own_floor)
         for row, wanted in enumerate(candidates):
             if wanted is None:
                 continue
             if len(wanted) > max(_MANY_CANDIDATES, k):
                 among = dataclasses.replace(searcher, blocks=ChosenRows(entities, wanted))
-                found = among.top_k(mentions[row : row + 1], k, exhaustive=False, advance=lambda _: None).rows[0]
-                found = wanted[found.cpu()].to(device)
+                own_floor = None if floor is None else floor[row : row + 1].unsqueeze(1)
+                found = among.top_k(mentions[row : row + 1], k, False, lambda _: None, own_floor)[0]
+                found = wanted[found[found >= 0].cpu()].to(device)
             else:
                 wanted = wanted.to(device)
                 scores = score_pairs(
@@ -832,7 +858,8 @@ def best_entities(
                 )
                 searcher.stats.pairs += len(wanted)
                 searcher.stats.exact_pairs += len(wanted)
-                found = wanted[scores.total.argsort(descending=True, stable=True)][:k]
+                order = scores.total.argsort(descending=True, stable=True)[:k]
+                found = wanted[order if floor is None else order[scores.total[order] >= floor[row]]]
             rows[row, : len(found)] = found
         mention_rows, places = (rows >= 0).nonzero(as_tuple=True)
         scores = score_pairs(matcher, mentions, mention_rows, entities, rows[mention_rows, places], _CANDIDATE_BYTES)
@@ -866,9 +893,48 @@ def answer_ranks(
     with torch.inference_mode():
         for start in range(0, len(mentions), _MENTION_BLOCK):
             part = slice(start, start + _MENTION_BLOCK)
-            above, equal = searcher.ranks(mentions[part], answers[part], method == "exhaustive", advance)
+            gold = searcher.scores_of(mentions[part], answers[part])
+            above, equal = searcher.ranks(mentions[part], answers[part], gold, method == "exhaustive", advance)
             ranks[part] = (1 + above + equal / 2).double().cpu()
     return ranks, searcher.stats
+
+
+def answer_scores(matcher: Matcher, entities: EntityBlocks, mentions: MentionFeatures, answers: Tensor) -> Tensor:
+    """The score of each of M mentions' answers, of shape (M,); `answers` are their rows."""
+    with torch.inference_mode():
+        return _searcher(matcher, entities, mentions.device).scores_of(mentions, answers)
+
+
+def better_entities(
+    matcher: Matcher,
+    entities: EntityBlocks,
+    mentions: MentionFeatures,
+    answers: Tensor,
+    gold: Tensor,
+    *,
+    method: str,
+    advance: Callable[[int], Any],
+) -> tuple[Tensor, Tensor]:
+    """How many entities score above a given score of each mention, and how many tie with it: what a part of a
+    knowledge base adds to a rank.
+
+    Args:
+        answers (`torch.LongTensor` of shape `(M,)`): the row of each mention's answer, which does not count; -1 where
+            it is in another part.
+        gold (`torch.Tensor` of shape `(M,)`): the scores of the answers.
+
+    Returns:
+        two `torch.LongTensor` of shape `(M,)`.
+    """
+    searcher = _searcher(matcher, entities, mentions.device)
+    above, equal = torch.zeros_like(answers), torch.zeros_like(answers)
+    with torch.inference_mode():
+        for start in range(0, len(mentions), _MENTION_BLOCK):
+            part = slice(start, start + _MENTION_BLOCK)
+            above[part], equal[part] = searcher.ranks(
+                mentions[part], answers[part], gold[part], method == "exhaustive", advance
+            )
+    return above, equal
 
 
 __all__ = [
@@ -878,6 +944,8 @@ __all__ = [
     "SearchStats",
     "Searcher",
     "answer_ranks",
+    "answer_scores",
     "best_entities",
+    "better_entities",
     "score_pairs",
 ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Subset
@@ -24,7 +25,7 @@ from ..index_mimic import EntityIndex
 from ..modeling_mimic import MentionFeatures, MimicModel
 from .collator import MentionEntityCollator
 from .dealing import part_of
-from .evaluation import encoded_and_named, finite_features
+from .evaluation import RankedMentions, encoded_and_named, finite_features
 from .gather import gathered, process_count, process_index
 from .knowledge_base import KnowledgeBase
 from .processes import all_of_them
@@ -125,6 +126,71 @@ def encoded_by_all(
             named = joined(named)
         assert features is not None  # a block is not empty
         yield EncodedMentions(features, named)
+
+
+def ranked_by_all(
+    model: MimicModel,
+    collator: MentionEntityCollator,
+    part: EntityIndex | None,
+    mentions: Any,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+) -> RankedMentions:
+    """The ranks of mentions' answers in a knowledge base of which each process has a part. Called by all processes,
+    and the same in all: those of one process, since every entity that is better or as good is counted once.
+
+    Args:
+        part: this process's, from [`own_part`].
+        mentions, batch_size, num_workers: as of [`encoded_by_all`].
+
+    Raises:
+        ValueError: if there are no mentions, or the model's features are not finite.
+        ProcessError: if another process failed.
+    """
+    results = RankedMentions([], [], [], np.empty(0))
+    ranks: list[np.ndarray] = []
+    for block in encoded_by_all(model, collator, mentions, batch_size=batch_size, num_workers=num_workers):
+        features, answers = block.features, block.named["answer"]
+        scores = np.full(len(answers), np.nan, dtype=np.float32)
+        if part is not None:
+            scores = all_of_them("scoring answers", functools.partial(part.answer_scores, features, answers))
+        else:
+            all_of_them("scoring answers", lambda: None)
+        every = _arrays_of_all(scores)
+        known = ~np.isnan(every).all(axis=0)
+        gold = np.where(known, np.nanmax(np.where(np.isnan(every), -np.inf, every), axis=0), 0)
+
+        def count(features: Any = features, answers: Any = answers, known: Any = known, gold: Any = gold) -> np.ndarray:
+            counts = np.zeros((2, len(known)), dtype=np.int64)
+            if part is not None and known.any():
+                rows = torch.from_numpy(known.nonzero()[0]).to(features.device)
+                wanted = [answers[row] for row in rows.tolist()]
+                counts[:, known] = part.count_better(features[rows], gold[known], wanted)
+            return counts
+
+        above, equal = _arrays_of_all(all_of_them("ranking mentions", count)).sum(axis=0)
+        ranks.append(np.where(known, 1 + above + equal / 2, np.nan))
+        results.ids += block.named["id"]
+        results.answers += answers
+        results.kinds = (results.kinds or []) + block.named["kind"]
+        results.mentions += block.named["mention"]
+        results.texts += block.named["text"]
+    if not ranks:
+        raise ValueError("There are no mentions to rank.")
+    results.ranks = np.concatenate(ranks)
+    if all(kind is None for kind in results.kinds or []):
+        results.kinds = None
+    return results
+
+
+def _arrays_of_all(own: np.ndarray) -> np.ndarray:
+    """An array of each process, stacked."""
+    every: list[Any] = [own]
+    if process_count() > 1:
+        every = [None] * process_count()
+        dist.all_gather_object(every, own)
+    return np.stack(every)
 
 
 def joined(own: dict[str, list[Any]]) -> dict[str, list[Any]]:

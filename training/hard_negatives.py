@@ -80,7 +80,9 @@ def best_wrong_entities(
     pool = _POOL * count
     tables = []
     was_training = model.training
-    with own_part(model, collator, knowledge_base, scratch, **options) as part:
+    with own_part(
+        model, collator, knowledge_base, scratch, batch_size=batch_size, num_workers=num_workers, **options
+    ) as part:
         model.train(was_training)
         for block in encoded_by_all(model, collator, mentions, batch_size=batch_size, num_workers=num_workers):
 

@@ -38,21 +38,18 @@ from ..records_mimic import undecoded
 from .arguments import MimicTrainingArguments
 from .collator import MentionEntityCollator
 from .dealing import DealtBatches, DealtStream
+from .distributed_evaluation import ENTITIES_IN_MEMORY, own_part, ranked_by_all
 from .evaluation import RankedMentions, rank_mentions
 from .gather import shared_loss, without_unused_parameters
 from .grad_cache import cached_step
 from .hard_negatives import TABLE, MentionsWithNegatives, best_wrong_entities
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
-from .processes import check_same_data, refuse_other_engines
+from .processes import all_of_them, check_same_data, refuse_other_engines
 
 logger = logging.getLogger("mimic_el.train")
 
 INDEX_FOLDER = "index"
-
-
-# Knowledge bases of fewer entities are encoded in memory during evaluation.
-_ENTITIES_IN_MEMORY = 10_000
 
 
 class EvaluateEveryFewEpochs(TrainerCallback):
@@ -318,9 +315,7 @@ class MimicTrainer(Trainer):
             mentions.mentions,
             self.collator.hard_negatives,
             Path(self.args.output_dir or ".") / "_hard_negatives_index",
-            batch_size=self.args.eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-            show_progress=not self.args.disable_tqdm,
+            **self._encoding(),
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -343,10 +338,7 @@ class MimicTrainer(Trainer):
             self.collator.processor,
             self.knowledge_base.entities(),
             output_dir,
-            dtype=getattr(self.args, "index_dtype", "float32"),
-            batch_size=self.args.eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-            show_progress=not self.args.disable_tqdm,
+            **self._encoding(),
         )
 
     def rank(self, mentions: Any, index: EntityIndex | None = None, top_k: int = 0) -> RankedMentions:
@@ -359,7 +351,7 @@ class MimicTrainer(Trainer):
         """
         scratch = None
         if index is None:
-            if len(self.knowledge_base) > _ENTITIES_IN_MEMORY:
+            if len(self.knowledge_base) > ENTITIES_IN_MEMORY:
                 # Not uploaded with the rest, for the underscore.
                 scratch = Path(self.args.output_dir or ".") / "_evaluation_index"
             index = self.build_index(scratch)
@@ -378,6 +370,29 @@ class MimicTrainer(Trainer):
             if scratch is not None:
                 del index
                 shutil.rmtree(scratch, ignore_errors=True)
+
+    def _rank_by_all(self, mentions: Any) -> RankedMentions:
+        """As [`rank`], by all processes together, each with its part of the knowledge base."""
+        model = self._mimic_model()
+        scratch = Path(self.args.output_dir or ".") / "_evaluation_index"
+        with own_part(model, self.collator, self.knowledge_base, scratch, **self._encoding()) as part:
+            return ranked_by_all(
+                model,
+                self.collator,
+                part,
+                undecoded(mentions, "image"),
+                batch_size=self.args.eval_batch_size,
+                num_workers=self.args.dataloader_num_workers,
+            )
+
+    def _encoding(self) -> dict[str, Any]:
+        """How the knowledge base is encoded."""
+        return {
+            "dtype": getattr(self.args, "index_dtype", "float32"),
+            "batch_size": self.args.eval_batch_size,
+            "num_workers": self.args.dataloader_num_workers,
+            "show_progress": not self.args.disable_tqdm,
+        }
 
     def evaluate(
         self,
@@ -405,15 +420,16 @@ class MimicTrainer(Trainer):
             return several
         if eval_dataset is None:
             raise ValueError("There is nothing to evaluate on: no `eval_dataset` was given.")
+        together = index is None and self.args.world_size > 1
 
         def measure() -> dict[str, float]:
             start = time.time()
-            ranked = self.rank(eval_dataset, index)
+            ranked = self._rank_by_all(eval_dataset) if together else self.rank(eval_dataset, index)
             metrics = ranked.metrics(getattr(self.args, "missing_answers", "exclude"))
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
             return metrics | speed_metrics(metric_key_prefix, start, num_samples=len(ranked.ids))
 
-        metrics = self._on_main_process(measure)
+        metrics = measure() if together else self._on_main_process(measure)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -498,16 +514,9 @@ class MimicTrainer(Trainer):
                 config.save_pretrained(output_dir)
 
     def _on_main_process(self, function: Callable[[], Any]) -> Any:
-        """The function's result, or its exception, in all processes; only the main one runs it."""
+        """The function's result in all processes; only the main one runs it, and its failure is that of all."""
         if self.args.world_size <= 1:
             return function()
-        outcome: list[Any] = [None]
-        if self.is_world_process_zero():
-            try:
-                outcome = [function()]
-            except Exception as error:
-                outcome = [error]
+        outcome = [all_of_them("evaluation", function if self.is_world_process_zero() else lambda: None)]
         broadcast_object_list(outcome)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
         return outcome[0]
