@@ -1,9 +1,9 @@
 """MIMIC for multimodal entity linking: the model, its pipeline, its index of entities, its training.
 
 `__all__` is the public interface. Names are loaded when they are first used, so that `import mimic_el` costs next to
-nothing. It also makes transformers know the model ("mimic") and the task ("multimodal-entity-linking"): `AutoModel`,
-`AutoProcessor` and `AutoConfig` then need no remote code. `pipeline` still asks for `trust_remote_code=True` where it
-loads a checkpoint that names its own pipeline, or for `pipeline_class=MultimodalEntityLinkingPipeline`.
+nothing. It also makes transformers know the model ("mimic") and the task ("multimodal-entity-linking"): `AutoConfig`,
+`AutoModel`, `AutoProcessor` and `pipeline` then load any checkpoint of MIMIC with this package's code, and need no
+`trust_remote_code`. The code that a checkpoint carries is not run, even where that is passed.
 """
 
 from __future__ import annotations

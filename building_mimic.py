@@ -34,6 +34,7 @@ from .directory_mimic import (
 from .errors_mimic import EntityIndexError
 from .files_mimic import locked, write_json
 from .identity_mimic import copy_of_matcher, model_facts, same_model
+from .image_sources_mimic import ImagePlaces, PlacedImage, file_named
 from .images_mimic import first_image
 from .matching_mimic import EntityFeatures
 from .modeling_mimic import MimicModel
@@ -63,6 +64,7 @@ class Builder:
         batch_size: entities encoded at a time.
         num_workers: processes that read and resize images beside the one that encodes.
         on_image_error: "warn" goes on without an image that cannot be read, "raise" stops.
+        allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
         shard_entities: entities in a shard; unless told 8,192, and more where an index has many shards.
         show_progress: whether to show a progress bar.
 
@@ -78,6 +80,8 @@ class Builder:
     on_image_error: str = "warn"
     shard_entities: int | None = None
     show_progress: bool = True
+    allow_urls: bool | str | None = None
+    image_root: bool | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
@@ -88,6 +92,10 @@ class Builder:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         if self.on_image_error not in ("raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {self.on_image_error!r}.')
+
+    def records(self, entities: Any) -> Records:
+        """A knowledge base as it is read here."""
+        return Records(entities, self.allow_urls, self.image_root)
 
     def shards(
         self,
@@ -226,7 +234,7 @@ def build_in_memory(builder: Builder, entities: Any) -> tuple[Manifest, Store]:
         EntityIndexError: if there are no entities.
         ValueError: if an entity has no id, or two have the same.
     """
-    shards = list(builder.shards(Records(entities)))
+    shards = list(builder.shards(builder.records(entities)))
     if not shards:
         raise EntityIndexError(_EMPTY)
     return new_manifest(builder.dtype, model_facts(builder.model, builder.processor)), Store(shards)
@@ -245,7 +253,7 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
             raise EntityIndexError(
                 f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
             )
-        records = Records(entities)
+        records = builder.records(entities)
         manifest = new_manifest(builder.dtype, model_facts(builder.model, builder.processor))
         state = {
             "build": secrets.token_hex(8),
@@ -268,7 +276,7 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
                         f"The unfinished build in {directory} was given up, but the entities come from a generator, of "
                         "which some were read to compare them with it. Call build again with a new generator."
                     ) from error
-                records = Records(entities)
+                records = builder.records(entities)
             if len(done) < len(state["shards"]):
                 records = _images_changed(directory, state, done, records, entities)
 
@@ -351,14 +359,16 @@ _NO_IMAGE = "none"
 def _image_seen(record: Mapping[str, Any]) -> tuple[str, str]:
     """In what form the image that is encoded of a record is given, and what tells whether it is still the same: of a
     file its size and time, of data in memory a checksum, of anything else its name."""
-    image = first_image(record.get("images"))
+    image, places = first_image(record.get("images")), ImagePlaces()
+    if isinstance(image, PlacedImage):
+        image, places = image.source, image.places
     if isinstance(image, Mapping):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if is_absent(image):
         return _NO_IMAGE, ""
     if isinstance(image, str | os.PathLike):
         try:
-            facts = os.stat(image)
+            facts = os.stat(file_named(image, places))
             return "file", f"{os.fspath(image)!r} {facts.st_size} {facts.st_mtime_ns}"
         except (OSError, ValueError):
             return "file", repr(os.fspath(image))
@@ -432,7 +442,7 @@ def _images_changed(
             f"Images have changed since the build in {directory} was interrupted, so entities must be encoded again "
             "that were read already, and these come from a generator. Call build again with a new generator."
         )
-    records = Records(entities)
+    records = records.anew(entities)
     for _ in records.skip(count):
         pass
     return records

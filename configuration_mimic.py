@@ -19,6 +19,17 @@ _CUSTOM_PIPELINES = {
 }
 
 
+class _InstalledPipelines(dict[str, Any]):
+    """The `custom_pipelines` of a checkpoint whose task is registered already.
+
+    `pipeline()` infers the task from the keys, and then asks `task in custom_pipelines` whether the checkpoint's own
+    code is to be run for it. It is not: the registered pipeline is.
+    """
+
+    def __contains__(self, task: object) -> bool:
+        return task != PIPELINE_TASK and super().__contains__(task)
+
+
 class MimicConfig(PreTrainedConfig):
     """Configuration of a [`MimicModel`].
 
@@ -74,6 +85,8 @@ class MimicConfig(PreTrainedConfig):
     model_type = "mimic"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  transformers reads this attribute
     _auto_class = "AutoConfig"
+    # Set where the package is installed and has registered the task: its code then runs, and not the checkpoint's.
+    pipeline_is_installed = False
 
     def __init__(
         self,
@@ -106,7 +119,15 @@ class MimicConfig(PreTrainedConfig):
         self.default_index_revision = default_index_revision
         self.text_pooling = text_pooling
         self._check()
+        if self.pipeline_is_installed and "custom_pipelines" in kwargs:
+            kwargs["custom_pipelines"] = _InstalledPipelines(kwargs["custom_pipelines"])
         super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values; where the pipeline's code is belongs to the file, not to them."""
+        values = super().to_dict()
+        values.pop("custom_pipelines", None)
+        return values
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: it tells transformers where the pipeline's code is, too."""

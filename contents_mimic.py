@@ -25,7 +25,7 @@ from .directory_mimic import (
     shard_size,
 )
 from .errors_mimic import EntityIndexError, UnknownEntityError
-from .records_mimic import Records, entity_id_of
+from .records_mimic import entity_id_of
 from .store_mimic import Shard, Store, join_shards, read_shard, write_shard
 
 
@@ -104,7 +104,7 @@ class Contents:
                 new.append(self._written(shard))
                 return new[-1][0]
 
-            for shard in builder.shards(Records(entities), written, added_to=self.store, replace=replace):
+            for shard in builder.shards(builder.records(entities), written, added_to=self.store, replace=replace):
                 if replace:
                     removed[self.rows(record["id"] for record in shard.table)] = True
             if not new:

@@ -1,79 +1,116 @@
-"""The one reader of images: from a path, an address, bytes or a PIL image to RGB, with limits on what is read.
+"""The one reader of images: from a path, an address, bytes or an array to RGB, with limits on what is read.
 
 Whatever reads an image of a mention or an entity does it here: the processor, the collator of training, the index and
 the scripts that make data sets. So all of them take the same formats, hold the same limits, and call the same images
-unreadable. It knows nothing of models or tensors.
+unreadable. It knows nothing of models.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from .errors_mimic import MimicImageError
+from .image_sources_mimic import ImagePlaces, PlacedImage, read_file, read_named
+from .texts_mimic import shortened
 
-# An image: a PIL image, a path, an http(s) URL, the bytes of a file, or what `datasets` gives for one that it did not
-# decode; `None` where there is none.
-ImageInput = Image.Image | str | os.PathLike[str] | bytes | Mapping[str, Any] | None
+# An image: a PIL image, what a string names (see `read_named`), a path, the bytes of a file or the open file, an array
+# or tensor of pixels, or what `datasets` gives for one that it did not decode; `None` where there is none.
+ImageInput = (
+    Image.Image
+    | str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | IO[bytes]
+    | np.ndarray
+    | Mapping[str, Any]
+    | PlacedImage
+    | Any
+    | None
+)
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 MAX_PIXELS = 90_000_000
-_MAX_DOWNLOAD_BYTES = 64 * 2**20
-_DOWNLOAD_SECONDS = 20.0
+# A side of JPEG has no more. A thin image of more would be small, but not what resizing makes of it.
+MAX_SIDE = 65_535
+_ORIENTATION = 0x0112
 
 
 def load_image(
     source: ImageInput,
     max_pixels: int = MAX_PIXELS,
     correct: bool = True,
-    allow_urls: bool = True,
+    allow_urls: bool | str = "private",
     resize: tuple[int, int] | None = None,
     resample: int = Image.Resampling.LANCZOS,
+    image_root: bool | str | os.PathLike[str] = True,
 ) -> Image.Image | None:
     """Reads an image into RGB.
 
     Args:
-        source: a PIL image, a path, an `http(s)` URL, the bytes of an image file, a dict with `bytes` or `path` (an
-            undecoded image of `datasets`), or `None`.
+        source: a PIL image; a path, an `http(s)`, `file://` or `hf://` address, a `data:` URI, base64 or
+            `zip://member::archive`, as a string; the bytes of an image file, or the file, open; a numpy array or torch
+            tensor of shape (height, width), (height, width, channels) or (channels, height, width), of uint8, of
+            uint16, or of floats from 0 to 1 or to 255; a dict with `bytes` or `path` (an undecoded image of
+            `datasets`); or `None`.
         max_pixels: larger images are refused before they are decoded.
         correct: whether the orientation that a camera recorded is applied, transparency shows white, and 16-bit
             values are scaled to 8 bits. If not, the image is only converted to RGB.
-        allow_urls: whether an `http(s)` URL is fetched.
-        resize: width and height to which the image is resized before it is made RGB, whatever its proportions.
+        allow_urls: whether addresses are fetched: `True` (public ones), `"private"` (those of this machine and of
+            private networks too) or `False`.
+        resize: width and height to which the image is resized, whatever its proportions: after it is made RGB if it
+            is corrected, before if not, as the published code does.
         resample: Pillow's filter for that.
+        image_root: whether files of this machine are read: `True` (any), `False` (none), or the folder that they must
+            be in.
 
     Returns:
         `PIL.Image.Image` of mode "RGB", or `None` for no source.
 
     Raises:
-        MimicImageError: if there is no such file, it is no image, is broken, or is too large.
+        MimicImageError: if there is no such file, it is no image, is broken, is too large, or is not read from there.
     """
+    places = ImagePlaces(allow_urls, image_root)
+    if isinstance(source, PlacedImage):
+        source, places = source.source, source.places
     if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path")
+        source = _of_mapping(source)
     if source is None or (isinstance(source, str) and not source):
         return None
-    opened, where = open_image(source, max_pixels, allow_urls)
+    opened, where = open_image(source, max_pixels, places=places)
+    if resize:
+        check_size(resize[0], opened.height, where, max_pixels)
+        check_size(*resize, where, max_pixels)
     try:
-        return _to_rgb(opened.resize(resize, Image.Resampling(resample)) if resize else opened, correct)
+        if resize and not correct:
+            return opened.resize(resize, Image.Resampling(resample)).convert("RGB")
+        image = _to_rgb(opened, correct)
+        return image.resize(resize, Image.Resampling(resample)) if resize else image
+    except MemoryError as error:
+        raise MimicImageError(f"The image {where} needs more memory than there is.") from error
     except Exception as error:  # decoders raise many kinds for broken files
-        raise MimicImageError(f"The image {where} cannot be decoded: {error}") from error
+        raise MimicImageError(f"The image {where} cannot be decoded: {shortened(str(error))}") from error
 
 
 def open_image(
-    source: Image.Image | str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS, allow_urls: bool = True
+    source: Any,
+    max_pixels: int = MAX_PIXELS,
+    allow_urls: bool | str = "private",
+    places: ImagePlaces | None = None,
 ) -> tuple[Image.Image, str]:
     """Opens an image without decoding its pixels, and checks its format and size.
 
     Args:
         source, max_pixels, allow_urls: as in [`load_image`].
+        places: in place of `allow_urls`, the places that are read.
 
     Returns:
         `PIL.Image.Image` as it is stored, and what messages call it.
@@ -81,38 +118,110 @@ def open_image(
     Raises:
         MimicImageError: if there is no such file, it is no image, or it is too large.
     """
+    places = ImagePlaces(allow_urls) if places is None else places
     if isinstance(source, Image.Image):
         where, opened = "the given PIL image", source
-    elif isinstance(source, bytes):
-        where, opened = "the given bytes", _open(io.BytesIO(source), "the given bytes")
-    elif isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        if not allow_urls:
-            raise MimicImageError(f"The image {source} is a URL, and URLs are not fetched here.")
-        where, opened = source, _open(io.BytesIO(_download(source)), source)
+    elif isinstance(source, bytes | bytearray | memoryview):
+        where = "the given bytes"
+        opened = _open(io.BytesIO(source), where)
     elif isinstance(source, str | os.PathLike):
-        where = os.fspath(source)
-        if os.path.isdir(where):
-            raise MimicImageError(f"The image {where} is a directory.")
-        if not os.path.exists(where):
-            raise MimicImageError(f"There is no image file {where}.")
-        opened = _open(where, where)
+        where = shortened(os.fspath(source))
+        named = read_named(source, places)
+        opened = _open(io.BytesIO(named) if isinstance(named, bytes) else named, where)
+    elif callable(getattr(source, "read", None)):
+        name = getattr(source, "name", None)
+        where = f"the given file {shortened(name)}" if isinstance(name, str) else "the given file"
+        opened = _open(io.BytesIO(read_file(source, where)), where)
+    elif callable(getattr(source, "__array__", None)) and not np.isscalar(source):
+        where = "the given array"
+        opened = _of_array(source)
     else:
         raise MimicImageError(
-            f"An image must be a PIL image, a path, a URL, bytes or None, got {type(source).__name__}."
+            f"An image must be a PIL image, a path, a URL, bytes or None, got {type(source).__name__}; open files and "
+            "arrays of pixels are taken too."
         )
-    width, height = opened.size
+    check_size(*opened.size, where, max_pixels)
+    return opened, where
+
+
+def check_size(width: int, height: int, where: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises a `MimicImageError` for more pixels than are read, or a longer side."""
     if width * height > max_pixels:
         raise MimicImageError(
             f"The image {where} has {width} x {height} pixels, more than the {max_pixels:,} that are read."
         )
-    return opened, where
+    if max(width, height) > MAX_SIDE:
+        raise MimicImageError(
+            f"The image {where} has {width} x {height} pixels; no side may have more than {MAX_SIDE:,}."
+        )
 
 
 def first_image(images: Any) -> Any:
     """The first of an entity's images, `None` if it has none; a single image is its own first."""
-    if isinstance(images, list | tuple):
-        return images[0] if images else None
-    return images
+    images = listed(images)
+    first = images[0] if images else None
+    return first_image(first) if isinstance(first, list | tuple) else first
+
+
+def listed(images: Any) -> list[Any]:
+    """The images of what may be a list, a tuple, a column of pandas or Arrow, one image or, as `None` or NaN, none.
+
+    An array or tensor of two or three axes is one image; one of four is several.
+    """
+    if images is None or (isinstance(images, float) and images != images):
+        return []
+    if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+        return list(images)
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OUS":
+        return list(images)
+    return [images]
+
+
+def _of_mapping(image: Mapping[str, Any]) -> Any:
+    """The bytes of an undecoded image of `datasets`, or else its path."""
+    if image and not {"bytes", "path"} & set(image):
+        raise MimicImageError(
+            f"An image given as a dict has `bytes` or `path`; this one has {shortened(str(sorted(image)))}."
+        )
+    data = image.get("bytes")
+    return image.get("path") if data is None else data
+
+
+def _of_array(source: Any) -> Image.Image:
+    """An array or tensor of pixels as a PIL image."""
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()  # a tensor
+    try:
+        values = np.asarray(source)
+    except Exception as error:  # tensors of types that numpy has not, arrays of anything
+        raise MimicImageError(f"The given array cannot be read: {shortened(str(error))}") from error
+    shape = "x".join(str(side) for side in values.shape)
+    if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.size == 0 or not (values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4))):
+        raise MimicImageError(
+            f"The given array has the shape {shape}. An image has (height, width), (height, width, channels) or "
+            "(channels, height, width), with 1, 3 or 4 channels."
+        )
+    check_size(values.shape[1], values.shape[0], "the given array")
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    elif values.dtype == np.uint16 and values.ndim == 3:
+        values = (values >> 8).astype(np.uint8)
+    elif values.dtype.kind in "iuf" and values.dtype not in (np.uint8, np.uint16):
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 255):
+            raise MimicImageError(
+                f"The given array has values from {low:g} to {high:g}. Pixels are from 0 to 255, or as floats from 0 "
+                "to 1; give the image as it is before it is normalized."
+            )
+        scale = 255 if values.dtype.kind == "f" and high <= 1 else 1
+        values = np.rint(values.astype(np.float64) * scale).astype(np.uint8)
+    elif values.dtype not in (np.uint8, np.uint16):
+        raise MimicImageError(f"The given array has the type {values.dtype}, which is none of pixels.")
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 def _open(file: str | io.BytesIO, where: str) -> Image.Image:
@@ -124,7 +233,7 @@ def _open(file: str | io.BytesIO, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise MimicImageError(f"The image {where} is too large to be read: {error}") from error
     except Exception as error:
-        raise MimicImageError(f"{where} is not an image that can be read: {error}") from error
+        raise MimicImageError(f"{where} is not an image that can be read: {shortened(str(error))}") from error
 
 
 def _known_formats() -> list[str]:
@@ -133,27 +242,17 @@ def _known_formats() -> list[str]:
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "mimic-el"})
-    try:
-        with urllib.request.urlopen(request, timeout=_DOWNLOAD_SECONDS) as response:
-            # A redirect may lead to another scheme, such as file:.
-            if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
-                raise MimicImageError(f"The image {url} redirects to {response.url}, which is not http(s).")
-            data = response.read(_MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, MimicImageError):
-            raise
-        raise MimicImageError(f"The image {url} cannot be fetched: {error}") from error
-    if len(data) > _MAX_DOWNLOAD_BYTES:
-        raise MimicImageError(f"The image {url} is larger than {_MAX_DOWNLOAD_BYTES >> 20} MiB.")
-    return data
-
-
 def _to_rgb(image: Image.Image, correct: bool) -> Image.Image:
     if not correct:
         return image.convert("RGB")
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    try:
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # the pixels are sound
+        warnings.warn(f"The metadata of an image cannot be read, so it is not turned: {error!r}.", stacklevel=2)
     if image.mode.startswith("I;16"):
         # PIL's own conversion clips these instead of scaling them.
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
@@ -169,4 +268,14 @@ def _to_rgb(image: Image.Image, correct: bool) -> Image.Image:
     return image.convert("RGB")
 
 
-__all__ = ["IMAGE_FORMATS", "MAX_PIXELS", "ImageInput", "MimicImageError", "first_image", "load_image", "open_image"]
+__all__ = [
+    "IMAGE_FORMATS",
+    "MAX_PIXELS",
+    "ImageInput",
+    "MimicImageError",
+    "check_size",
+    "first_image",
+    "listed",
+    "load_image",
+    "open_image",
+]

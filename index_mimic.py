@@ -452,6 +452,8 @@ class EntityIndex:
         overwrite: bool = False,
         shard_entities: int | None = None,
         show_progress: bool = True,
+        allow_urls: bool | str | None = None,
+        image_root: bool | str | os.PathLike[str] | None = None,
     ) -> EntityIndex:
         """Encodes a knowledge base.
 
@@ -473,6 +475,11 @@ class EntityIndex:
             shard_entities: entities in a file, and those that an interruption may cost. Unless told 8,192, and more
                 where an index has hundreds of files, up to 65,536.
             show_progress: whether to show a progress bar.
+            allow_urls: whether images that are named by an address are fetched: `True` (public addresses),
+                `"private"` (those of this machine and of private networks too) or `False`.
+            image_root: whether images that are named by a path are read from this machine: `True` (any), `False`, or
+                the folder that they must be in. Both default to what a list or DataFrame that the caller made needs,
+                which is everything, and to nothing for a data set, whose rows bring their images along.
 
         Raises:
             EntityIndexError: if there are no entities, `output_dir` already holds an index, an unfinished build of
@@ -480,7 +487,16 @@ class EntityIndex:
             ValueError: if an entity has no id, or two have the same.
         """
         builder = Builder(
-            model, processor, dtype, batch_size, num_workers, on_image_error, shard_entities, show_progress
+            model,
+            processor,
+            dtype,
+            batch_size,
+            num_workers,
+            on_image_error,
+            shard_entities,
+            show_progress,
+            allow_urls,
+            image_root,
         )
         if output_dir is None:
             return cls(copy_of_matcher(model), Contents(*build_in_memory(builder, entities)))
@@ -518,7 +534,8 @@ class EntityIndex:
 
         Args:
             model, processor, entities: as in [`build`]; the ids must be new.
-            **options: `batch_size`, `num_workers`, `on_image_error` and `show_progress` of [`build`].
+            **options: `batch_size`, `num_workers`, `on_image_error`, `show_progress`, `allow_urls` and `image_root` of
+                [`build`].
 
         Raises:
             ValueError: if an id is already there, or twice among the new ones.

@@ -15,8 +15,9 @@ from .images_mimic import ImageInput
 from .matching_mimic import Matcher, MentionFeatures
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
-from .records_mimic import is_absent
+from .records_mimic import is_absent, placed_record, places_of, undecoded
 from .store_mimic import layout_of, mention_layout
+from .texts_mimic import check_unicode
 
 
 def mention_parts(mention: Any) -> tuple[str, str, ImageInput]:
@@ -35,10 +36,7 @@ def mention_parts(mention: Any) -> tuple[str, str, ImageInput]:
         if not isinstance(value, str):
             problem = "is missing" if value is None else f"must be a string, got {type(value).__name__}"
             raise ValueError(f"`{name}` of a mention {problem}; the mention's keys are {sorted(mention)}.")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"`{name}` of a mention is not valid Unicode: {error}.") from error
+        check_unicode(value, f"`{name}` of a mention")
     if not mention["mention"].strip():
         raise ValueError("`mention` is empty: say which words of the text are to be linked.")
     image = mention.get("image")
@@ -59,7 +57,8 @@ def encoded_mentions(
         ValueError: if a mention is not as [`mention_parts`] says.
         MimicImageError: if an image cannot be read and `on_image_error` is "raise".
     """
-    parts = [mention_parts(mention) for mention in mentions]
+    places = places_of(mentions, "image")
+    parts = [mention_parts(placed_record(mention, "image", places)) for mention in undecoded(mentions, "image")]
     batches = []
     was_training = model.training
     model.eval()

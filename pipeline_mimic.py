@@ -12,11 +12,12 @@ from transformers import Pipeline
 
 from .configuration_mimic import PIPELINE_TASK, MimicConfig
 from .errors_mimic import EntityIndexError
+from .image_sources_mimic import ImagePlaces
 from .index_mimic import EntityIndex
 from .mentions_mimic import mention_parts
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
-from .records_mimic import undecoded
+from .records_mimic import placed_record, places_of, undecoded
 
 _BAR_FROM_ENTITIES = 500
 
@@ -47,6 +48,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             `token`, ...).
         build_kwargs (`dict`, *optional*): with `entities`, arguments of [`EntityIndex.build`] (`dtype`,
             `batch_size`, ...).
+        allow_urls, image_root (*optional*): where images that are named by a string are read from, in `entities` and
+            in a data set of mentions; see [`EntityIndex.build`]. What a caller gives as a dict is read from anywhere.
         top_k (`int`, defaults to 5): number of entities for each mention. Also an argument of the call.
         candidates (`list[str]`, *optional*): ids that every mention of the call may mean.
 
@@ -74,6 +77,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         entities: Any = None,
         index_kwargs: Mapping[str, Any] | None = None,
         build_kwargs: Mapping[str, Any] | None = None,
+        allow_urls: bool | str | None = None,
+        image_root: bool | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         local_files_only = kwargs.pop("local_files_only", None)  # transformers' pipeline() hands it on
@@ -90,9 +95,10 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         if entities is None and build_kwargs:
             raise ValueError("`build_kwargs` are for building an index of `entities`; none are given.")
         index_kwargs = dict(index_kwargs or {})
+        self._places = {"allow_urls": allow_urls, "image_root": image_root}
         if entities is not None:
             count = len(entities) if hasattr(entities, "__len__") else _BAR_FROM_ENTITIES
-            options = {"show_progress": count >= _BAR_FROM_ENTITIES, **(build_kwargs or {})}
+            options = {"show_progress": count >= _BAR_FROM_ENTITIES, **self._places, **(build_kwargs or {})}
             index = EntityIndex.build(self.model, self.processor, entities, **options)
         elif index is not None or self._config.default_index:
             if local_files_only is not None:
@@ -160,11 +166,12 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, list | tuple):
             return super().__call__(list(inputs), **kwargs) if inputs else []
+        places = places_of(inputs, "image", **self._places)
         inputs = undecoded(inputs, "image")
         if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") and not isinstance(inputs, str | bytes):
-            inputs = _Mentions(inputs)
+            inputs = _Mentions(inputs, places)
         elif hasattr(inputs, "__iter__") and not isinstance(inputs, str | bytes | Generator):
-            inputs = (mention for mention in inputs)
+            inputs = (placed_record(mention, "image", places) for mention in inputs)
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, input_: Mapping[str, Any], candidates: Sequence[str] | None = None) -> dict[str, Any]:
@@ -228,14 +235,15 @@ class _Found:
 class _Mentions(Dataset[Any]):
     """A data set of any library, as torch's."""
 
-    def __init__(self, records: Any) -> None:
+    def __init__(self, records: Any, places: ImagePlaces) -> None:
         self.records = records
+        self.places = places
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, row: int) -> Any:
-        return self.records[row]
+        return placed_record(self.records[row], "image", self.places)
 
 
 def _default_index(config: MimicConfig, index_kwargs: dict[str, Any]) -> EntityIndex:

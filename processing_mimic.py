@@ -1,21 +1,24 @@
-"""What MIMIC reads: the text templates, the tokenizer and the image_list of mentions and entities."""
+"""What MIMIC reads: the text templates, the tokenizer and the images of mentions and entities."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from .backbones_mimic import backbone_of
 from .configuration_mimic import HUB_KWARGS, MimicConfig
 from .errors_mimic import MimicImageError
-from .images_mimic import ImageInput, first_image, load_image
+from .images_mimic import ImageInput, check_size, first_image, listed, load_image
+from .texts_mimic import check_unicode, needed_text
 
 logger = logging.get_logger(__name__)
 
@@ -23,18 +26,18 @@ _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "attn_implementation",
 
 
 class MimicProcessor(ProcessorMixin):
-    """Turns the texts and image_list of mentions and entities into the tensors of a [`MimicModel`].
+    """Turns the texts and images of mentions and entities into the tensors of a [`MimicModel`].
 
     A mention's text is `mention + " [SEP] " + sentence`, an entity's `name + " [SEP] " + description`, truncated and
     padded to `text_max_length` tokens. An image is resized to the backbone's square without keeping its proportions
     and normalized; where there is none, the normalized image is all zeros.
 
     Args:
-        image_processor (`CLIPImageProcessorPil`): resizes, perhaps crops, and normalises image_list.
+        image_processor (`CLIPImageProcessorPil`): resizes, perhaps crops, and normalizes images.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's.
         text_max_length (`int`, defaults to 40): number of tokens of every text.
         correct_images (`bool`, defaults to `True`): whether a camera's orientation is applied, transparency shows
-            white and 16-bit image_list are scaled. The published code does none of these.
+            white and 16-bit images are scaled. The published code does none of these.
 
     Example:
 
@@ -141,6 +144,7 @@ class MimicProcessor(ProcessorMixin):
         texts: Sequence[str] | str,
         images: Sequence[ImageInput] | ImageInput = None,
         on_image_error: str = "raise",
+        **kwargs: Any,
     ) -> BatchFeature:
         """The model's inputs for M mentions.
 
@@ -149,16 +153,23 @@ class MimicProcessor(ProcessorMixin):
             texts: the sentence of each.
             images: the image of each, or `None`: see [`load_image`] for what an image may be.
             on_image_error: "raise", or "warn" to go on without an image that cannot be read, as training does.
+            **kwargs: what any processor of transformers takes: `return_tensors` ("pt" unless told), `padding`,
+                `truncation` and `max_length` for texts, `size`, `do_resize` and the like for images.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask`, int64 of shape (M, text_max_length), and
             `pixel_values`, float32 of shape (M, 3, height, width).
 
         Raises:
-            ValueError: if the numbers of mentions, texts and images differ, or there are none.
+            ValueError: if the numbers of mentions, texts and images differ, there are none, a text is no valid
+                Unicode, or a mention has several images.
             MimicImageError: if an image cannot be read and `on_image_error` is "raise".
         """
-        return self._process("mentions", "texts", mentions, texts, images, on_image_error)
+        rows = _one_for_each("mentions", mentions, images)
+        for row, image in enumerate(rows):
+            if len(listed(image)) > 1:
+                raise ValueError(f"A mention has one image; `images[{row}]` has {len(image)}.")
+        return self._process("mentions", "texts", mentions, texts, rows, on_image_error, **kwargs)
 
     def process_entities(
         self,
@@ -167,23 +178,22 @@ class MimicProcessor(ProcessorMixin):
         images: Sequence[ImageInput | Sequence[ImageInput]] | ImageInput = None,
         on_image_error: str = "raise",
         labels: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """The model's inputs for N entities.
 
         Args:
             names: the name of each entity.
             descriptions: the description of each; may be empty.
-            images: the image of each, or the list of its image_list, of which the first is used, or `None`.
+            images: the image of each, or the list of its images, of which the first is used, or `None`.
             on_image_error: as in [`~MimicProcessor.process_mentions`].
             labels: what messages call each entity, such as "Entity 'Q5'".
+            **kwargs: as in [`~MimicProcessor.process_mentions`].
 
         Returns, raises: as [`~MimicProcessor.process_mentions`].
         """
-        if isinstance(images, Sequence) and not isinstance(images, str | bytes) and not isinstance(names, str):
-            images = [first_image(item) for item in images]
-        elif isinstance(names, str):
-            images = first_image(images)
-        return self._process("names", "descriptions", names, descriptions, images, on_image_error, labels)
+        rows = _one_for_each("names", names, images)
+        return self._process("names", "descriptions", names, descriptions, rows, on_image_error, labels, **kwargs)
 
     def _process(
         self,
@@ -191,96 +201,204 @@ class MimicProcessor(ProcessorMixin):
         bodies_name: str,
         heads: Sequence[str] | str,
         bodies: Sequence[str] | str,
-        images: Any,
+        images: list[Any],
         on_image_error: str,
         labels: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         if isinstance(heads, str) or isinstance(bodies, str):
             if not (isinstance(heads, str) and isinstance(bodies, str)):
                 raise ValueError(f"`{heads_name}` and `{bodies_name}` must both be strings, or both lists of strings.")
-            heads, bodies, images = [heads], [bodies], [images]
+            heads, bodies = [heads], [bodies]
         heads, bodies = list(heads), list(bodies)
-        image_list = [None] * len(heads) if images is None else list(images)
-        if not len(heads) == len(bodies) == len(image_list) or not heads:
+        if not len(heads) == len(bodies) == len(images) or not heads:
             raise ValueError(
                 f"There must be as many {heads_name} as {bodies_name} and images, and one at least; got {len(heads)}, "
-                f"{len(bodies)} and {len(image_list)}."
+                f"{len(bodies)} and {len(images)}."
             )
-        for name, items in ((heads_name, heads), (bodies_name, bodies)):
-            for row, item in enumerate(items):
-                if not isinstance(item, str):
-                    raise ValueError(f"`{name}[{row}]` must be a string, got {type(item).__name__}.")
-        inputs = self.tokenize([head + self.separator + body for head, body in zip(heads, bodies, strict=True)])
-        inputs["pixel_values"] = self.pixels(image_list, on_image_error, labels)
+        _check_texts(heads_name, heads)
+        _check_texts(bodies_name, bodies)
+        options = self._merge_kwargs(**kwargs) if kwargs else {}
+        texts = [head + self.separator + body for head, body in zip(heads, bodies, strict=True)]
+        inputs = self.tokenize(texts, **options.get("text_kwargs", {}))
+        firsts = [first_image(image) for image in images]
+        inputs["pixel_values"] = self.pixels(firsts, on_image_error, labels, **options.get("images_kwargs", {}))
         return inputs
 
-    def tokenize(self, texts: list[str]) -> BatchFeature:
-        """`input_ids` and `attention_mask` of texts that already have their template, each (B, text_max_length)."""
-        encoded = self.tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_max_length,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        return BatchFeature({"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]})
+    def _merge_kwargs(
+        self, ModelProcessorKwargs: Any = None, tokenizer_init_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What a call says, by what it is for; where it says nothing, the published way of reading texts."""
+        kinds = self.valid_processor_kwargs if ModelProcessorKwargs is None else ModelProcessorKwargs
+        merged = super()._merge_kwargs(kinds, tokenizer_init_kwargs=tokenizer_init_kwargs, **kwargs)
+        merged["text_kwargs"] = {**self._text_defaults, **merged["text_kwargs"]}
+        merged["images_kwargs"].setdefault("return_tensors", "pt")
+        return merged
+
+    @property
+    def _text_defaults(self) -> dict[str, Any]:
+        return {
+            "padding": "max_length",
+            "truncation": True,
+            "max_length": self.text_max_length,
+            "return_attention_mask": True,
+            "return_tensors": "pt",
+        }
+
+    def tokenize(self, texts: list[str], **kwargs: Any) -> BatchFeature:
+        """`input_ids` and `attention_mask` of texts that already have their template, each (B, text_max_length).
+
+        Args:
+            texts: B texts. Of a long one only the part that the tokens can need is looked at.
+            **kwargs: what the tokenizer takes; by default texts are cut and padded to `text_max_length` tokens.
+        """
+        options = {**self._text_defaults, **kwargs}
+        limit = options["max_length"]
+        if options["truncation"] in (True, "longest_first", "only_first") and isinstance(limit, int):
+            texts = [needed_text(self.tokenizer, text, limit) for text in texts]
+        encoded = self.tokenizer(texts, **options)
+        names = encoded.keys() if kwargs else ("input_ids", "attention_mask")
+        return BatchFeature({name: encoded[name] for name in names})
 
     def pixels(
-        self, images: Sequence[ImageInput], on_image_error: str = "raise", labels: Sequence[str] | None = None
-    ) -> torch.Tensor:
+        self,
+        images: Sequence[ImageInput],
+        on_image_error: str = "raise",
+        labels: Sequence[str] | None = None,
+        return_tensors: Any = "pt",
+        **kwargs: Any,
+    ) -> Any:
         """Normalized images, float32 of shape (B, 3, height, width); zeros where there is none.
 
         Args:
             images: B images, or `None`.
             on_image_error: "raise", or "warn" to go on without an image that cannot be read.
             labels: what messages call each item.
+            return_tensors: "pt", "np", or `None` for a list of arrays.
+            **kwargs: what the image processor takes (`size`, `do_resize`, ...).
 
         Raises:
             MimicImageError: if an image cannot be read and `on_image_error` is "raise".
+            ValueError: if the images come out in different sizes, or no size says how large an absent one is.
         """
         if on_image_error not in ("raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
-        pixel_values = torch.zeros(len(images), 3, *image_size_of(self.image_processor))
+        rows: list[np.ndarray | None] = []
         for row, source in enumerate(images):
+            made = None
             try:
                 # One at a time: an image may take a hundred times as much memory as its file.
-                resized = self.resized(source)
+                resized = self.resized(source, **kwargs)
+                if resized is not None:
+                    made = self._normalized(resized, source, kwargs)
             except MimicImageError as error:
                 message = f"{labels[row]}: {error}" if labels else str(error)
                 if on_image_error == "raise":
                     raise MimicImageError(message) from error
                 warnings.warn(f"{message} It is encoded without an image.", stacklevel=2)
-                continue
-            if resized is not None:
-                pixel_values[row] = self.normalized(resized)
-        return pixel_values
+            rows.append(made)
+        blank = np.zeros(self._made_shape(rows, kwargs), np.float32) if any(row is None for row in rows) else None
+        made_rows = [blank if row is None else row for row in rows]
+        if return_tensors is None:
+            return made_rows
+        if len({row.shape for row in made_rows if row is not None}) > 1:
+            raise ValueError(
+                "The images come out in different sizes, and make no tensor: leave `do_resize` on, give a `size` with "
+                "height and width, or pass return_tensors=None."
+            )
+        return BatchFeature({"pixel_values": np.stack(cast(Any, made_rows))}, tensor_type=return_tensors)[
+            "pixel_values"
+        ]
 
-    def resized(self, image: ImageInput) -> np.ndarray | None:
+    def resized(self, image: ImageInput, **kwargs: Any) -> np.ndarray | None:
         """An image in the backbone's size, uint8 of shape (3, height, width); `None` where there is none.
 
         With `correct_images` it is made RGB first; without, it is resized as it is stored and made RGB then, which is
         what the published code does (palette and bilevel images come out otherwise).
 
+        Args:
+            image: see [`load_image`].
+            **kwargs: what the image processor takes (`size`, `do_resize`, ...).
+
         Raises:
             MimicImageError: if it cannot be read.
         """
-        if self.correct_images or self.image_processor.do_center_crop:
-            loaded = load_image(image, correct=self.correct_images)
-            if loaded is None:
-                return None
-            made = self.image_processor([loaded], do_rescale=False, do_normalize=False, return_tensors="np")
-            return made["pixel_values"][0]
-        size, resample = self.image_processor.size, self.image_processor.resample
-        loaded = load_image(image, correct=False, resize=(size["width"], size["height"]), resample=int(resample))
-        return None if loaded is None else np.asarray(loaded).transpose(2, 0, 1).copy()
-
-    def normalized(self, resized: np.ndarray) -> torch.Tensor:
-        """What the model reads of a resized image: float32 of shape (3, height, width)."""
-        made = self.image_processor(
-            [resized], do_resize=False, do_center_crop=False, input_data_format="channels_first", return_tensors="pt"
+        if kwargs.get("input_data_format") == "channels_first" and getattr(image, "ndim", 0) == 3:
+            image = np.moveaxis(np.asarray(image), 0, -1)
+        size = self._size(kwargs)
+        square = (size["width"], size["height"]) if {"height", "width"} <= size.keys() else None
+        do_resize = self._setting(kwargs, "do_resize")
+        resample = self._setting(kwargs, "resample")
+        loaded = load_image(
+            image,
+            correct=self.correct_images,
+            resize=square if do_resize else None,
+            resample=int(PILImageResampling.BILINEAR if resample is None else resample),
         )
-        return made["pixel_values"][0].float()
+        if loaded is None:
+            return None
+        options = {name: value for name, value in kwargs.items() if name in _OF_RESIZING}
+        if square or not do_resize:
+            options["do_resize"] = False
+        else:
+            check_size(*_resized_size(loaded.size, size), "that is resized")
+        try:
+            # As an array: of a PIL image the image processor would look at the transparency once more.
+            array = np.asarray(loaded).transpose(2, 0, 1).copy()
+            del loaded
+            options |= {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_first"}
+            made = self.image_processor([array], **options, return_tensors="np")
+        except MemoryError as error:
+            raise MimicImageError("The image needs more memory than there is.") from error
+        return made["pixel_values"][0]
+
+    def normalized(self, resized: np.ndarray, **kwargs: Any) -> torch.Tensor:
+        """What the model reads of a resized image: float32 of shape (3, height, width)."""
+        return torch.from_numpy(self._normalized(resized, None, kwargs))
+
+    def _normalized(self, resized: np.ndarray, source: Any, kwargs: Mapping[str, Any]) -> np.ndarray:
+        options = {name: value for name, value in kwargs.items() if name not in (*_OF_RESIZING, "input_data_format")}
+        if not self._setting(kwargs, "do_rescale") and _is_scaled(source):
+            options |= {"do_rescale": True, "rescale_factor": 1 / 255}  # resizing has made bytes of it
+        options |= {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}
+        made = self.image_processor([resized], **options, return_tensors="np")["pixel_values"][0]
+        return made.astype(np.float32, copy=False)
+
+    def blank_pixels(self, count: int) -> torch.Tensor:
+        """What the model reads where there is no image: zeros of shape (count, 3, height, width)."""
+        return torch.zeros(count, *self._made_shape([], {}))
+
+    def _setting(self, kwargs: Mapping[str, Any], name: str) -> Any:
+        value = kwargs.get(name)
+        return getattr(self.image_processor, name, None) if value is None else value
+
+    def _size(self, kwargs: Mapping[str, Any], name: str = "size") -> dict[str, int]:
+        """A size of the call or of the image processor, with the sides that it has."""
+        size = self._setting(kwargs, name)
+        if size is None:
+            return {}
+        if not isinstance(size, Mapping) and not hasattr(size, "shortest_edge"):
+            square = self._setting(kwargs, "default_to_square")
+            size = get_size_dict(size, default_to_square=True if square is None else square, param_name=name)
+        sides = size if isinstance(size, Mapping) else vars(size)
+        return {side: value for side, value in sides.items() if value is not None}
+
+    def _made_shape(self, rows: Sequence[np.ndarray | None], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape of an absent image: that of the others, or what the settings make of every image."""
+        for row in rows:
+            if row is not None:
+                return row.shape
+        size: dict[str, int] = {}
+        if self._setting(kwargs, "do_center_crop"):
+            size = self._size(kwargs, "crop_size")
+        elif self._setting(kwargs, "do_resize"):
+            size = self._size(kwargs)
+        if not {"height", "width"} <= size.keys():
+            raise ValueError(
+                "Nothing says how large an absent image is: give the image processor a `size` with height and width."
+            )
+        shape = (3, size["height"], size["width"])
+        return (*shape[1:], 3) if kwargs.get("data_format") == "channels_last" else shape
 
     def __call__(
         self,
@@ -290,7 +408,7 @@ class MimicProcessor(ProcessorMixin):
         mention: Sequence[str] | str | None = None,
         name: Sequence[str] | str | None = None,
         description: Sequence[str] | str | None = None,
-        return_tensors: str = "pt",
+        **kwargs: Any,
     ) -> BatchFeature:
         """The model's inputs of mentions, of entities, or of texts that have their template already.
 
@@ -303,15 +421,15 @@ class MimicProcessor(ProcessorMixin):
             images, text: as in [`~MimicProcessor.process_mentions`]; `text` alone is tokenized as it is.
             mention: what each mention says.
             name, description: of each entity.
-            return_tensors: "pt".
+            **kwargs: what any processor of transformers takes, plain or in `text_kwargs` and `images_kwargs`:
+                `return_tensors` ("pt" unless told), `padding`, `truncation`, `max_length`, `size`, `do_resize`, ...
 
         Raises:
             ValueError: if mentions and entities are mixed, or nothing is given.
         """
-        if return_tensors not in ("pt", None):
-            raise ValueError(
-                f'MimicProcessor makes PyTorch tensors: `return_tensors` must be "pt", got {return_tensors!r}.'
-            )
+        for other in ("videos", "audio"):
+            if kwargs.pop(other, None) is not None:
+                raise ValueError(f"MimicProcessor reads texts and images; it has no use for `{other}`.")
         if mention is not None and (name is not None or description is not None):
             raise ValueError(
                 "Give MimicProcessor mentions (`mention=`, `text=`) or entities (`name=`, `description=`)."
@@ -319,27 +437,33 @@ class MimicProcessor(ProcessorMixin):
         if mention is not None:
             if text is None:
                 raise ValueError("A mention needs its text: processor(mention=..., text=..., images=...).")
-            return self.process_mentions(mention, text, images)
+            return self.process_mentions(mention, text, images, **kwargs)
         if name is not None:
             if text is not None:
                 raise ValueError("An entity has a `description`, not a `text`: processor(name=..., description=...).")
             if description is None:
                 description = "" if isinstance(name, str) else [""] * len(name)
-            return self.process_entities(name, description, images)
+            return self.process_entities(name, description, images, **kwargs)
         if text is None and images is None:
             raise ValueError(
                 "MimicProcessor needs `mention=` and `text=`, or `name=` and `description=`, or `images=`."
             )
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         inputs = BatchFeature({})
         if text is not None:
             logger.warning_once(
                 "MimicProcessor: `text` without `mention` is tokenized as it is. The model was trained on texts with a "
                 "template: use processor(mention=..., text=...) or processor(name=..., description=...)."
             )
-            inputs.update(self.tokenize([text] if isinstance(text, str) else list(text)))
+            one = isinstance(text, str)
+            texts = [text] if one else list(text)
+            _check_texts("text", texts)
+            tokens = self.tokenize(texts, **options["text_kwargs"])
+            if one and options["text_kwargs"]["return_tensors"] is None:
+                tokens = BatchFeature({key: value[0] for key, value in tokens.items()})
+            inputs.update(tokens)
         if images is not None:
-            several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-            inputs["pixel_values"] = self.pixels(images if several else [images])
+            inputs["pixel_values"] = self.pixels(_flat(images), **options["images_kwargs"])
         return inputs
 
     @property
@@ -354,6 +478,60 @@ def image_size_of(image_processor: Any) -> tuple[int, int]:
         return int(size["height"]), int(size["width"])
     except (KeyError, TypeError):
         return 0, 0
+
+
+# What the image processor is told where it resizes; the rest where it normalizes.
+_OF_RESIZING = ("size", "resample", "do_resize", "do_center_crop", "crop_size", "default_to_square", "reducing_gap")
+
+
+def _check_texts(name: str, texts: Sequence[Any]) -> None:
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"`{name}[{row}]` must be a string, got {type(text).__name__}.")
+        check_unicode(text, f"`{name}[{row}]`")
+
+
+def _one_for_each(name: str, heads: Sequence[str] | str, images: Any) -> list[Any]:
+    """The images of each of some mentions or entities."""
+    if isinstance(heads, str):
+        return [images]
+    if images is None:
+        return [None] * len(heads)
+    one = isinstance(images, str | bytes | bytearray | os.PathLike | Mapping) or not hasattr(images, "__iter__")
+    if one or hasattr(images, "read") or getattr(images, "ndim", 4) in (2, 3):
+        raise ValueError(f"`{name}` is a list, so `images` must be a list too, with the image of each or None.")
+    return list(images)
+
+
+def _flat(images: Any) -> list[Any]:
+    """Images of a call without a template, one after the other; an empty list among them is an absent one."""
+    if getattr(images, "ndim", 0) == 4:
+        return list(images)
+    if not isinstance(images, list | tuple):
+        return listed(images) or [None]
+    flat: list[Any] = []
+    for image in images:
+        flat.extend(_flat(image) if isinstance(image, list | tuple) and image else [first_image(image)])
+    return flat
+
+
+def _resized_size(given: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
+    """The width and height that a size without a fixed shape makes of an image, at most."""
+    width, height = given
+    scale = 1.0
+    if "shortest_edge" in size:
+        scale = size["shortest_edge"] / min(given)
+    if "longest_edge" in size:
+        limit = size["longest_edge"] / max(given)
+        scale = min(scale, limit) if "shortest_edge" in size else limit
+    return round(width * scale), round(height * scale)
+
+
+def _is_scaled(source: Any) -> bool:
+    """Whether an image is an array of floats from 0 to 1."""
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    return isinstance(source, np.ndarray) and source.dtype.kind == "f" and bool(source.max(initial=0) <= 1)
 
 
 def _image_settings(image_processor: Any) -> dict[str, Any]:

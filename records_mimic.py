@@ -14,7 +14,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
+
+from .image_sources_mimic import NO_PLACES, ImagePlaces, placed
+from .texts_mimic import check_unicode, is_unicode
 
 _RECORDS_AT_ONCE = 512
 
@@ -42,18 +46,26 @@ class Records:
     Args:
         entities: a `datasets.Dataset`, a `pandas.DataFrame`, a sequence or any iterable of dicts; or what has
             `entities()`, such as an index or a `KnowledgeBase`.
+        allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
 
     Raises:
         ValueError: if it is a single dict.
     """
 
-    def __init__(self, entities: Any) -> None:
+    def __init__(
+        self,
+        entities: Any,
+        allow_urls: bool | str | None = None,
+        image_root: bool | str | os.PathLike[str] | None = None,
+    ) -> None:
         if isinstance(entities, Mapping):
             raise ValueError("A knowledge base is a list or data set of records with `id`, not a single dict.")
         if callable(getattr(entities, "entities", None)):
             entities = entities.entities()
         if callable(getattr(entities, "to_dict", None)) and hasattr(entities, "iloc"):
             entities = entities.to_dict("records")  # a DataFrame
+        self._switches = (allow_urls, image_root)
+        self._places = places_of(entities, "images", allow_urls, image_root)
         entities = undecoded(entities, "images")
         self._named: Iterable[str] | None = getattr(entities, "column_names", None)
         if self._named is None and isinstance(entities, list | tuple):
@@ -66,6 +78,10 @@ class Records:
         self._next = 0
         if self._named is not None:
             _warn_of_other_names(self._named)
+
+    def anew(self, entities: Any) -> Records:
+        """The same knowledge base from its beginning; its images are read from where they are here."""
+        return Records(entities, *self._switches)
 
     @property
     def at_once(self) -> int | None:
@@ -85,20 +101,22 @@ class Records:
     def take(self, count: int) -> Any:
         """The next records, at most `count`; something with a length that is read by number."""
         if self._by_number is None:
-            records = list(itertools.islice(cast(Any, self._iterator), count))
+            some = itertools.islice(cast(Any, self._iterator), count)
+            records = [placed_record(record, "images", self._places) for record in some]
             if self._named is None:
                 self._named = _names_of(records)
                 _warn_of_other_names(self._named)
             return records
         first, self._next = self._next, self._next + count
-        return Span(self._by_number, first, min(self._next, cast(int, self.total)))
+        return Span(self._by_number, first, min(self._next, cast(int, self.total)), self._places)
 
 
 class Span:
     """Some records of a sequence, read when asked for: in a worker process, that is."""
 
-    def __init__(self, records: Any, start: int, stop: int) -> None:
+    def __init__(self, records: Any, start: int, stop: int, places: ImagePlaces | None = None) -> None:
         self.records, self.start, self.stop = records, start, max(start, stop)
+        self.places = ImagePlaces() if places is None else places
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -106,7 +124,7 @@ class Span:
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        return self.records[self.start + row]
+        return placed_record(self.records[self.start + row], "images", self.places)
 
     def without_images(self) -> Span:
         """The same records; of a data set, whose images would be read too, without them."""
@@ -145,13 +163,67 @@ def undecoded(dataset: Any, column: str) -> Any:
     if features is None or column not in features or not hasattr(dataset, "cast_column"):
         return dataset
     wrapped = features[column]
-    image = getattr(wrapped, "feature", wrapped)
-    if type(image).__name__ != "Image":
+    if not is_image_feature(wrapped):
         return dataset
+    image = getattr(wrapped, "feature", wrapped)
     plain = type(image)(decode=False)
     if wrapped is not image and hasattr(dataset, "with_format") and hasattr(dataset, "__len__"):
         return _StoredRecords(dataset)
     return dataset.cast_column(column, plain if wrapped is image else dataclasses.replace(wrapped, feature=plain))
+
+
+def is_image_feature(feature: Any) -> bool:
+    """Whether a column of a data set holds images, or lists of them."""
+    return type(getattr(feature, "feature", feature)).__name__ == "Image"
+
+
+def places_of(
+    table: Any,
+    column: str,
+    allow_urls: bool | str | None = None,
+    image_root: bool | str | os.PathLike[str] | None = None,
+) -> ImagePlaces:
+    """Where images that a table names by a string are read from, unless its rows bring their bytes.
+
+    Args:
+        table: records with images.
+        column: the field that has them.
+        allow_urls: whether addresses are fetched: `True` (public ones), `"private"` or `False`. Where it is `None`,
+            they are for what a caller made (a list, a DataFrame, a generator), and are not for a data set, whose rows
+            somebody else may have written.
+        image_root: whether files of this machine are read: `True` (any), `False`, or the folder that they must be in.
+            Where it is `None`, as for `allow_urls`. The image files of a folder or archive that `load_dataset` has
+            listed itself (`imagefolder`) are read in any case.
+
+    Raises:
+        ValueError: if one of them is something else.
+    """
+    from_elsewhere = type(table).__module__.partition(".")[0] == "datasets" and not _lists_files(table, column)
+    default = NO_PLACES if from_elsewhere else ImagePlaces()
+    return ImagePlaces(
+        default.allow_urls if allow_urls is None else allow_urls,
+        default.image_root if image_root is None else image_root,
+    )
+
+
+def placed_record(record: Any, column: str, places: ImagePlaces) -> Any:
+    """A record whose images know where they may be read from."""
+    if places == ImagePlaces() or not isinstance(record, Mapping) or record.get(column) is None:
+        return record
+    return {**record, column: placed(record[column], places)}
+
+
+def _lists_files(dataset: Any, column: str) -> bool:
+    """Whether the images of a data set are files that `datasets` found in a folder, not names that the data holds."""
+    if getattr(getattr(dataset, "info", None), "builder_name", None) != "imagefolder":
+        return False
+    if not is_image_feature((getattr(dataset, "features", None) or {}).get(column)):
+        return False
+    if not hasattr(dataset, "cache_files"):
+        return True  # streamed
+    # One that was saved (`load_from_disk`) says of itself what it was built by.
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    return bool(files) and not any((file.parent / "state.json").exists() for file in files)
 
 
 def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,10 +248,9 @@ def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
             kept[name] = value
     for name, value in kept.items():
-        try:
-            f"{name}{value}".encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"Entity {kept['id']!r} has text that is not valid Unicode: {error}.") from error
+        check_unicode(f"{value}", f"Entity {kept['id']!a} has text that", f" of `{name}`")
+        if not is_unicode(name):
+            raise ValueError(f"Entity {kept['id']!a} has a field {name!a}, whose name is not valid Unicode.")
     return kept
 
 
@@ -278,7 +349,10 @@ __all__ = [
     "ids_of",
     "in_order_of_length",
     "is_absent",
+    "is_image_feature",
     "near_field",
+    "placed_record",
+    "places_of",
     "table_record",
     "undecoded",
 ]

@@ -68,6 +68,7 @@ def _register_config() -> None:
     from .configuration_mimic import MimicConfig
 
     AutoConfig.register(MimicConfig.model_type, MimicConfig, exist_ok=True)
+    MimicConfig.pipeline_is_installed = True  # by `_register_pipeline`, before anyone can call `pipeline`
 
 
 def _register_model() -> None:

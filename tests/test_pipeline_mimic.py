@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import json
 import math
 import shutil
 import threading
@@ -499,7 +500,7 @@ def test_half_precision(dtype: torch.dtype, checkpoint: Path, mentions: list[dic
             {"mention": "x", "text": "y", "image": 5},
             "An image must be a PIL image, a path, a URL, bytes or None, got int",
         ),
-        ({"mention": "x", "text": "y", "image": "file:///etc/passwd"}, "There is no image file file:///etc/passwd"),
+        ({"mention": "x", "text": "y", "image": "file:///no/such.png"}, "There is no image file /no/such.png"),
     ],
 )
 def test_mentions_that_are_refused(
@@ -522,3 +523,30 @@ def test_unknown_parameters(
 def test_a_model_without_its_processor(model: MimicModel):
     with pytest.raises(ValueError, match="processor"):
         MultimodalEntityLinkingPipeline(model=model)
+
+
+# --- A checkpoint where this package is installed -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+@pytest.mark.parametrize("task", [{"task": TASK}, {}], ids=["task named", "task inferred"])
+def test_a_checkpoint_needs_no_remote_code_and_runs_none(
+    task: dict[str, str],
+    trust: bool | None,
+    linker: Linker,
+    kb: list[dict[str, Any]],
+    mentions: list[dict[str, Any]],
+    tmp_path: Path,
+):
+    if not task and trust is False:
+        pytest.skip("transformers then asks the Hub for the task.")
+    linker.save_pretrained(tmp_path)
+    (tmp_path / "pipeline_mimic.py").write_text("raise SystemError('The code of the checkpoint was run.')")
+    loaded = linked(**task, model=str(tmp_path), trust_remote_code=trust, entities=kb)
+    assert type(loaded) is Linker
+    assert type(loaded.model) is MimicModel
+    assert type(loaded.processor) is MimicProcessor
+    assert [found[0]["entity_id"] for found in loaded(mentions)] == [
+        found[0]["entity_id"] for found in linker(mentions)
+    ]
+    assert json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].keys() == {TASK}

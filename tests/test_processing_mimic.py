@@ -4,6 +4,8 @@ import io
 import json
 import struct
 import threading
+import warnings
+import weakref
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer
+from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
 
-from mimic_el import images_mimic
+from mimic_el import downloads_mimic
 from mimic_el.errors_mimic import MimicImageError
 from mimic_el.images_mimic import first_image, load_image
 from mimic_el.processing_mimic import MimicProcessor
@@ -326,7 +328,7 @@ def test_other_things_are_no_pictures(tmp_path: Path) -> None:
         load_image(tmp_path / "nowhere")
     with pytest.raises(MimicImageError, match="is a directory"):
         load_image(tmp_path)
-    for thing in (3, 2.5, np.zeros((4, 4, 3)), ["a.png"]):
+    for thing in (3, 2.5, object(), ["a.png"]):
         with pytest.raises(MimicImageError, match=f"got {type(thing).__name__}"):
             load_image(thing)  # type: ignore[arg-type]
 
@@ -391,7 +393,7 @@ def test_urls(processor: MimicProcessor, web: str, monkeypatch: pytest.MonkeyPat
         load_image(f"{web}/to_file")
     with pytest.raises(MimicImageError, match="URLs are not fetched here"):
         load_image(f"{web}/photo.png", allow_urls=False)
-    monkeypatch.setattr(images_mimic, "_MAX_DOWNLOAD_BYTES", 4000)
+    monkeypatch.setattr(downloads_mimic, "MAX_BYTES", 4000)
     with pytest.raises(MimicImageError, match="is larger than"):
         load_image(f"{web}/large")
 
@@ -399,8 +401,8 @@ def test_urls(processor: MimicProcessor, web: str, monkeypatch: pytest.MonkeyPat
 def test_a_server_that_is_not_there(web: str) -> None:
     with pytest.raises(MimicImageError, match="cannot be fetched"):
         load_image("http://127.0.0.1:9/photo.png")
-    with pytest.raises(MimicImageError, match="There is no image file"):
-        load_image("file:///etc/passwd")  # other schemes are taken for paths
+    with pytest.raises(MimicImageError, match="ftp:// address, which is not read"):
+        load_image("ftp://127.0.0.1/photo.png")
 
 
 # --- A processor of transformers ----------------------------------------------------------------------------------
@@ -478,10 +480,187 @@ def test_calling_the_processor_applies_the_template(processor: MimicProcessor) -
         ({"mention": "a", "name": "b"}, "mentions .* or entities"),
         ({"mention": "a"}, "A mention needs its text"),
         ({"name": "a", "text": "b"}, "has a `description`, not a `text`"),
-        ({"mention": "a", "text": "b", "return_tensors": "np"}, '`return_tensors` must be "pt"'),
+        ({"mention": "a", "text": "b", "return_tensors": "cuda"}, "cuda'? is not a valid TensorType"),
+        ({"mention": "a", "text": "b", "videos": ["c"]}, "no use for `videos`"),
+        ({"mention": ["a"], "text": ["b"], "images": [["c.png", "d.png"]]}, r"`images\[0\]` has 2"),
+        ({"mention": ["a"], "text": ["b"], "images": "c.png"}, "`images` must be a list too"),
         ({}, "needs `mention=` and `text=`"),
     ],
 )
 def test_calls_that_are_refused(processor: MimicProcessor, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
+
+
+# --- What any processor of transformers takes ---------------------------------------------------------------------
+
+
+def clip_processor(processor: MimicProcessor) -> CLIPProcessor:
+    """transformers' own, of the same parts."""
+    return CLIPProcessor(image_processor=processor.image_processor, tokenizer=processor.tokenizer)
+
+
+IMAGE_SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "not normalized": {"do_normalize": False},
+    "not rescaled": {"do_rescale": False, "do_normalize": False},
+    "another factor": {"rescale_factor": 0.5},
+    "another mean": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 0.5, 0.25]},
+    "another size": {"size": {"height": 10, "width": 14}},
+    "a side": {"size": {"shortest_edge": 12}},
+    "not resized": {"do_resize": False},
+    "cropped": {"do_center_crop": True, "crop_size": {"height": 8, "width": 6}},
+    "another filter": {"resample": 2},
+}
+
+
+@pytest.mark.parametrize("kind", IMAGE_SETTINGS)
+def test_image_settings_of_a_call_as_clip_obeys_them(processor: MimicProcessor, kind: str) -> None:
+    settings, image = IMAGE_SETTINGS[kind], picture()
+    expected = clip_processor(processor)(images=image, return_tensors="pt", **settings)["pixel_values"]
+    for made in (
+        processor(images=image, **settings),
+        processor(images=image, images_kwargs=settings),
+        processor(mention="a", text="b", images=image, **settings),
+        processor.process_entities(["a"], ["b"], [image], **settings),
+    ):
+        torch.testing.assert_close(made["pixel_values"], expected.float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"padding": True, "max_length": 9, "truncation": True},
+        {"padding": "longest"},
+        {"padding": "max_length", "max_length": 60},
+        {"padding": False, "return_tensors": None},
+        {"padding": True, "padding_side": "left"},
+        {"return_special_tokens_mask": True},
+        {"return_tensors": "np"},
+    ],
+    ids=str,
+)
+def test_text_settings_of_a_call_as_clip_obeys_them(processor: MimicProcessor, settings: dict[str, Any]) -> None:
+    texts = ["orange", "a shop on the corner of the long street"]
+    usual = {"padding": "max_length", "truncation": True, "max_length": 40, "return_tensors": "pt"}
+    expected = clip_processor(processor)(text=texts, **{**usual, **settings})
+    for made in (processor(text=texts, **settings), processor(text=texts, text_kwargs=settings)):
+        assert made.keys() == expected.keys()
+        for name in made:
+            assert type(made[name]) is type(expected[name])
+            assert np.array_equal(np.asarray(made[name], object), np.asarray(expected[name], object))
+    templated = [f"a [SEP] {text}" for text in texts]
+    mentions = processor(mention=["a", "a"], text=texts, **settings)
+    plain = processor(text=templated, **settings)
+    assert np.array_equal(np.asarray(mentions["input_ids"], object), np.asarray(plain["input_ids"], object))
+
+
+def test_kinds_of_tensors(processor: MimicProcessor) -> None:
+    image = picture()
+    tensors = processor(mention=["a", "b"], text=["c", "d"], images=[image, None])
+    for kind, expected in (("pt", torch.Tensor), ("np", np.ndarray), (None, list)):
+        made = processor(mention=["a", "b"], text=["c", "d"], images=[image, None], return_tensors=kind)
+        assert made.keys() == tensors.keys()
+        for name, value in made.items():
+            assert isinstance(value, expected)
+            np.testing.assert_array_equal(np.asarray(value), tensors[name].numpy())
+
+
+def test_images_of_every_kind_in_every_call(processor: MimicProcessor) -> None:
+    image = picture()
+    array = np.asarray(image)
+    one = processor.pixels([image])
+    for given in (array, torch.from_numpy(array.copy()).permute(2, 0, 1), array / 255, [image], [[image]], array[None]):
+        assert torch.equal(processor(images=given)["pixel_values"], one)
+        assert torch.equal(processor.process_entities("a", "b", given)["pixel_values"], one)
+    for given in (array, [image], torch.from_numpy(array.copy())):
+        assert torch.equal(processor.process_mentions("a", "b", given)["pixel_values"], one)
+        assert torch.equal(processor.process_mentions(["a"], ["b"], [given])["pixel_values"], one)
+    batch = processor.process_mentions(["a", "b"], ["c", "d"], np.stack([array, array]))
+    assert torch.equal(batch["pixel_values"], torch.cat([one, one]))
+    nested = processor(images=[[image, image], [], [image]])["pixel_values"]
+    assert [bool(row.any()) for row in nested] == [True, True, False, True]
+    already = processor(images=array / 255, do_rescale=False)["pixel_values"]
+    torch.testing.assert_close(already, one, rtol=0, atol=1e-6)
+    assert processor(images=array.transpose(2, 0, 1), input_data_format="channels_first")["pixel_values"].equal(one)
+
+
+def test_images_of_different_sizes(processor: MimicProcessor) -> None:
+    images = [picture(30, 20), picture(20, 30), None]
+    with pytest.raises(ValueError, match="come out in different sizes"):
+        processor(images=images, do_resize=False)
+    made = processor(images=images[:2], do_resize=False, return_tensors=None)["pixel_values"]
+    assert [row.shape for row in made] == [(3, 20, 30), (3, 30, 20)]
+    with pytest.raises(ValueError, match="Nothing says how large an absent image is"):
+        processor(images=[None], do_resize=False)
+    assert processor(images=[None, images[0]], do_resize=False)["pixel_values"].shape == (2, 3, 20, 30)
+    assert processor(images=[None], size={"height": 5, "width": 6})["pixel_values"].shape == (1, 3, 5, 6)
+
+
+def test_settings_of_the_image_processor_are_kept(processor: MimicProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    loaded = MimicProcessor.from_pretrained(tmp_path, do_normalize=False, do_center_crop=True, crop_size=8)
+    pixels = loaded.pixels([picture(), None])
+    assert pixels.shape == (2, 3, 8, 8)
+    assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
+    assert loaded.blank_pixels(5).shape == (5, 3, 8, 8)
+    kept = MimicProcessor(CLIPImageProcessorPil(crop_size=11), tiny_tokenizer())
+    assert kept.image_processor.crop_size["height"] == 11
+    assert set(kept(text="a", images=picture())) == set(kept.model_input_names)
+
+
+def test_long_thin_images_cost_no_memory(processor: MimicProcessor) -> None:
+    """Their pixels are few, but not those of what resizing makes of them."""
+    for width, height in ((1, 70_000), (70_000, 1), (1, 89_000_000)):
+        with pytest.raises(MimicImageError, match=r"no side may have more than 65,535"):
+            load_image(png_header(width, height))
+        with pytest.warns(UserWarning, match="It is encoded without an image"):
+            processor.pixels([png_header(width, height)], on_image_error="warn")
+    thin = Image.new("RGB", (4, 60_000))
+    assert processor.pixels([thin]).shape == (1, 3, 24, 24)
+    with pytest.raises(MimicImageError, match="90,000,000 that are read"):
+        processor(images=thin, size={"shortest_edge": 224})  # 752 million pixels
+    with pytest.raises(MimicImageError, match="90,000,000 that are read"):
+        processor(images=thin, size={"height": 24, "width": 2000})  # made wide before it is made low
+    with pytest.raises(MimicImageError, match="more than the 90,000,000"):
+        load_image(np.broadcast_to(np.uint8(0), (60_000, 60_000)))
+
+
+def test_too_little_memory_is_an_image_error(processor: MimicProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    image = picture()
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "resize", fail)
+        with pytest.warns(UserWarning, match="needs more memory than there is. It is encoded without an image"):
+            processor.pixels([image], on_image_error="warn")
+        with pytest.raises(MimicImageError, match="needs more memory than there is"):
+            processor.pixels([image], size={"shortest_edge": 9})
+
+
+def test_images_are_decoded_one_at_a_time(processor: MimicProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image may take a hundred times as much memory as its file."""
+    opened: list[Any] = []
+
+    def remember(*arguments: Any, **options: Any) -> Any:
+        assert not [1 for known in opened if known() is not None], "the one before is still held"
+        loaded = load_image(*arguments, **options)
+        opened.append(weakref.ref(loaded))
+        return loaded
+
+    monkeypatch.setattr("mimic_el.processing_mimic.load_image", remember)
+    processor.pixels([encoded(picture(seed=seed)) for seed in range(4)])
+    assert len(opened) == 4
+
+
+def test_broken_metadata_of_sound_pixels() -> None:
+    """A PNG whose eXIf chunk, or raw profile, is garbage."""
+    image = picture()
+    data = encoded(image)
+    for kind, garbage in ((b"eXIf", b"II*\0\xff\xff\xff\xff"), (b"tEXt", b"Raw profile type exif\0\nexif\n 9\nzz\n")):
+        chunk = struct.pack(">I", len(garbage)) + kind + garbage + struct.pack(">I", zlib.crc32(kind + garbage))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = load_image(data[:33] + chunk + data[33:])
+        np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mimic_el.errors_mimic import UnknownEntityError
-from mimic_el.training.knowledge_base import KnowledgeBase, listed
+from mimic_el.images_mimic import listed
+from mimic_el.training.knowledge_base import KnowledgeBase
 
 
 def entity(entity_id: Any) -> dict[str, Any]:

@@ -18,9 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors_mimic import MimicImageError
-from ..processing_mimic import MimicProcessor, image_size_of
+from ..image_sources_mimic import placed
+from ..images_mimic import first_image, listed
+from ..processing_mimic import MimicProcessor
 from ..records_mimic import entity_id_of
-from .knowledge_base import KnowledgeBase, listed
+from ..texts_mimic import check_unicode
+from .knowledge_base import KnowledgeBase
 
 
 class MentionEntityCollator:
@@ -46,6 +49,9 @@ class MentionEntityCollator:
             numbers in its field `hard_negatives`, where it has one. What is in the batch already does not come again.
         unreadable_log (path, *optional*): JSON Lines file to which images that cannot be read are appended. Each is
             warned of and taken as absent in any case.
+        allow_urls, image_root (*optional*): where images of mentions and entities that are named by a string are read
+            from, as in [`EntityIndex.build`]. By default from anywhere if the entities are a list or DataFrame, and
+            from nowhere if they are a data set. A [`KnowledgeBase`] has its own.
 
     Example:
 
@@ -65,9 +71,15 @@ class MentionEntityCollator:
         merge_duplicates: bool = False,
         hard_negatives: int = 0,
         unreadable_log: str | Path | None = None,
+        allow_urls: bool | str | None = None,
+        image_root: bool | str | Path | None = None,
     ) -> None:
         self.processor = processor
-        self.knowledge_base = entities if isinstance(entities, KnowledgeBase) else KnowledgeBase(entities)
+        if not isinstance(entities, KnowledgeBase):
+            entities = KnowledgeBase(entities, allow_urls, image_root)
+        elif allow_urls is not None or image_root is not None:
+            raise ValueError("A KnowledgeBase has `allow_urls` and `image_root` of its own; set them where it is made.")
+        self.knowledge_base = entities
         self.random_images = random_images
         self.seed = seed
         self.merge_duplicates = merge_duplicates
@@ -111,7 +123,7 @@ class MentionEntityCollator:
         return self._inputs(
             [mention["mention"] or "" for mention in mentions],
             [mention["sentence"] or "" for mention in mentions],
-            [mention.get("image") for mention in mentions],
+            [self._mentions_image(mention) for mention in mentions],
             [f"mention {mention.get('id')}" for mention in mentions],
         )
 
@@ -120,7 +132,7 @@ class MentionEntityCollator:
     ) -> list[dict[str, Any]]:
         """Decodes and resizes the images of mentions and of all entities once, and keeps them in memory.
 
-        Batches are the same bit by bit. A image takes 3 bytes for each pixel of the backbone's input: 150 kB at
+        Batches are the same bit by bit. An image takes 3 bytes for each pixel of the backbone's input: 150 kB at
         224 x 224.
 
         Args:
@@ -134,7 +146,7 @@ class MentionEntityCollator:
         def resize(record: Mapping[str, Any], name: str, what: str) -> dict[str, Any]:
             value = record.get(name)
             if name == "image":
-                return {**record, name: self._resized(value, f"{what} {record.get('id')}")}
+                return {**record, name: self._resized(self._mentions_image(record), f"{what} {record.get('id')}")}
             resized = [self._resized(item, f"{what} {record['id']}, image {i}") for i, item in enumerate(listed(value))]
             return {**record, name: resized}
 
@@ -152,6 +164,10 @@ class MentionEntityCollator:
 
         self._records = all_of(self.knowledge_base.entities(), len(self.knowledge_base), "images", "entity")
         return all_of(mentions, length(mentions), "image", "mention")
+
+    def _mentions_image(self, mention: Mapping[str, Any]) -> Any:
+        """The image of a mention, with the places that it may be read from."""
+        return placed(first_image(mention.get("image")), self.knowledge_base.places)
 
     def _row(self, mention: Mapping[str, Any]) -> int:
         try:
@@ -185,8 +201,11 @@ class MentionEntityCollator:
 
     def _inputs(self, heads: list[str], bodies: list[str], sources: list[Any], names: list[str]) -> dict[str, Tensor]:
         separator = self.processor.separator
-        inputs = self.processor.tokenize([head + separator + body for head, body in zip(heads, bodies, strict=True)])
-        pixel_values = torch.zeros(len(sources), 3, *image_size_of(self.processor.image_processor))
+        texts = [head + separator + body for head, body in zip(heads, bodies, strict=True)]
+        for text, name in zip(texts, names, strict=True):
+            check_unicode(text, f"The text of {name.partition(',')[0]}")
+        inputs = self.processor.tokenize(texts)
+        pixel_values = self.processor.blank_pixels(len(sources))
         for row, (source, name) in enumerate(zip(sources, names, strict=True)):
             image = self._resized(source, name)
             if image is not None:
@@ -194,11 +213,11 @@ class MentionEntityCollator:
         return {**inputs, "pixel_values": pixel_values}
 
     def _resized(self, source: Any, name: str) -> np.ndarray | None:
-        if source is None or isinstance(source, float | np.ndarray):
-            # Resized before; or NaN, which is what pandas gives for no image.
-            return None if isinstance(source, float) else source
+        if source is None or isinstance(source, _Resized):
+            return source
         try:
-            return self.processor.resized(source)
+            resized = self.processor.resized(source)
+            return None if resized is None else resized.view(_Resized)
         except MimicImageError as error:
             self._report(name, error)
             return None
@@ -222,6 +241,10 @@ class MentionEntityCollator:
             # One short write in append mode: lines of several processes do not mix.
             with open(self.unreadable_log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"image": name, "error": str(error)}, ensure_ascii=False) + "\n")
+
+
+class _Resized(np.ndarray):
+    """An image that is resized already, as against an array of pixels that a record has for an image."""
 
 
 def _pick(images: Any, draw: random.Random | None) -> tuple[Any, int]:

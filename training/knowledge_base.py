@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 
 from ..errors_mimic import UnknownEntityError
-from ..records_mimic import entity_id_of, is_absent
+from ..image_sources_mimic import ImagePlaces
+from ..records_mimic import entity_id_of, placed_record, places_of
 
 
 def require_columns(present: Iterable[str] | None, needed: Iterable[str], what: str) -> None:
@@ -21,23 +22,12 @@ def require_columns(present: Iterable[str] | None, needed: Iterable[str], what: 
         raise ValueError(f"{what.capitalize()} have no column {', '.join(missing)}; they have {', '.join(present)}.")
 
 
-def listed(value: Any) -> list[Any]:
-    """The items of what may be a list, a tuple, an array, one item or, as `None` or NaN, nothing.
-
-    A numpy array of three axes, or of two, is one image; one of a single axis is a list.
-    """
-    if is_absent(value):
-        return []
-    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
-        return list(value)
-    return [value]
-
-
 class _Records(Sequence[Mapping[str, Any]]):
     """The records of a knowledge base by number, each read when it is asked for."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, places: ImagePlaces) -> None:
         self._source = source
+        self._places = places
 
     def __len__(self) -> int:
         return len(self._source)
@@ -50,6 +40,7 @@ class _Records(Sequence[Mapping[str, Any]]):
             record = self._source[place].to_pylist()[0]
         else:
             record = self._source[place]
+        record = placed_record(record, "images", self._places)
         # As in the index: an integer id is the string that writes it.
         return record if isinstance(record["id"], str) else {**record, "id": entity_id_of(record["id"])}
 
@@ -62,13 +53,23 @@ class KnowledgeBase:
     Args:
         entities: a `datasets.Dataset`, a pandas `DataFrame`, or a sequence of dicts, with `id`, `name`,
             `description` and `images`. Integer ids are taken as the strings that write them.
+        allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
+
+    Attributes:
+        places ([`ImagePlaces`]): what these two come to.
 
     Raises:
         ValueError: if there are no entities, an id is no string or integer, or two share an id.
     """
 
-    def __init__(self, entities: Any) -> None:
+    def __init__(
+        self,
+        entities: Any,
+        allow_urls: bool | str | None = None,
+        image_root: bool | str | os.PathLike[str] | None = None,
+    ) -> None:
         self._source: Any = entities
+        self.places = places_of(entities, "images", allow_urls, image_root)
         if isinstance(entities, datasets.Dataset):
             require_columns(entities.column_names, ("id", "name", "description", "images"), "the entities")
             # As Arrow, nothing is decoded. (A cast to undecoded images would write the data set anew.)
@@ -103,7 +104,7 @@ class KnowledgeBase:
 
     def entities(self) -> Sequence[Mapping[str, Any]]:
         """The records, read by number when they are asked for."""
-        return _Records(self._source)
+        return _Records(self._source, self.places)
 
     def entity(self, entity_id: str) -> Mapping[str, Any]:
         """The record of an entity; `UnknownEntityError` where there is none of that id."""
