@@ -11,7 +11,7 @@ import io
 import os
 import warnings
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +19,13 @@ from PIL import Image, ImageOps
 from .errors_mimic import MimicImageError
 from .image_sources_mimic import ImagePlaces, PlacedImage, read_file, read_named
 from .texts_mimic import shortened
+
+
+class _Array(Protocol):
+    """An array of another library: a tensor of torch."""
+
+    def __array__(self, dtype: Any = None) -> np.ndarray: ...
+
 
 # An image: a PIL image, what a string names (see `read_named`), a path, the bytes of a file or the open file, an array
 # or tensor of pixels, or what `datasets` gives for one that it did not decode; `None` where there is none.
@@ -31,9 +38,9 @@ ImageInput = (
     | memoryview
     | IO[bytes]
     | np.ndarray
+    | _Array
     | Mapping[str, Any]
     | PlacedImage
-    | Any
     | None
 )
 
@@ -80,7 +87,7 @@ def load_image(
     """
     places = ImagePlaces(allow_urls, image_root)
     if isinstance(source, PlacedImage):
-        source, places = source.source, source.places
+        places, source = source.places, source.source
     if isinstance(source, Mapping):
         source = _of_mapping(source)
     if source is None or (isinstance(source, str) and not source):

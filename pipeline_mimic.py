@@ -95,7 +95,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         if entities is None and build_kwargs:
             raise ValueError("`build_kwargs` are for building an index of `entities`; none are given.")
         index_kwargs = dict(index_kwargs or {})
-        self._places = {"allow_urls": allow_urls, "image_root": image_root}
+        self._places: dict[str, Any] = {"allow_urls": allow_urls, "image_root": image_root}
         if entities is not None:
             count = len(entities) if hasattr(entities, "__len__") else _BAR_FROM_ENTITIES
             options = {"show_progress": count >= _BAR_FROM_ENTITIES, **self._places, **(build_kwargs or {})}

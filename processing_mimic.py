@@ -229,7 +229,7 @@ class MimicProcessor(ProcessorMixin):
         self, ModelProcessorKwargs: Any = None, tokenizer_init_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """What a call says, by what it is for; where it says nothing, the published way of reading texts."""
-        kinds = self.valid_processor_kwargs if ModelProcessorKwargs is None else ModelProcessorKwargs
+        kinds: Any = self.valid_processor_kwargs if ModelProcessorKwargs is None else ModelProcessorKwargs
         merged = super()._merge_kwargs(kinds, tokenizer_init_kwargs=tokenizer_init_kwargs, **kwargs)
         merged["text_kwargs"] = {**self._text_defaults, **merged["text_kwargs"]}
         merged["images_kwargs"].setdefault("return_tensors", "pt")

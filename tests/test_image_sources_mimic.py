@@ -101,6 +101,7 @@ def test_every_place_gives_the_same_image(kind: str, folder: Path) -> None:
 
 def test_arrays_of_other_kinds() -> None:
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    array: Any
     for array in (ramp.astype(np.uint8), ramp * 257, ramp.astype(np.uint8)[..., None], torch.tensor(ramp.astype(int))):
         assert (np.asarray(load_image(array)) == ramp[..., None]).all()
     assert np.unique(np.asarray(load_image(ramp > 99))).tolist() == [0, 255]
@@ -141,7 +142,7 @@ def test_arrays_that_are_no_images(array: np.ndarray, message: str) -> None:
         ("a\0b", "There is no image file"),
         ("\ud83d.png", "There is no image file"),
     ],
-    ids=str,
+    ids=range(13),
 )
 def test_what_is_wrong_is_said_in_few_words(source: Any, message: str) -> None:
     with pytest.raises(MimicImageError, match=message) as caught:
@@ -305,7 +306,7 @@ def test_mentions_of_a_data_set_and_those_of_a_caller(
 
 def test_training_reads_what_building_reads(processor: MimicProcessor, folder: Path) -> None:
     entities = rows("photo.png", str(folder / "photo.png"))
-    mentions = [
+    mentions: list[dict[str, Any]] = [
         {"id": "m", "mention": "a", "sentence": "b", "image": str(folder / "photo.png"), "answer": "e1"},
         {"id": "n", "mention": "a", "sentence": "b", "image": np.asarray(IMAGE), "answer": "e0"},
     ]

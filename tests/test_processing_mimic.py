@@ -570,6 +570,7 @@ def test_images_of_every_kind_in_every_call(processor: MimicProcessor) -> None:
     image = picture()
     array = np.asarray(image)
     one = processor.pixels([image])
+    given: Any
     for given in (array, torch.from_numpy(array.copy()).permute(2, 0, 1), array / 255, [image], [[image]], array[None]):
         assert torch.equal(processor(images=given)["pixel_values"], one)
         assert torch.equal(processor.process_entities("a", "b", given)["pixel_values"], one)
