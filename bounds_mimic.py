@@ -43,7 +43,7 @@ class CoarseFeatures:
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> CoarseFeatures:
         local = at_least_float32(tensors["text_local"])
-        most = at_least_float32(tensors["image_query_stats"][:, _IMAGE_BOUND]) / HALF_UNITS
+        most = cls.most_of(tensors)
         return cls(
             at_least_float32(tensors["text_embed"]),
             at_least_float32(tensors["cross_modal"]),
@@ -51,6 +51,10 @@ class CoarseFeatures:
             most,
             torch.add(most, at_least_float32(tensors["text_bias"]), alpha=1 / HALF_UNITS),
         )
+
+    @staticmethod
+    def most_of(tensors: dict[str, Tensor]) -> Tensor:
+        return at_least_float32(tensors["image_query_stats"][:, _IMAGE_BOUND]) / HALF_UNITS
 
     def extent(self) -> Tensor:
         """The largest size of each kind of number but the products, (3,)."""

@@ -30,11 +30,11 @@ from .index_hub_mimic import download_index, files_for_hub, upload_index
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, PairScores
 from .mentions_mimic import checked_mentions, encoded_mentions
 from .modeling_mimic import MimicModel
+from .pairs_mimic import SearchStats
 from .processing_mimic import MimicProcessor
 from .search_mimic import (
     METHODS,
     FoundEntities,
-    SearchStats,
     answer_ranks,
     answer_scores,
     best_entities,

@@ -26,18 +26,13 @@ from tiny import index_of, mention_features, random_encoded
 from tiny_clip import tiny_model
 from torch import Tensor
 
-from mimic_el import search_mimic
+from mimic_el import pruning_mimic, search_mimic
 from mimic_el.bounds_mimic import MentionBounds, hull_distance
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MentionFeatures, MimicModel
-from mimic_el.search_mimic import (
-    _ENT2MEN,
-    _MEN2ENT,
-    Searcher,
-    _different,
-    _grouped,
-    score_pairs,
-)
+from mimic_el.pairs_mimic import ENT2MEN, MEN2ENT, _grouped, score_pairs
+from mimic_el.pruning_mimic import Stages, _different
+from mimic_el.search_mimic import Searcher
 
 CPU = torch.device("cpu")
 ENTITIES, MENTIONS = 120, 20
@@ -149,16 +144,16 @@ def test_small_blocks_many_shards_and_every_precision(dtype: str, mask: bool, mo
 @pytest.mark.parametrize("dense", [-1, 2], ids=["pictures-for-all", "pictures-for-what-is-left"])
 @pytest.mark.parametrize("few", [0, 10**6], ids=["many-pictures", "few-pictures"])
 @pytest.mark.parametrize("pictures", [None, 9, 1])
-@pytest.mark.parametrize("first", [_ENT2MEN, _MEN2ENT])
+@pytest.mark.parametrize("first", [ENT2MEN, MEN2ENT])
 def test_every_way_of_scoring_pictures(
     dense: int, few: int, pictures: int | None, first: int, monkeypatch: pytest.MonkeyPatch
 ):
     """The image unit is scored for all pairs or for those that are left, by picture or by pair, in either order of its
     directions, and pictures that several have once."""
-    monkeypatch.setattr(search_mimic, "_DENSE", dense)
-    monkeypatch.setattr(search_mimic, "_FEW_DENSE", dense)
-    monkeypatch.setattr(search_mimic, "_FEW", few)
-    monkeypatch.setattr(Searcher, "_tighter_direction", lambda *_: first)
+    monkeypatch.setattr(pruning_mimic, "_DENSE", dense)
+    monkeypatch.setattr(pruning_mimic, "_FEW_DENSE", dense)
+    monkeypatch.setattr(pruning_mimic, "_FEW", few)
+    monkeypatch.setattr(Stages, "_tighter_direction", lambda *_: first)
     case = make_case(entities=2 * ENTITIES, clusters=40, pictures=pictures, shards=3)
     small_blocks(monkeypatch, block_bytes=30_000, sub_block=13)
     check(case, 7, case.expected)
@@ -201,15 +196,15 @@ def test_the_direction_that_tells_more_comes_first(constant: str, monkeypatch: p
     index = index_of(model, *random_encoded(model.config, ENTITIES, 1))
     mentions = mention_features(model, *random_encoded(model.config, MENTIONS, 2))
     chosen = []
-    telling = Searcher._tighter_direction
+    telling = Stages._tighter_direction
 
     def told(*args: Any) -> int:
         chosen.append(telling(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(Searcher, "_tighter_direction", told)
+    monkeypatch.setattr(Stages, "_tighter_direction", told)
     pruned = index.search(mentions, 5)
-    assert set(chosen) == {_ENT2MEN if constant == "dual_men2ent" else _MEN2ENT}
+    assert set(chosen) == {ENT2MEN if constant == "dual_men2ent" else MEN2ENT}
     assert pruned.entity_ids == index.search(mentions, 5, method="exhaustive").entity_ids
 
 
