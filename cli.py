@@ -18,6 +18,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from .console import takes_unicode, tolerate_any_text
 from .errors_mimic import MimicError
 
 _TABLES = (".jsonl", ".json", ".csv")
@@ -161,7 +162,8 @@ def link(
             except (MimicError, ValueError) as error:
                 raise CommandError(f"{place}, lines {block[0][0]} to {block[-1][0]}: {error}") from error
             for (_, record, _), linked in zip(block, found, strict=True):
-                print(json.dumps({**record, "entities": linked}, ensure_ascii=False), file=output)
+                line = json.dumps({**record, "entities": linked}, ensure_ascii=not takes_unicode(output))
+                print(line, file=output)
             output.flush()
     finally:
         if output_file is not None:
@@ -409,6 +411,7 @@ for _name, (_module, _help) in _PROGRAMS.items():
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 1 or 2 with a line on the standard error stream where something is wrong,
     130 where it was interrupted."""
+    tolerate_any_text()
     try:
         app(args=None if argv is None else list(argv), prog_name="mimic-el")
     except SystemExit as end:

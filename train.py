@@ -7,7 +7,7 @@ the encoded knowledge base in `index`. Run the same command again to go on after
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import json
 import logging
 import os
@@ -16,11 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
+from mimic_el.console import busy_machine, did_you_mean, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
@@ -38,6 +40,30 @@ from mimic_el.training.trainer import INDEX_FOLDER, MimicTrainer
 logger = logging.getLogger("mimic_el.train")
 
 
+def option_parser() -> HfArgumentParser:
+    """The parser of all options. Its help has the project's own first, then the rest of `TrainingArguments`."""
+    kinds: Any = (ModelArguments, DataArguments, MimicTrainingArguments)
+    parser = HfArgumentParser(kinds, description=__doc__, usage="%(prog)s [CONFIG.yaml] [--option value ...]")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    own = {name for kind in (ModelArguments, DataArguments) for name in kind.__dataclass_fields__}
+    recipe = set(MimicTrainingArguments.__annotations__)
+    titles = {
+        "The model": {name for name in own if name in ModelArguments.__dataclass_fields__},
+        "The data": {name for name in own if name in DataArguments.__dataclass_fields__},
+        "The training: the published recipe, and what is this project's own": recipe,
+    }
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    rest = parser.add_argument_group("Everything else that transformers.TrainingArguments has")
+    for action in list(parser._actions):
+        title = next((title for title, names in titles.items() if action.dest in names), None)
+        if action.dest != "help":
+            (groups[title] if title else rest)._group_actions.append(action)
+    kept = [*groups.values(), rest]
+    parser._action_groups = [group for group in parser._action_groups if group.title == "options"] + kept
+    parser._action_groups[0]._group_actions = [action for action in parser._actions if action.dest == "help"]
+    return parser
+
+
 def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, MimicTrainingArguments]:
     """Arguments from the command line: options, or a YAML or JSON file and options that go before what it says.
 
@@ -45,8 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
         ValueError: if the file is no mapping, or has a key that is no option.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    kinds: Any = (ModelArguments, DataArguments, MimicTrainingArguments)
-    parser = HfArgumentParser(kinds, description=__doc__)
+    parser = option_parser()
     if argv and not argv[0].startswith("-"):
         path = Path(argv.pop(0))
         if not path.is_file() and path.name == str(path) and not path.suffix:
@@ -54,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
             if path.name not in packaged:
                 raise ValueError(
                     f"There is no configuration {path.name!r}: name a YAML or JSON file, or one of "
-                    f"{', '.join(sorted(packaged))}."
+                    f"{', '.join(sorted(packaged))}.{did_you_mean(path.name, packaged)}"
                 )
             path = packaged[path.name]
         try:
@@ -68,9 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
         options = {action.dest for action in parser._actions}
         for name in settings:
             if name not in options:
-                near = difflib.get_close_matches(str(name), options, n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise ValueError(f"{path}: there is no option {name!r}.{hint}")
+                raise ValueError(f"{path}: there is no option {name!r}.{did_you_mean(str(name), options)}")
         data = Path(__file__).parent / str(settings.get("dataset_name"))
         if path.resolve().parent == Path(__file__).resolve().parent / "configs" and data.is_dir():
             settings["dataset_name"] = str(data)  # a data set of the package, wherever the command runs
@@ -80,9 +103,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
     for word in argv:
         option = word.partition("=")[0]
         if option.startswith("--") and not any(name.startswith(option) for name in known):
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"There is no option {option!r}.{hint}")
+            raise ValueError(f"There is no option {option!r}.{did_you_mean(option, known)}")
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # type: ignore[return-value]
 
 
@@ -128,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     if args.should_log:
         transformers.utils.logging.set_verbosity_warning()
+    if args.should_log and args.device.type == "cpu" and (note := busy_machine(torch.get_num_threads())):
+        logger.info(note)
     output_dir = Path(args.output_dir or ".")
     checkpoint = checkpoint_to_resume(args, data_args.overwrite_output_dir) if args.do_train else None
     set_seed(args.seed)
@@ -246,10 +269,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """The command: [`main`], but what the user can mend is one line and the exit status 2."""
+    """The command: [`main`], but what the user can mend is one line and the exit status 2.
+
+    With `--log_level debug` the place in the code is shown as well.
+    """
+    tolerate_any_text()
     try:
         main(argv)
-    except (MimicError, ValueError) as error:
+    except (MimicError, ValueError, OSError) as error:  # no such checkpoint, a full disk, a Hub that does not answer
+        if "debug" in (argv or sys.argv):
+            raise
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -33,6 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mimic_el.console import parse, say, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.hub_files_mimic import hub_files
 from mimic_el.images_mimic import MAX_PIXELS
@@ -319,9 +320,9 @@ def _card_facts(source: Source, manifest: Manifest, options: Options) -> CardFac
 
 
 def _print(source: Source, report: Report, problems_path: Path) -> None:
-    print(f"{source.benchmark.pretty_name}: {source.format}")
-    print(report.text())
-    print(f"Findings are listed in {problems_path}.")
+    say(f"{source.benchmark.pretty_name}: {source.format}")
+    say(report.text())
+    say(f"Findings are listed in {problems_path}.")
 
 
 def _open(name: str, data_dir: str | os.PathLike, report: Report, options: Options) -> Source:
@@ -435,6 +436,7 @@ def push(output_dir: str | os.PathLike, repo_id: str, *, private: bool = False) 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Turn the archives of a multimodal entity linking data set into a Hub data set.",
+        allow_abbrev=False,
     )
     parser.add_argument("name", choices=list(BENCHMARKS), help="the data set; 'custom' for your own CSV or JSON Lines")
     parser.add_argument("--data_dir", required=True, help="its folder, .zip or uncompressed .tar")
@@ -503,8 +505,9 @@ def _run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 1 where nothing was written, or 130 where it was interrupted."""
+    tolerate_any_text()
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if not (args.output_dir or args.push_to_hub or args.report_only):
         parser.error("give --output_dir, --push_to_hub or --report_only")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")

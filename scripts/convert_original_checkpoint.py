@@ -31,6 +31,7 @@ from transformers import CLIPConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from mimic_el.configuration_mimic import MimicConfig
+from mimic_el.console import parse, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
@@ -390,7 +391,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="with --to_original: write the position_ids buffers that transformers before 4.31 expects",
     )
-    arguments = parser.parse_args(argv)
+    tolerate_any_text()
+    arguments = parse(parser, argv)
     try:
         if arguments.to_original:
             _convert_back(arguments)

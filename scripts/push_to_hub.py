@@ -32,9 +32,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_session, validate_repo_id
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mimic_el.configuration_mimic import MimicConfig
+from mimic_el.console import parse, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.hub_files_mimic import REPLACED, hub_files
 from mimic_el.index_mimic import EntityIndex
@@ -182,7 +184,8 @@ def _read_card(path: Path) -> RepoCard:
     try:
         return RepoCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise PublishError(f"{path} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise PublishError(f"{path} cannot be read: its metadata is not valid YAML, or no text ({reason})") from error
 
 
 def dataset_repository(directory: Path, repo_id: str) -> Repository:
@@ -350,11 +353,9 @@ def snippet(model: str | None, index: str | None, default: bool, datasets: Seque
 
 
 def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+    if size < 1000:
+        return f"{size:.0f} B"  # which tqdm would give two decimals
+    return tqdm.format_sizeof(size, "B")
 
 
 def _first_line(error: Exception) -> str:
@@ -450,8 +451,9 @@ def _loaded(directory: Path) -> MimicModel:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0, or 1 where something is wrong, or 130 where it was interrupted."""
+    tolerate_any_text()
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if not (args.model_dir or args.index_dir or args.dataset_dir):
         parser.error("give --model_dir, --index_dir or --dataset_dir")
     api = HfApi()

@@ -344,3 +344,23 @@ def test_cards_that_are_not_valid_are_named(publish: Callable[..., Any], directo
     status, _, errors = publish("--dry_run")
     assert status == 1
     assert errors.startswith(f"error: {directories / directory / 'README.md'} cannot be read")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["a: [", "a: b: c", "- a\n- b", "license: {", "\t- x", "!!python/object:os.system {}", "&a [*a, *a]", "configs: 5",
+     "configs: [5]", "datasets: {a: 1}", "model-index: 5", "\x00"],
+)  # fmt: skip
+@pytest.mark.parametrize("what", ["linker", "toys"])
+def test_a_card_whose_metadata_is_damaged_is_one_line(
+    directories: Path, capsys: pytest.CaptureFixture[str], metadata: str, what: str
+) -> None:
+    (directories / what / "README.md").write_text(f"---\n{metadata}\n---\n# Hi\n")
+    option = "--model_dir" if what == "linker" else "--dataset_dir"
+    status = main(["--namespace", "alice", option, str(directories / what), "--dry_run"])
+    printed = capsys.readouterr().err
+    assert status in (0, 1)
+    assert "Traceback" not in printed
+    if status:
+        assert printed.startswith("error: ")
+        assert len(printed.strip().splitlines()) == 1
