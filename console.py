@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from typing import IO, Any
 
 
 def tolerate_any_text() -> None:
@@ -24,14 +24,14 @@ def tolerate_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
+def say(text: str, stream: IO[str] | None = None) -> None:
     """Prints text, what the stream's encoding has not as escapes."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
-def takes_unicode(stream: TextIO) -> bool:
+def takes_unicode(stream: IO[str]) -> bool:
     """Whether a stream can write any text as it is."""
     return (getattr(stream, "encoding", None) or "").lower().replace("-", "").replace("_", "") in ("utf8", "utf8sig")
 

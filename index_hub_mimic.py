@@ -101,6 +101,10 @@ def download_index(repo_id: str, repo_type: str, subfolder: str, revision: str |
     options |= {"repo_id": repo_id, "repo_type": repo_type}
     folder = subfolder.strip("/")
     place = f"the folder {folder} of {repo_id}" if folder else repo_id
+    if "/" not in repo_id and repo_type == "dataset":  # no need to ask the Hub
+        raise EntityIndexError(
+            f"There is no directory {repo_id!r}, and it is not the id of a Hub repository (user/name) either."
+        )
     try:
         # The commit of the list of files is the one that they are taken from, even if the branch moves meanwhile.
         listed = Path(hf_hub_download(filename=MANIFEST, subfolder=folder or None, revision=revision, **options))

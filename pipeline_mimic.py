@@ -264,7 +264,7 @@ def _default_index(config: MimicConfig, index_kwargs: dict[str, Any]) -> EntityI
         options = {"revision": config.default_index_revision, **index_kwargs}
     try:
         return EntityIndex.from_pretrained(place, **options)
-    except EntityIndexError as error:
+    except (EntityIndexError, OSError) as error:  # without a network, or none of that name
         raise EntityIndexError(
             f"{error} The checkpoint {checkpoint!r} names {name!r} as its default index; to use another knowledge "
             "base, pass `index=` or `entities=`."

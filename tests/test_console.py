@@ -57,7 +57,7 @@ def test_say_writes_what_the_stream_has() -> None:
         stream = io.TextIOWrapper(io.BytesIO(), encoding)
         say("Łódź", stream)
         stream.flush()
-        assert stream.buffer.getvalue().decode(encoding) == expected  # type: ignore[attr-defined]
+        assert stream.buffer.getvalue().decode(encoding) == expected
 
 
 def test_json_of_linked_mentions_stays_json_on_any_stream() -> None:
@@ -66,7 +66,7 @@ def test_json_of_linked_mentions_stays_json_on_any_stream() -> None:
         text = json.dumps({"name": "東京 😀"}, ensure_ascii=not console.takes_unicode(stream))
         stream.write(text)
         stream.flush()
-        assert json.loads(stream.buffer.getvalue().decode(encoding)) == {"name": "東京 😀"}  # type: ignore[attr-defined]
+        assert json.loads(stream.buffer.getvalue().decode(encoding)) == {"name": "東京 😀"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from python_processes import ForkingPython, clean_python, own_python
 from toy_data import write_dataset
 from transformers import pipeline
 
-from mimic_el import EntityIndex, EntityIndexError, MimicModel, MimicProcessor
+from mimic_el import EntityIndex, EntityIndexError, MimicModel, MimicProcessor, index_hub_mimic
+from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
 
 ALICE, BOB = "hf_alice", "hf_bob"
 INDEX = "alice/kb-index"
@@ -335,6 +336,26 @@ def test_what_is_no_index(api: HfApi, empty_cache: Path, name: str, message: str
     with pytest.raises(EntityIndexError) as error:
         EntityIndex.from_pretrained(name)
     assert message in str(error.value)
+
+
+def test_a_name_that_no_repository_can_have_is_not_asked_for(monkeypatch: pytest.MonkeyPatch):
+    def asked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(index_hub_mimic, "hf_hub_download", asked)
+    with pytest.raises(EntityIndexError, match=r"There is no directory 'nothere', and it is not the id of a Hub"):
+        EntityIndex.from_pretrained("nothere")
+
+
+def test_a_default_index_that_cannot_be_had_is_named(linker: Linker, monkeypatch: pytest.MonkeyPatch):
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(index_hub_mimic, "hf_hub_download", offline)
+    model, processor = linker
+    monkeypatch.setattr(model.config, "default_index", "alice/elsewhere")
+    with pytest.raises(EntityIndexError, match=r"no network .* names 'alice/elsewhere' as its default .*`index=`"):
+        MultimodalEntityLinkingPipeline(model=model, processor=processor)({"mention": "a", "text": "a"})
 
 
 def test_index_of_another_model(api: HfApi, clean: ForkingPython, data: dict[str, Any], tmp_path: Path):
