@@ -16,7 +16,7 @@ from .registration import register_with_transformers
 
 if TYPE_CHECKING:
     from .configuration_mimic import MimicConfig
-    from .errors_mimic import EntityIndexError, MimicError, MimicImageError, UnknownEntityError
+    from .errors_mimic import EntityIndexError, MentionError, MimicError, MimicImageError, UnknownEntityError
     from .index_mimic import EntityIndex, RankResult, SearchResult
     from .modeling_mimic import EntityFeatures, MentionFeatures, MimicModel, MimicOutput
     from .pipeline_mimic import MultimodalEntityLinkingPipeline
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Where each public name is defined.
 _HOMES = {
     "configuration_mimic": ["MimicConfig"],
-    "errors_mimic": ["EntityIndexError", "MimicError", "MimicImageError", "UnknownEntityError"],
+    "errors_mimic": ["EntityIndexError", "MentionError", "MimicError", "MimicImageError", "UnknownEntityError"],
     "index_mimic": ["EntityIndex", "RankResult", "SearchResult"],
     "modeling_mimic": ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput"],
     "pipeline_mimic": ["MultimodalEntityLinkingPipeline"],
@@ -74,6 +74,7 @@ __all__ = [
     "EntityIndexError",
     "KnowledgeBase",
     "MentionEntityCollator",
+    "MentionError",
     "MentionFeatures",
     "MimicConfig",
     "MimicError",

@@ -10,6 +10,7 @@ from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 from .backbones_mimic import BACKBONES, SUPPORTED, TEXT_POOLINGS, backbone_of, config_of
 
 PIPELINE_TASK = "multimodal-entity-linking"
+CONTEXT_WINDOWS = ("start", "mention")
 _CUSTOM_PIPELINES = {
     PIPELINE_TASK: {
         "impl": "pipeline_mimic.MultimodalEntityLinkingPipeline",
@@ -67,6 +68,9 @@ class MimicConfig(PreTrainedConfig):
         text_pooling (`str`, *optional*):
             How a VisionTextDualEncoder backbone pools texts: "mean" of the tokens that are no padding, or the "first"
             token. By default with the text encoder's own pooling layer. The other families have their own way.
+        context_window (`str`, defaults to "start"):
+            Which part of a mention's text is read where not all of it fits in `text_max_length` tokens: "start", as
+            published, or "mention", the words around the mention.
 
     Raises:
         TypeError: if `backbone_config` is not the configuration of a supported dual encoder, or a `dict` of one.
@@ -103,6 +107,7 @@ class MimicConfig(PreTrainedConfig):
         default_index: str | None = None,
         default_index_revision: str | None = None,
         text_pooling: str | None = None,
+        context_window: str = "start",
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _as_backbone_config(backbone_config)
@@ -118,7 +123,9 @@ class MimicConfig(PreTrainedConfig):
         self.default_index = default_index
         self.default_index_revision = default_index_revision
         self.text_pooling = text_pooling
+        self.context_window = context_window
         self._check()
+        check_context_window("MimicConfig", context_window)
         if self.pipeline_is_installed and "custom_pipelines" in kwargs:
             kwargs["custom_pipelines"] = _InstalledPipelines(kwargs["custom_pipelines"])
         super().__init__(**kwargs)
@@ -216,6 +223,12 @@ class MimicConfig(PreTrainedConfig):
         if length is not None:
             kwargs.setdefault("text_max_length", length)
         return cls(backbone_config=config, **kwargs)
+
+
+def check_context_window(owner: str, value: Any) -> None:
+    """Raises a `ValueError` for a context window that there is not."""
+    if value not in CONTEXT_WINDOWS:
+        raise ValueError(f"{owner}: `context_window` must be one of {', '.join(CONTEXT_WINDOWS)}, got {value!r}.")
 
 
 HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")

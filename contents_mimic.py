@@ -7,12 +7,14 @@ thread. Knows records, shards and files, not how they are searched.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +22,13 @@ from .building_mimic import Builder, ImagesRead
 from .directory_mimic import (
     Manifest,
     locked_for_change,
+    names_path,
     new_shard_name,
     publish,
     shard_size,
 )
 from .errors_mimic import EntityIndexError, UnknownEntityError
+from .names_mimic import NameTable
 from .records_mimic import entity_id_of
 from .store_mimic import Shard, Store, join_shards, read_shard, write_shard
 
@@ -77,13 +81,88 @@ class Contents:
             ValueError: if they are a string.
             UnknownEntityError: if some are not there.
         """
-        if entity_ids is None:
-            return None
+        if entity_ids is None or isinstance(entity_ids, Tensor):  # rows already
+            return entity_ids
         if isinstance(entity_ids, str):
             raise ValueError(
                 f"Candidates must be a list of entity ids for each mention, got the string {entity_ids!r}."
             )
         return torch.tensor(sorted(set(self.rows(entity_ids))), dtype=torch.long)
+
+    # --- Names
+
+    @functools.cached_property
+    def names(self) -> NameTable | None:
+        """The names of the entities of all rows; `None` for a stored index that was made without."""
+        if self.directory is not None:
+            path = names_path(self.directory, self.manifest)
+            if path is None:
+                return None
+            if path.exists():
+                return NameTable.load(path, len(self.store))[0]
+        # In memory; or another process has replaced the file since this state was opened.
+        return NameTable.of(record for shard in self.store.shards for record in shard.table)
+
+    def _known_names(self) -> tuple[NameTable, np.ndarray | None]:
+        """The names, and for each row whether its entity was removed, where some were.
+
+        Raises:
+            EntityIndexError: if the index was made without names.
+        """
+        if self.names is None:
+            raise EntityIndexError(
+                f"The index {self.directory} was made by a version that did not store names, so they cannot be looked "
+                "for. Call index.build_names() once."
+            )
+        return self.names, self.store.removed.numpy() if self.store.removed_count else None
+
+    def rows_named(self, name: str, max_distance: int = 0) -> list[int]:
+        """The rows of the entities that bear a name: as it is written, else but for case, else nearly.
+
+        Args:
+            name: a name or an alias.
+            max_distance: edits by which a name may differ.
+        """
+        names, removed = self._known_names()
+        exact, folded = names.rows_of(name, removed)
+        if exact or folded or max_distance < 1:
+            return exact or folded
+        return names.nearest(name, max_distance, removed)
+
+    def spans_of_names(self, text: str, lower_case: bool) -> list[tuple[int, int]]:
+        """Where names occur in a text: see [`NameTable`]."""
+        names, removed = self._known_names()
+        return names.spans_in(text, removed, lower_case)
+
+    def bearers(self, name: str) -> Tensor | None:
+        """The rows of the entities that bear a name, but for case, in order; `None` where there are none."""
+        names, removed = self._known_names()
+        rows = names.rows_of(name, removed)[1]
+        return torch.tensor(sorted(rows), dtype=torch.long) if rows else None
+
+    def candidates_by_name(
+        self, candidates: Sequence[Any], names: Sequence[str] | None
+    ) -> tuple[list[Any], list[Tensor | None]]:
+        """Candidates with those that are found by name as rows, and for each mention rows that come in addition.
+
+        Args:
+            candidates: for each mention ids, "names", "names+search" or `None`.
+            names: what each mention says; not needed without candidates by name.
+
+        Raises:
+            ValueError: if there are candidates by name and no names.
+        """
+        allowed: list[Any] = list(candidates)
+        added: list[Tensor | None] = [None] * len(candidates)
+        for place, given in enumerate(candidates):
+            if not isinstance(given, str) or given not in BY_NAME:
+                continue
+            if names is None or len(names) != len(candidates):
+                raise ValueError(f'For candidates="{given}" the names must be given: what each mention says.')
+            rows: Any = self.bearers(names[place])
+            allowed[place] = rows if given == "names" else None
+            added[place] = rows if given != "names" else None
+        return allowed, added
 
     # --- Changes
 
@@ -138,6 +217,23 @@ class Contents:
             shards = self.store.compacted(shard_size, new_shard_name)
             return self._next([self._written(shard) for shard in shards], None)
 
+    def with_names(self) -> Contents:
+        """With the names of its entities, for an index that was made without.
+
+        Raises:
+            EntityIndexError: if another process is changing the index.
+        """
+        if self.directory is not None and not self.read_only:
+            with self._changing():
+                manifest = dict(self.manifest)
+                publish(self.directory, manifest, self.store)
+            return dataclasses.replace(self, manifest=manifest)
+        if self.names is None:  # in the Hub's cache, which must not be changed: in memory
+            made = dataclasses.replace(self)
+            made.__dict__["names"] = NameTable.of(record for shard in self.store.shards for record in shard.table)
+            return made
+        return self
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Holds the index for one change: nobody else may change it, nor may it have changed since it was opened."""
@@ -187,7 +283,10 @@ class Contents:
         return dataclasses.replace(self, manifest=manifest, store=store)
 
 
+# Candidates that are found by a mention's name.
+BY_NAME = ("names", "names+search")
+
 # A shard and its entry of the manifest; without one in memory.
 _Entry = tuple[Shard, dict[str, Any] | None]
 
-__all__ = ["Contents"]
+__all__ = ["BY_NAME", "Contents"]

@@ -36,6 +36,7 @@ from .files_mimic import (
 from .identity_mimic import check_facts
 from .index_card_mimic import card_of_index
 from .matching_mimic import Matcher
+from .names_mimic import NameTable
 from .store_mimic import (
     STORED_DTYPES,
     Store,
@@ -56,7 +57,7 @@ SHARD_ENTITIES = 8192
 _SHARDS_BEFORE_GROWTH, _MOST_GROWTH = 64, 8
 _OPENINGS = 20
 _WAIT_SECONDS = 0.01
-_PART = re.compile(r"(shard|removed|matcher|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
+_PART = re.compile(r"(shard|removed|matcher|names|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
 # Ours, and those that safetensors makes while it writes.
 _TEMPORARY = re.compile(rf"\.({_PART.pattern}|{MANIFEST}|{BUILD_STATE}|README\.md)\.[0-9]+\.tmp|\.tmp[A-Za-z0-9]{{6}}")
 
@@ -72,6 +73,7 @@ def new_manifest(dtype: str, model: Mapping[str, Any]) -> Manifest:
         "dtype": dtype,
         "model": dict(model),
         "removed": None,
+        "names": None,
     }
 
 
@@ -193,6 +195,8 @@ def _wrong_part(manifest: Mapping[str, Any]) -> str | None:
         return "removed"
     if manifest["removed"] is not None:
         shard_files(manifest["removed"])
+    if manifest.get("names") is not None:  # an older index has none
+        shard_files(manifest["names"])
     if not _are_file_facts(manifest.get("files", {}), ()):
         return "files"
     return None
@@ -223,6 +227,8 @@ def files_of(manifest: Mapping[str, Any]) -> list[str]:
         files += shard_files(entry["name"])
     if manifest["removed"]:
         files.append(shard_files(manifest["removed"])[0])
+    if manifest.get("names"):
+        files.append(shard_files(manifest["names"])[0])
     return files
 
 
@@ -287,7 +293,8 @@ def publish(directory: Path, manifest: Manifest, store: Store, matcher: Matcher 
         _write_removed(directory, manifest["generation"], store.removed) if store.removed_count else None
     )
     manifest["entities"] = len(store) - store.removed_count
-    own = [shard_files(name)[0] for name in (manifest["matcher"], manifest["removed"]) if name]
+    manifest["names"] = _write_names(directory, store)
+    own = [shard_files(manifest[part])[0] for part in ("matcher", "removed", "names") if manifest[part]]
     manifest["files"] = {file: file_facts(directory / file) for file in own}
     manifest["digest"] = sealed(manifest)["digest"]
     write_text(directory / "README.md", card_of_index(directory.resolve().name, manifest, store))
@@ -402,6 +409,39 @@ def _read_removed(directory: Path, name: str | None, count: int) -> Tensor | Non
     return removed
 
 
+def names_path(directory: Path, manifest: Mapping[str, Any]) -> Path | None:
+    """Where the names of an index are stored; `None` for one that was made without."""
+    name = manifest.get("names")
+    return None if name is None else directory / shard_files(name)[0]
+
+
+def _write_names(directory: Path, store: Store) -> str:
+    """Writes the names of all rows, and gives the file's name. Those of shards that were there are not read again."""
+    shards = [shard.name for shard in store.shards]
+    before, known, names = _names_before(directory)
+    if before is not None and known == shards:
+        return before
+    same = 0
+    while same < min(len(known), len(shards)) and known[same] == shards[same]:
+        same += 1
+    rest = NameTable.of((record for shard in store.shards[same:] for record in shard.table), store.starts[same])
+    made = rest if names is None or not same else names.up_to(store.starts[same]).followed_by(rest)
+    name = f"names-{secrets.token_hex(6)}"
+    write_atomically(directory / shard_files(name)[0], lambda path: made.save(path, shards))
+    return name
+
+
+def _names_before(directory: Path) -> tuple[str | None, list[str], NameTable | None]:
+    """The file of names that lies in a directory, the shards that it is of, and what it holds."""
+    with suppress(EntityIndexError):
+        manifest = read_manifest(directory)
+        if manifest.get("names"):
+            count = sum(entry["count"] for entry in manifest["shards"])
+            names, known = NameTable.load(directory / shard_files(manifest["names"])[0], count)
+            return manifest["names"], known, names
+    return None, [], None
+
+
 def _write_matcher(directory: Path, matcher: Matcher) -> str:
     weights = {name: t.detach().float().cpu().contiguous() for name, t in matcher.state_dict().items()}
     name = f"matcher-{secrets.token_hex(6)}"
@@ -438,6 +478,7 @@ __all__ = [
     "files_of",
     "is_part",
     "locked_for_change",
+    "names_path",
     "new_manifest",
     "new_shard_name",
     "next_generation",

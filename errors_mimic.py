@@ -11,6 +11,10 @@ class MimicImageError(MimicError, ValueError):
     """An image that cannot be read, with what was wrong and where."""
 
 
+class MentionError(MimicError, ValueError):
+    """A mention or a document that cannot be linked as it is, with which of its fields and why."""
+
+
 class EntityIndexError(MimicError, ValueError):
     """An index that is damaged, unfinished, locked, of another model, or used in a way that it does not allow."""
 
@@ -22,4 +26,4 @@ class UnknownEntityError(MimicError, KeyError):
         return str(self.args[0])  # a KeyError would show it quoted
 
 
-__all__ = ["EntityIndexError", "MimicError", "MimicImageError", "UnknownEntityError"]
+__all__ = ["EntityIndexError", "MentionError", "MimicError", "MimicImageError", "UnknownEntityError"]

@@ -41,6 +41,7 @@ INDEX_FILES = (
     "shard-*.jsonl",
     "removed-*.safetensors",
     "matcher-*.safetensors",
+    "names-*.safetensors",
     "README.md",
 )
 # Of a data set's directory all but what is hidden or half written, in its folders too.
@@ -49,7 +50,7 @@ _HALF_WRITTEN = ("*.incomplete", "*.partial", "*.tmp")
 # What would be read beside the new files if it stayed on the Hub: parts of what had another number of parts.
 REPLACED = {
     "model": ("*.safetensors", "*.safetensors.index.json"),
-    "index": ("shard-*", "removed-*", "matcher-*"),
+    "index": ("shard-*", "removed-*", "matcher-*", "names-*"),
     "dataset": ("*.parquet",),
 }
 _FILES = {"model": MODEL_FILES, "index": INDEX_FILES, "dataset": DATASET_FILES}

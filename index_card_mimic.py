@@ -92,7 +92,10 @@ def index_card(
         dataset_info=[
             {
                 "config_name": "entities",
-                "features": [{"name": name, "dtype": kind} for name, kind in facts.fields.items()],
+                "features": [
+                    {"name": name, "list": "string"} if kind == "list" else {"name": name, "dtype": kind}
+                    for name, kind in facts.fields.items()
+                ],
             }
         ],
     )

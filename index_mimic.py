@@ -23,12 +23,12 @@ from tqdm.auto import tqdm
 from .building_mimic import Builder, build_in_directory, build_in_memory, shards_of_features
 from .contents_mimic import Contents
 from .directory_mimic import new_manifest, open_directory, save_copy, shortlist_path, verify_files
-from .errors_mimic import EntityIndexError
+from .errors_mimic import EntityIndexError, MimicError
 from .files_mimic import no_space_told
 from .identity_mimic import check_made_by, copy_of_matcher, model_facts
 from .index_hub_mimic import download_index, files_for_hub, upload_index
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, PairScores
-from .mentions_mimic import checked_mentions, encoded_mentions
+from .mentions_mimic import answer_of_error, checked_mentions, encoded_mentions, place_in_input
 from .modeling_mimic import MimicModel
 from .pairs_mimic import SearchStats
 from .processing_mimic import MimicProcessor
@@ -155,6 +155,48 @@ class EntityIndex:
         contents = self._contents
         return contents.store.record(contents.rows([entity_id])[0])
 
+    # --- Names
+
+    def find(self, name: str, *, max_distance: int = 2) -> list[str]:
+        """The ids of the entities that bear a name or alias, in the index's order: as it is written; where there are
+        none but for case and the form of its Unicode; and where there are none either, those whose names are nearest.
+
+        Args:
+            name: the name.
+            max_distance: how many characters may differ in the last case, which needs `rapidfuzz`; a third of the
+                name's at most. 0 leaves that case out.
+
+        Raises:
+            EntityIndexError: if the index was made without names: see [`build_names`].
+        """
+        contents = self._contents
+        rows = contents.rows_named(name, min(max_distance, len(name) // 3))
+        return [contents.store.record(row)["id"] for row in rows]
+
+    def find_mentions(self, text: str, *, lower_case: bool = False) -> list[tuple[int, int]]:
+        """Where names and aliases of the entities occur in a text: start and end of each place, in characters.
+
+        Names are whole words, in any script; case and the form of the Unicode do not matter. Where several overlap
+        the longest is taken. What is too common is not: one character, what has no letter, stop words, and a single
+        word in lower case for a name that is not written so.
+
+        Args:
+            text: any text.
+            lower_case: whether such words in lower case are taken too.
+
+        Raises:
+            EntityIndexError: if the index was made without names: see [`build_names`].
+        """
+        return self._contents.spans_of_names(text, lower_case)
+
+    def build_names(self) -> None:
+        """Makes the table of names of an index that was made without; a stored index keeps it.
+
+        Raises:
+            EntityIndexError: if another process is changing the index.
+        """
+        self._contents = self._contents.with_names()
+
     def check_model(self, model: MimicModel, processor: MimicProcessor | None = None) -> None:
         """Makes sure that a model is the one whose features this index holds, and a processor, where it is given, the
         one that its entities were read with.
@@ -174,20 +216,30 @@ class EntityIndex:
         top_k: int = 5,
         *,
         batch_size: int = 32,
-        candidates: Sequence[Sequence[str] | None] | None = None,
+        candidates: Sequence[Sequence[str] | str | None] | str | None = None,
         method: str = "pruned",
         on_image_error: str = "raise",
+        on_error: str = "raise",
+        context_window: str | None = None,
         show_progress: bool = False,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[Any]:
         """Finds the entities that fit each mention best, from the mentions as they are.
 
         Args:
             model, processor: what made the index, and encodes the mentions; on the model's device.
-            mentions: M dicts with `mention`, `text` and, where there is one, `image`.
+            mentions: M dicts with `mention`, `text` and, where there is one, `image`; `start` and `end`, the mention's
+                place in its text, are of use for the context window "mention".
             top_k: number of entities for each mention.
             batch_size: mentions encoded at a time.
-            candidates, method: as in [`search`].
+            candidates: for each mention, or for all of them, what it may mean. A list of ids; "names" for the entities
+                that bear the mention's words as their name or alias, and all where there are none; "names+search" for
+                these and what the search finds among all, `top_k` of each at most; or `None` for all.
+            method: as in [`search`].
             on_image_error: "raise", or "warn" to go on without an image that cannot be read.
+            on_error: what follows from a mention that cannot be linked. "raise" ends the call with an error that
+                names its row and id; "warn" gives an empty list in its place; "return" a dict with `error`, the
+                message, and `error_type`.
+            context_window: "start" or "mention", in place of the configuration's: see [`MimicConfig`].
             show_progress: whether to show a progress bar.
 
         Returns:
@@ -195,20 +247,73 @@ class EntityIndex:
             `text_score`, `image_score` and `cross_modal_score`.
 
         Raises:
-            ValueError: if a mention is not as described, or an argument is not valid.
+            MentionError: if a mention is not as described.
+            ValueError: if an argument is not valid.
             MimicImageError: if an image cannot be read.
             EntityIndexError: if the index is of another model.
         """
         self.check_model(model, processor)
-        features = encoded_mentions(model, processor, mentions, batch_size, on_image_error, show_progress)
-        if features is None:
-            return []
-        return self.link_encoded(features, top_k, candidates=candidates, method=method, show_progress=show_progress)
+        encoded = encoded_mentions(
+            model, processor, mentions, batch_size, on_image_error, show_progress, on_error, context_window
+        )
+        count = len(encoded.rows) + len(encoded.failed)
+        given = [candidates] * count if candidates is None or isinstance(candidates, str) else list(candidates)
+        if len(given) != count:
+            raise ValueError(f"There are {count} mentions, but candidates for {len(given)}.")
+        answers: list[Any] = [encoded.failed.get(row) for row in range(count)]
+        kept = []
+        for place, row in enumerate(encoded.rows):
+            try:
+                if not isinstance(given[row], str):
+                    self._contents.candidate_rows(given[row])
+                kept.append(place)
+            except (MimicError, ValueError) as error:
+                answers[row] = answer_of_error(error, place_in_input(row, None), on_error)
+        if kept and encoded.features is not None:
+            found = self.link_encoded(
+                encoded.features[torch.tensor(kept)],
+                top_k,
+                candidates=[given[encoded.rows[place]] for place in kept],
+                names=[encoded.mentions[place].mention for place in kept],
+                method=method,
+                show_progress=show_progress,
+            )
+            for place, entities in zip(kept, found, strict=True):
+                answers[encoded.rows[place]] = entities
+        return answers
 
-    def link_encoded(self, mentions: MentionFeatures, top_k: int = 5, **options: Any) -> list[list[dict[str, Any]]]:
-        """As [`link`], of mentions that were encoded before; arguments as of [`search`]."""
+    def link_encoded(
+        self,
+        mentions: MentionFeatures,
+        top_k: int = 5,
+        *,
+        candidates: Sequence[Sequence[str] | str | None] | str | None = None,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[list[dict[str, Any]]]:
+        """As [`link`], of mentions that were encoded before.
+
+        Args:
+            mentions, top_k, **options: as of [`search`].
+            candidates: as of [`link`].
+            names: what each mention says, for candidates that are found by name.
+        """
         contents = self._contents
-        found = self._search(contents, mentions, top_k, **options)
+        given = [candidates] * len(mentions) if candidates is None or isinstance(candidates, str) else list(candidates)
+        allowed, added = contents.candidates_by_name(given, names)
+        linked = self._linked(contents, mentions, top_k, allowed, **options)
+        rows = [row for row, bearers in enumerate(added) if bearers is not None]
+        if rows:
+            named = self._linked(contents, mentions[torch.tensor(rows)], top_k, [added[row] for row in rows], **options)
+            for row, entities in zip(rows, named, strict=True):
+                both = {found["entity_id"]: found for found in [*entities, *linked[row]]}
+                linked[row] = sorted(both.values(), key=lambda found: -found["score"])
+        return linked
+
+    def _linked(
+        self, contents: Contents, mentions: MentionFeatures, top_k: int, candidates: Sequence[Any], **options: Any
+    ) -> list[list[dict[str, Any]]]:
+        found = self._search(contents, mentions, top_k, candidates=candidates, **options)
         names = ("score", "text_score", "image_score", "cross_modal_score")
         linked = []
         for rows, *scores in zip(found.rows.tolist(), *_arrays(found.scores), strict=True):

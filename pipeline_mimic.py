@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline
+from transformers.utils import logging
 
-from .configuration_mimic import PIPELINE_TASK, MimicConfig
-from .errors_mimic import EntityIndexError
+from .configuration_mimic import PIPELINE_TASK, MimicConfig, check_context_window
+from .contents_mimic import BY_NAME
+from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
+from .errors_mimic import EntityIndexError, MentionError, MimicError
 from .image_sources_mimic import ImagePlaces
 from .index_mimic import EntityIndex
-from .mentions_mimic import mention_parts
+from .mentions_mimic import Mention, answer_of_error, check_on_error, features_of, tokens_of
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
 from .records_mimic import placed_record, places_of, undecoded
+from .search_mimic import METHODS
+
+logger = logging.get_logger(__name__)
 
 _BAR_FROM_ENTITIES = 500
+# Of one document, where the user does not say how many are to be encoded at a time.
+_MENTIONS_AT_ONCE = 32
+# The arguments of a call.
+_CALL = ("top_k", "candidates", "method", "context_window", "mention_detector", "on_error", "on_image_error")
 
 
 class MultimodalEntityLinkingPipeline(Pipeline):
@@ -135,37 +147,60 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     def _sanitize_parameters(
         self,
         top_k: int | None = None,
-        candidates: Sequence[str] | None = None,
+        candidates: Sequence[str] | str | None = None,
         method: str | None = None,
+        context_window: str | None = None,
+        mention_detector: Any = None,
+        on_error: str | None = None,
+        on_image_error: str | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise TypeError(
-                f"The pipeline {PIPELINE_TASK} has no parameter {', '.join(sorted(unknown))}; it takes top_k, "
-                "candidates and method."
+                f"The pipeline {PIPELINE_TASK} has no parameter {', '.join(sorted(unknown))}; it takes "
+                f"{', '.join(_CALL[:-1])} and {_CALL[-1]}."
             )
-        if isinstance(candidates, str):
-            raise ValueError(f"`candidates` must be a list of entity ids, got the string {candidates!r}.")
-        forward = {"top_k": top_k, "method": method}
-        preprocess = {"candidates": candidates}
-        return (
-            {name: value for name, value in preprocess.items() if value is not None},
-            {name: value for name, value in forward.items() if value is not None},
-            {},
+        if isinstance(candidates, str) and candidates not in BY_NAME:
+            raise ValueError(
+                f"`candidates` must be a list of entity ids, got the string {candidates!r}. (By name they are "
+                f"{' or '.join(map(repr, BY_NAME))}.)"
+            )
+        # What is wrong with the call must not be taken for a fault of each of its mentions.
+        if top_k is not None and (isinstance(top_k, bool) or not hasattr(top_k, "__index__") or top_k < 1):
+            raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
+        if method is not None and method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+        if context_window is not None:
+            check_context_window(f"The pipeline {PIPELINE_TASK}", context_window)
+        if on_error is not None:
+            check_on_error(on_error)
+        if on_image_error not in (None, "raise", "warn"):
+            raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
+        reading = {"on_image_error": on_image_error}
+        forward = {"top_k": top_k, "method": method, "candidates": candidates}
+        answering = {
+            "context_window": context_window,
+            "on_error": on_error,
+            "detector": None if mention_detector is None else detector_of(mention_detector) or NAMES,
+        }
+        return tuple(  # type: ignore[return-value]
+            {name: value for name, value in parameters.items() if value is not None}
+            for parameters in (reading, forward, answering)
         )
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        """Links one mention, a list of mentions, or a data set of them: see the class.
+        """Links one mention or document, a list of them, or a data set: see the class.
 
         Args:
-            inputs: one mention or several.
-            **kwargs: `top_k`, `candidates`, `method` ("pruned" or "exhaustive"), and `batch_size` and `num_workers`
-                as of any pipeline.
+            inputs: one mention or document, or several.
+            **kwargs: the arguments of the class from `top_k` on, and `batch_size` and `num_workers` as of any pipeline.
         """
         if isinstance(inputs, Mapping):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, list | tuple):
             return super().__call__(list(inputs), **kwargs) if inputs else []
+        if hasattr(inputs, "iloc") and hasattr(inputs, "to_dict"):  # a DataFrame
+            return super().__call__(inputs.to_dict("records"), **kwargs) if len(inputs) else []
         places = places_of(inputs, "image", **self._places)
         inputs = undecoded(inputs, "image")
         if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") and not isinstance(inputs, str | bytes):
@@ -174,33 +209,146 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             inputs = (placed_record(mention, "image", places) for mention in inputs)
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, input_: Mapping[str, Any], candidates: Sequence[str] | None = None) -> dict[str, Any]:
-        mention, text, image = mention_parts(input_)
-        own = input_.get("candidates")
-        if isinstance(own, str):
-            raise ValueError(f"`candidates` of a mention must be a list of entity ids, got the string {own!r}.")
-        inputs = dict(self.processor.process_mentions([mention], [text], [image]))
-        inputs["candidates"] = _Candidates(candidates if own is None else own)
-        return inputs
+    def run_single(
+        self,
+        inputs: Any,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Any:
+        item = self.preprocess(inputs, **preprocess_params)
+        return next(self._answers([item], 1, forward_params, postprocess_params))
 
-    def _forward(self, input_tensors: dict[str, Any], top_k: int = 5, method: str = "pruned") -> dict[str, Any]:
-        given = input_tensors.pop("candidates")
-        candidates = [item.ids for item in (given if isinstance(given, list) else [given])]
-        index = self.index
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterable[Any]:
+        reading = Reading(self.processor, preprocess_params)
+        sized = isinstance(inputs, Sized)
+        items = NumberedItems(inputs, reading) if sized else StreamedItems(inputs, reading)
+        if not sized and num_workers > 1:
+            logger.warning("A generator cannot be read by several processes: `num_workers` is set to 1.")
+            num_workers = 1
+        # Workers are forked while the tokenizer's own threads must not run.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        loader: DataLoader[Any] = DataLoader(items, num_workers=num_workers, batch_size=None, collate_fn=_as_it_is)
+        return _Answers(
+            lambda: self._answers(loader, batch_size, forward_params, postprocess_params),
+            len(inputs) if sized else None,
+        )
+
+    def preprocess(self, input_: Any, **options: Any) -> Item:
+        return read_item(input_, None, self.processor, **options)
+
+    def _answers(
+        self, items: Iterable[Item], batch_size: int, forward_params: dict[str, Any], answering: dict[str, Any]
+    ) -> Iterator[Any]:
+        """The answers of items, in their order. Mentions of several documents are encoded together, as many as
+        `batch_size` says; those of one document are in any case."""
+        self.index  # noqa: B018  without one, nothing can be linked
+        on_error = answering.get("on_error", "raise")
+        at_once = batch_size if batch_size > 1 else _MENTIONS_AT_ONCE
+        unfinished: deque[_Answer] = deque()
+        waiting: list[tuple[_Answer, int]] = []
+        for item in items:
+            answer = self._opened(item, answering)
+            if answer.error is not None and on_error == "raise":
+                break  # once what came before is answered
+            unfinished.append(answer)
+            waiting += ((answer, number) for number in range(len(answer.mentions)))
+            while len(waiting) >= at_once or (waiting and batch_size == 1):
+                self._link(waiting[:at_once], forward_params)
+                del waiting[:at_once]
+            while unfinished and unfinished[0].is_done:
+                yield self.postprocess(unfinished.popleft(), on_error)
+        else:
+            answer = None
+        while waiting:
+            self._link(waiting[:at_once], forward_params)
+            del waiting[:at_once]
+        for done in unfinished:
+            yield self.postprocess(done, on_error)
+        if answer is not None:
+            self.postprocess(answer, on_error)
+
+    def _opened(self, item: Item, answering: dict[str, Any]) -> _Answer:
+        """An answer that waits for its mentions to be linked."""
+        if item.error is not None:
+            return _Answer(item, error=item.error)
+        # The start of a document says nothing of a mention at its end.
+        usual = "mention" if item.is_document else str(self._config.context_window)
+        window = answering.get("context_window", usual)
+        spans = item.spans or []
+        if item.is_document and item.spans is None:
+            detector = answering.get("detector", NAMES)
+            try:
+                spans = self.index.find_mentions(item.text) if detector == NAMES else detector(item.text)
+            except MentionError as error:
+                return _Answer(item, error=error)
+        return _Answer(item, item.mentions(spans, window))
+
+    def _link(self, tasks: Sequence[tuple[_Answer, int]], forward_params: dict[str, Any]) -> None:
+        """Links some mentions; one that cannot be linked does not keep the others from it."""
+        mentions = [answer.mentions[number] for answer, number in tasks]
+        try:
+            inputs: dict[str, Any] = {**tokens_of(self.processor, mentions), "mentions": mentions}
+            found = self.forward(inputs, **forward_params)["found"]
+        except (MimicError, ValueError) as error:
+            if len(tasks) > 1:
+                for task in tasks:
+                    self._link([task], forward_params)
+                return
+            tasks[0][0].error = error
+            return
+        for (answer, number), entities in zip(tasks, found, strict=True):
+            answer.found[number] = entities
+
+    def _forward(
+        self,
+        input_tensors: dict[str, Any],
+        top_k: int = 5,
+        method: str = "pruned",
+        candidates: Sequence[str] | str | None = None,
+    ) -> dict[str, Any]:
+        mentions: list[Mention] = input_tensors["mentions"]
         was_training = self.model.training
         if was_training:  # what dropout leaves out would be drawn at random
             self.model.eval()
         try:
-            mentions = self.model.encode_mentions(**input_tensors)
+            features = features_of(
+                self.model,
+                input_tensors["input_ids"],
+                input_tensors["attention_mask"],
+                [mention.image for mention in mentions],
+            )
         finally:
             if was_training:
                 self.model.train()
-        linked = index.link_encoded(mentions, top_k, candidates=candidates, method=method)
-        return {"found": [_Found(entities) for entities in linked]}
+        allowed = [candidates if mention.candidates is None else mention.candidates for mention in mentions]
+        names = [mention.mention for mention in mentions]
+        return {"found": self.index.link_encoded(features, top_k, candidates=allowed, names=names, method=method)}
 
-    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
-        found = model_outputs["found"]
-        return (found[0] if isinstance(found, list) else found).entities
+    def postprocess(self, model_outputs: _Answer, on_error: str = "raise") -> Any:
+        answer = model_outputs
+        if answer.error is not None:
+            return answer_of_error(answer.error, answer.item.where, on_error)
+        if not answer.item.is_document:
+            return answer.found[0]
+        return [
+            {
+                "mention": mention.mention,
+                "start": mention.start,
+                "end": mention.end,
+                "context_window": mention.window,
+                "entities": entities,
+            }
+            for mention, entities in zip(answer.mentions, answer.found, strict=True)
+        ]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], save_index: bool = False, **kwargs: Any) -> None:
         """Saves model and processor, so that the pipeline is loaded from there again.
@@ -218,18 +366,43 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
-class _Candidates:
-    """A mention's candidates; batching must not take their list apart."""
+@dataclass
+class _Answer:
+    """The answer of one item, as far as it is known.
 
-    def __init__(self, ids: Sequence[str] | None) -> None:
-        self.ids = ids
+    Args:
+        item: what was read.
+        mentions: what is to be linked.
+        error: why it cannot be linked.
+        found: the entities of each mention; `None` where they are not known yet.
+    """
+
+    item: Item
+    mentions: list[Mention] = field(default_factory=list)
+    error: Exception | None = None
+    found: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.found = [None] * len(self.mentions)
+
+    @property
+    def is_done(self) -> bool:
+        return self.error is not None or all(entities is not None for entities in self.found)
 
 
-class _Found:
-    """The entities found for one mention; unbatching must not take their list apart."""
+class _Answers:
+    """The answers of a data set or generator, made while they are read."""
 
-    def __init__(self, entities: list[dict[str, Any]]) -> None:
-        self.entities = entities
+    def __init__(self, make: Callable[[], Iterator[Any]], count: int | None) -> None:
+        self._make, self._count = make, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._make()
+
+    def __len__(self) -> int:
+        if self._count is None:
+            raise TypeError("The answers of a generator have no length.")
+        return self._count
 
 
 class _Mentions(Dataset[Any]):
@@ -244,6 +417,10 @@ class _Mentions(Dataset[Any]):
 
     def __getitem__(self, row: int) -> Any:
         return placed_record(self.records[row], "image", self.places)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _default_index(config: MimicConfig, index_kwargs: dict[str, Any]) -> EntityIndex:

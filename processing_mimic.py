@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,9 +15,10 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from .backbones_mimic import backbone_of
-from .configuration_mimic import HUB_KWARGS, MimicConfig
+from .configuration_mimic import HUB_KWARGS, MimicConfig, check_context_window
 from .errors_mimic import MimicImageError
 from .images_mimic import ImageInput, check_size, first_image, listed, load_image
+from .spans_mimic import CHARACTERS_A_TOKEN, around_mention, checked_place
 from .texts_mimic import check_unicode, needed_text
 
 logger = logging.get_logger(__name__)
@@ -38,6 +39,8 @@ class MimicProcessor(ProcessorMixin):
         text_max_length (`int`, defaults to 40): number of tokens of every text.
         correct_images (`bool`, defaults to `True`): whether a camera's orientation is applied, transparency shows
             white and 16-bit images are scaled. The published code does none of these.
+        context_window (`str`, defaults to "start"): which part of a mention's text is read where not all of it fits:
+            see [`MimicConfig`], whose value it should have.
 
     Example:
 
@@ -58,6 +61,7 @@ class MimicProcessor(ProcessorMixin):
         tokenizer: Any = None,
         text_max_length: int = 40,
         correct_images: bool = True,
+        context_window: str = "start",
         **kwargs: Any,
     ) -> None:
         if image_processor is not None and not isinstance(image_processor, CLIPImageProcessorPil):
@@ -72,6 +76,8 @@ class MimicProcessor(ProcessorMixin):
             raise ValueError("MimicProcessor: the tokenizer has no padding token; set `tokenizer.pad_token`.")
         self.text_max_length = text_max_length
         self.correct_images = correct_images
+        check_context_window("MimicProcessor", context_window)
+        self.context_window = context_window
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +119,7 @@ class MimicProcessor(ProcessorMixin):
         except OSError:
             own = None
         image_processor = cls.image_processor_for(config.backbone_config, own)
+        kwargs.setdefault("context_window", config.context_window)
         return cls(image_processor, tokenizer, text_max_length=config.text_max_length, **kwargs)
 
     @staticmethod
@@ -144,6 +151,9 @@ class MimicProcessor(ProcessorMixin):
         texts: Sequence[str] | str,
         images: Sequence[ImageInput] | ImageInput = None,
         on_image_error: str = "raise",
+        starts: Sequence[int | None] | int | None = None,
+        ends: Sequence[int | None] | int | None = None,
+        context_window: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """The model's inputs for M mentions.
@@ -153,6 +163,7 @@ class MimicProcessor(ProcessorMixin):
             texts: the sentence of each.
             images: the image of each, or `None`: see [`load_image`] for what an image may be.
             on_image_error: "raise", or "warn" to go on without an image that cannot be read, as training does.
+            starts, ends, context_window: as in [`~MimicProcessor.mention_texts`].
             **kwargs: what any processor of transformers takes: `return_tensors` ("pt" unless told), `padding`,
                 `truncation` and `max_length` for texts, `size`, `do_resize` and the like for images.
 
@@ -169,7 +180,70 @@ class MimicProcessor(ProcessorMixin):
         for row, image in enumerate(rows):
             if len(listed(image)) > 1:
                 raise ValueError(f"A mention has one image; `images[{row}]` has {len(image)}.")
-        return self._process("mentions", "texts", mentions, texts, rows, on_image_error, **kwargs)
+        if isinstance(mentions, str):
+            starts, ends = [starts], [ends]  # type: ignore[list-item]
+
+        def template(heads: list[str], bodies: list[str]) -> list[str]:
+            return self.mention_texts(heads, bodies, starts, ends, context_window)  # type: ignore[arg-type]
+
+        return self._process("mentions", "texts", mentions, texts, rows, on_image_error, template=template, **kwargs)
+
+    def mention_texts(
+        self,
+        mentions: Sequence[str],
+        texts: Sequence[str],
+        starts: Sequence[int | None] | None = None,
+        ends: Sequence[int | None] | None = None,
+        context_window: str | None = None,
+    ) -> list[str]:
+        """The template of M mentions, filled: what [`~MimicProcessor.tokenize`] takes.
+
+        Args:
+            mentions, texts: as in [`~MimicProcessor.process_mentions`].
+            starts, ends: where each mention is in its text, in characters; where that is not known the first place at
+                which it occurs is taken. They are of use for the window "mention" only.
+            context_window: "start" fills in the text from its start. "mention" does so where all of it fits in
+                `text_max_length` tokens, and else the words around the mention, as many as fit; a text in which the
+                mention does not occur is read from its start. By default the processor's own.
+
+        Raises:
+            ValueError: if a place is not in its text, or there is no such window.
+        """
+        window = self.context_window if context_window is None else context_window
+        check_context_window("MimicProcessor", window)
+        filled = [mention + self.separator + text for mention, text in zip(mentions, texts, strict=True)]
+        if window == "start":
+            return filled
+        for row, tokens in enumerate(self._token_counts(filled, special=True)):
+            if tokens <= self.text_max_length:
+                continue
+            mention, text = mentions[row], texts[row]
+            place = checked_place(mention, text, starts and starts[row], ends and ends[row])
+            if place is not None:
+                filled[row] = self._around(mention, text, *place)
+        return filled
+
+    def _around(self, mention: str, text: str, start: int, end: int) -> str:
+        """The template of one mention, filled with the words around it."""
+        head = mention + self.separator
+        room = self.text_max_length - self._token_counts([head], special=True)[0]
+        while room > 0:
+            first, last = around_mention(text, start, end, room, self._token_counts)
+            filled = head + text[first:last]
+            over = self._token_counts([filled], special=True)[0] - self.text_max_length
+            if over <= 0 or (first, last) == (start, end):
+                return filled
+            room -= over  # words beside each other may take more tokens than each alone
+        return head + text[start:end]
+
+    def _token_counts(self, texts: Sequence[str], special: bool = False) -> list[int]:
+        """How many tokens texts have; of a long one as many as show that it is too long."""
+        cut = [text[: self.text_max_length * CHARACTERS_A_TOKEN] for text in texts]
+        made = self.tokenizer(cut, add_special_tokens=special, padding=False, truncation=False, verbose=False)
+        return [
+            len(ids) if len(short) == len(text) else max(len(ids), self.text_max_length + 1)
+            for ids, short, text in zip(made["input_ids"], cut, texts, strict=True)
+        ]
 
     def process_entities(
         self,
@@ -204,6 +278,7 @@ class MimicProcessor(ProcessorMixin):
         images: list[Any],
         on_image_error: str,
         labels: Sequence[str] | None = None,
+        template: Callable[[list[str], list[str]], list[str]] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         if isinstance(heads, str) or isinstance(bodies, str):
@@ -219,7 +294,10 @@ class MimicProcessor(ProcessorMixin):
         _check_texts(heads_name, heads)
         _check_texts(bodies_name, bodies)
         options = self._merge_kwargs(**kwargs) if kwargs else {}
-        texts = [head + self.separator + body for head, body in zip(heads, bodies, strict=True)]
+        if template is None:
+            texts = [head + self.separator + body for head, body in zip(heads, bodies, strict=True)]
+        else:
+            texts = template(heads, bodies)
         inputs = self.tokenize(texts, **options.get("text_kwargs", {}))
         firsts = [first_image(image) for image in images]
         inputs["pixel_values"] = self.pixels(firsts, on_image_error, labels, **options.get("images_kwargs", {}))

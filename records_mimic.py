@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .image_sources_mimic import NO_PLACES, ImagePlaces, placed
+from .names_mimic import ALIASES, listed_aliases
 from .texts_mimic import check_unicode, is_unicode
 
 _RECORDS_AT_ONCE = 512
@@ -227,10 +228,10 @@ def _lists_files(dataset: Any, column: str) -> bool:
 
 
 def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What an index keeps of a record: id, name, description, and other plain fields but paths of files.
+    """What an index keeps of a record: id, name, description, aliases, and other plain fields but paths of files.
 
     Raises:
-        ValueError: if it has no id, or its texts are no valid text.
+        ValueError: if it has no id, its texts are no valid text, or its aliases no list of strings.
     """
     if not isinstance(record, Mapping) or record.get("id") is None:
         raise ValueError(
@@ -245,7 +246,14 @@ def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"Entity {kept['id']!r}: `{name}` must be a string, got {type(value).__name__}.")
         if name not in ("name", "description") and _is_local_path(value):
             continue  # an index is shared: it tells nothing of the machine that it was made on
-        if isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
+        if name == ALIASES:
+            try:
+                aliases = listed_aliases(value)
+            except ValueError as error:
+                raise ValueError(f"Entity {kept['id']!r}: {error}") from error
+            if aliases:
+                kept[name] = aliases
+        elif isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
             kept[name] = value
     for name, value in kept.items():
         check_unicode(f"{value}", f"Entity {kept['id']!a} has text that", f" of `{name}`")

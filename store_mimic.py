@@ -30,7 +30,7 @@ from .matching_mimic import EntityFeatures, Matcher, MimicEncoderOutput, full_pr
 _SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
 # Types of a table's fields, as `datasets` names them. What its reader would guess wrong is "json": numbers among
 # texts, integers beyond 64 bits, and texts that look like a date, of which Arrow makes one.
-_KINDS = {kind: kind for kind in ("string", "bool", "int64", "float64", "json")}
+_KINDS = {kind: kind for kind in ("string", "bool", "int64", "float64", "list", "json")}
 _LIKE_A_DATE = re.compile(r"\d{4}-\d{2}-\d{2}([ T].*)?")
 _FACTS_VERSION = 2
 _LARGE = 2**53  # integers that a float64 holds exactly
@@ -143,7 +143,7 @@ def _type_of(value: Any) -> str:
         return "json" if _LIKE_A_DATE.fullmatch(value) else "string"
     if type(value) is int and abs(value) > _LARGE:
         return "json"
-    return {bool: "bool", int: "int64", float: "float64"}.get(type(value), "json")
+    return {bool: "bool", int: "int64", float: "float64", list: "list"}.get(type(value), "json")
 
 
 @dataclass

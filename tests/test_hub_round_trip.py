@@ -89,9 +89,11 @@ def test_only_what_is_needed_is_downloaded(
     model_files = hub.downloads("alice/linker")
     assert set(model_files) == needed | CODE_FILES
     index_files = hub.downloads(INDEX, repo_type="dataset")
-    parts = {name for name in hub.files(INDEX, repo_type="dataset") if name.startswith(("shard-", "matcher-"))}
+    parts = {
+        name for name in hub.files(INDEX, repo_type="dataset") if name.startswith(("shard-", "matcher-", "names-"))
+    }
     assert set(index_files) == {"index_config.json"} | parts
-    assert len(parts) == 2 * 3 + 1
+    assert len(parts) == 2 * 3 + 2
     for files in (model_files, index_files):
         assert len(files) == len(set(files)), "nothing is downloaded twice"
     hub.forget()

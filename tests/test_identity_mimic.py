@@ -29,6 +29,7 @@ NOT_IN_FEATURES = {
     "symmetric_loss",
     "default_index",
     "default_index_revision",
+    "context_window",  # of mentions; an index holds entities
 }
 
 

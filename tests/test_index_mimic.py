@@ -379,7 +379,8 @@ def test_fields_that_are_kept(linker: Linker, kb: list[dict[str, Any]], tmp_path
     ]
     index = build(linker, entities, tmp_path)
     expected = [
-        {"id": "7", "name": "Größe 🍊", "description": "", "year": 1999, "weight": 0.5, "alive": True},
+        {"id": "7", "name": "Größe 🍊", "description": "", "year": 1999, "weight": 0.5, "alive": True}
+        | {"aliases": ["a"]},
         {"id": "e2", "name": "", "description": ""},
         {"id": "e3", "name": "", "description": "no name"},
     ]

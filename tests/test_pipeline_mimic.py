@@ -484,9 +484,8 @@ def test_half_precision(dtype: torch.dtype, checkpoint: Path, mentions: list[dic
 @pytest.mark.parametrize(
     ("mention", "message"),
     [
-        ({}, r"`mention` of a mention is missing; the mention's keys are \[\]"),
+        ({}, r"`text` of a mention is missing; the mention's keys are \[\]"),
         ({"mention": "x"}, r"`text` of a mention is missing; the mention's keys are \['mention'\]"),
-        ({"text": "x"}, "`mention` of a mention is missing"),
         ({"mention": None, "text": "x"}, "`mention` of a mention is missing"),
         ({"mention": 5, "text": "x"}, "`mention` of a mention must be a string, got int"),
         ({"mention": "x", "text": ["x"]}, "`text` of a mention must be a string, got list"),
@@ -514,7 +513,7 @@ def test_mentions_that_are_refused(
 def test_unknown_parameters(
     linker: Linker, model: MimicModel, processor: MimicProcessor, mentions: list[dict[str, Any]]
 ):
-    with pytest.raises(TypeError, match="has no parameter topk; it takes top_k, candidates and method"):
+    with pytest.raises(TypeError, match=r"has no parameter topk; it takes top_k, candidates, .* and "):
         linker(mentions[0], topk=3)
     with pytest.raises(TypeError, match="has no parameter kb"):
         make(model, processor, kb=[])
