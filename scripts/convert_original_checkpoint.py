@@ -49,6 +49,9 @@ _SIZES = {
     "CMFU_hidden_dim": ("cmfu_hidden_size", "matcher.cmfu.text_fc.weight"),
 }
 _TEXT_MAX_LENGTH = 40
+# How much larger than the file the weights may be that share storages.
+_MAX_SHARED = 4
+_SMALL_BYTES = 1 << 20
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 # Of Lightning 1.7, with which the published code runs; its loader wants to see one.
 _LIGHTNING_VERSION = "1.7.7"
@@ -109,7 +112,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 raise ConversionError(
                     f"{path} holds neither a Lightning checkpoint (with a `state_dict`) nor a state dict, but {kind}."
                 )
-            return {name: _tensor(file, name, value) for name, value in entries}
+            weights: dict[str, Tensor] = {}
+            size = path.stat().st_size
+            total = 0
+            for name, value in entries:
+                weights[name] = _tensor(file, name, value)
+                total += weights[name].nbytes
+                # Weights may share what is stored, but a model has a copy of each.
+                if total > _MAX_SHARED * size + _SMALL_BYTES:
+                    raise ConversionError(
+                        f"{path} is refused: its weights share what is stored, and would take more than "
+                        f"{_MAX_SHARED} times the file's {size:,} bytes."
+                    )
+            return weights
     except RefusedGlobalError as error:
         raise ConversionError(
             f"{path} is refused: its pickle asks for `{error.args[1]}`, which weights and hyper-parameters do not "
@@ -299,7 +314,12 @@ def _processor(clip: str, config: Any) -> MimicProcessor | None:
         cached_file(clip, name, _raise_exceptions_for_missing_entries=False)  # None if the source has no such file
         for name in _TOKENIZER_FILES
     ]
-    return MimicProcessor.from_backbone(clip, config, correct_images=False) if any(found) else None
+    if not any(found):
+        return None
+    try:
+        return MimicProcessor.from_backbone(clip, config, correct_images=False)
+    except Exception as error:  # a damaged tokenizer fails in many ways
+        raise ConversionError(f"The tokenizer or image processor in {clip} cannot be loaded: {error}") from error
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -332,12 +352,13 @@ def _convert_back(arguments: argparse.Namespace) -> None:
     source = arguments.checkpoint
     loaded: Any
     try:
-        values, _ = MimicConfig.get_config_dict(source)
+        values, _ = PreTrainedConfig.get_config_dict(source)
         if values.get("model_type") != MimicConfig.model_type:
             raise ValueError(f"its model type is {values.get('model_type')!r}")
         loaded = MimicModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ConversionError(f"{source} is not a checkpoint of a MimicModel: {error}") from error
+    except Exception as error:  # transformers checks some values of a configuration, and stumbles over others
+        reason = str(error) or type(error).__name__
+        raise ConversionError(f"{source} is not a checkpoint of a MimicModel: {reason}") from error
     model, report = loaded
     absent = sorted(report["missing_keys"])
     if absent:

@@ -31,7 +31,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Re
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_session, validate_repo_id
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -445,8 +444,9 @@ def plan(args: argparse.Namespace, stack: ExitStack) -> list[Repository]:
 def _loaded(directory: Path) -> MimicModel:
     try:
         return MimicModel.from_pretrained(directory, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise PublishError(f"The model in {directory} cannot be loaded: {error}") from error
+    except Exception as error:  # a damaged configuration fails in many ways
+        reason = str(error) or type(error).__name__
+        raise PublishError(f"The model in {directory} cannot be loaded: {reason}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

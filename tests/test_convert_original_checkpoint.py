@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, CLIPConfig
 
+from mimic_el import cli
 from mimic_el.scripts.convert_original_checkpoint import (
     ConversionError,
     from_original,
@@ -621,3 +622,44 @@ def test_other_archives(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
     with pytest.raises(ConversionError, match=r"script\.pt"):
         read_checkpoint(tmp_path / "script.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_that_share_what_is_stored_are_not_copied_without_end(tmp_path: Path, legacy: bool) -> None:
+    shared = torch.zeros(1 << 20)
+    weights = {f"w{number}": shared for number in range(64)}
+    torch.save(weights, tmp_path / "many.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ConversionError, match="would take more than 4 times the file's"):
+        read_checkpoint(tmp_path / "many.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: [1],
+        lambda config: {**config, "dtype": "nope"},
+        lambda config: {**config, "backbone_config": 5},
+        lambda config: {**config, "backbone_config": {**config["backbone_config"], "text_config": "x"}},
+        lambda config: {**config, "backbone_config": {**config["backbone_config"], "text_config": {
+            **config["backbone_config"]["text_config"], "num_attention_heads": 0}}},
+    ],
+)  # fmt: skip
+def test_a_damaged_configuration_is_one_error_for_every_program(
+    refusal: Callable[..., str], tmp_path: Path, change: Callable[[Any], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    back = ("--output_dir", tmp_path / "back")
+    assert "is not a checkpoint of a MimicModel" in refusal("--to_original", "--checkpoint", tmp_path / "model", *back)
+    assert cli.main(["link", "--model", str(tmp_path / "model"), "--mention", "a", "--text", "a"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_damaged_tokenizer_of_clip_is_an_error(refusal: Callable[..., str], tmp_path: Path) -> None:
+    clip = save_tiny_clip(tmp_path / "clip")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (clip / name).exists():
+            (clip / name).write_text('{"model": 5')
+    message = refusal("--checkpoint", CHECKPOINT, "--clip", clip, "--output_dir", tmp_path / "out")
+    assert "cannot be loaded" in message or "CLIP configuration" in message
