@@ -268,14 +268,15 @@ class Source(ABC):
         top = dict.fromkeys(name.partition("/")[0] for name in self._names_here)
         for name in top:
             path = self.prefix + name
-            if name.lower() in names:
-                refusal, reason = self.tree.refused.get(path, ("", ""))
-                if refusal == "unsafe":
-                    self.report.add("unsafe", name, detail=f"{reason}; move it, or give the folder where it really is")
-                elif path not in self.tree.files:
-                    parts.append((self.tree, path + "/"))
-                    found.append(name)
-            elif name.lower().endswith(".zip") and name[:-4].lower() in names and path in self.tree.files:
+            is_archive = name.lower().endswith(".zip") and name[:-4].lower() in names
+            refusal, reason = self.tree.refused.get(path, ("", ""))
+            if refusal and (is_archive or (name.lower() in names and refusal == "unsafe")):
+                hint = "; put it there itself, or give the folder where it really is" if refusal == "unsafe" else ""
+                self.report.add(refusal, name, detail=reason + hint)
+            elif name.lower() in names and path not in self.tree.files:
+                parts.append((self.tree, path + "/"))
+                found.append(name)
+            elif is_archive and path in self.tree.files:
                 self._used.append((self.tree, path))
                 try:
                     nested = open_nested(self.tree, path)

@@ -305,6 +305,19 @@ def test_folder_in_place_of_a_file_and_a_link_out_of_the_archive(tmp_path: Path)
     assert report.fatal == {"not_a_file": 1, "unsafe": 1}
 
 
+def test_archive_of_images_that_is_a_link_out_of_the_folder_is_named(tmp_path: Path) -> None:
+    files = zip_folders(sound_archive())
+    data = write_folder(files, tmp_path / "data")
+    (data / "kb_image.zip").rename(tmp_path / "elsewhere.zip")
+    (data / "kb_image.zip").symlink_to(tmp_path / "elsewhere.zip")
+    report = Report()
+    open_source("wikimel", data, report)
+    assert report.fatal == {"unsafe": 1}
+    assert (
+        "kb_image.zip: is a symbolic link that leaves the folder; put it there itself" in report.examples["unsafe"][0]
+    )
+
+
 def test_missing_images_folder_can_be_accepted(tmp_path: Path) -> None:
     files = {name: data for name, data in sound_archive().items() if "/" not in name}
     write_folder(files, tmp_path)
