@@ -380,7 +380,7 @@ class Source(ABC):
             report.add("mention_not_in_sentence", file, row, f"{mention[:80]!r}")
         start, end = stated
         if start is not None and end is not None:
-            if 0 <= start < end and sentence[start:end] == mention:
+            if 0 <= start <= end and sentence[start:end] == mention:
                 return start, end
             report.add("wrong_span", file, row, f"{start} to {end} is not {mention[:80]!r}")
         return only_place(mention, sentence)

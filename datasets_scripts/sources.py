@@ -17,10 +17,10 @@ from .custom import CustomData
 from .melbench import MelBench
 from .mimic_archive import MimicArchive
 from .report import SPLITS, Report
-from .source import BENCHMARKS, Benchmark, Source, find_split, plain
-from .splits import SPLIT_WORDS
+from .source import BENCHMARKS, Benchmark, EntityRow, MentionRow, Source, find_split, plain
+from .splits import SPLIT_WORDS, split_of
 from .tables import TABLE_SUFFIXES
-from .wikidiverse import WikiDiverseRelease
+from .wikidiverse import WikiDiverseRelease, image_name, wikipedia_page
 
 
 def _folders(tree: Tree) -> dict[str, list[str]]:
@@ -161,3 +161,21 @@ def open_source(
     """
     kind, trees, prefix = _open_layout(name, data_dir, source)
     return kind(BENCHMARKS[name], trees, prefix, report, use_images=use_images, keep_nil=keep_nil)
+
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "CustomData",
+    "EntityRow",
+    "MelBench",
+    "MentionRow",
+    "MimicArchive",
+    "Source",
+    "WikiDiverseRelease",
+    "columns_of",
+    "image_name",
+    "open_source",
+    "split_of",
+    "wikipedia_page",
+]

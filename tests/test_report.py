@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mimic_el.datasets_scripts import report as report_module
 from mimic_el.datasets_scripts.report import KINDS, MAX_FIELD_NAMES, Report, Statistics
 
 
@@ -40,6 +41,21 @@ def test_an_abandoned_list_does_not_appear(tmp_path: Path) -> None:
     report.abandon()
     report.close()
     assert not (tmp_path / "problems.jsonl").exists()
+
+
+def test_findings_without_end_are_counted_and_not_all_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "MAX_LISTED", 10)
+    report = Report()
+    report.list_in(tmp_path / "problems.jsonl")
+    for row in range(1_234):
+        report.add("bad_row", "a.json", row, "x" * 10_000)
+    report.add("bad_entity", "a.json", 1)
+    report.close()
+    lines = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
+    assert report.counts == {"bad_row": 1_234, "bad_entity": 1}
+    assert [line["kind"] for line in lines] == ["bad_row"] * 10 + ["bad_entity", "bad_row"]
+    assert lines[-1]["detail"] == "1,224 more of this kind are not listed"
+    assert max(len(line["detail"]) for line in lines) == report_module.MAX_DETAIL_CHARACTERS
 
 
 def test_unknown_kind() -> None:
