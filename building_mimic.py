@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import multiprocessing
 import os
 import secrets
 import warnings
@@ -31,6 +32,7 @@ from .directory_mimic import (
     shard_size,
     unfinished_build,
 )
+from .encoding_mimic import EntityEncoder, encoding_dtype, image_digest
 from .errors_mimic import EntityIndexError
 from .files_mimic import locked, write_json
 from .identity_mimic import copy_of_matcher, model_facts, same_model
@@ -62,11 +64,13 @@ class Builder:
         model, processor: what encodes; the work is done on the model's device.
         dtype: "float32", "float16" or "int8".
         batch_size: entities encoded at a time.
-        num_workers: processes that read and resize images beside the one that encodes.
+        num_workers: processes that read and resize images beside the one that encodes; unless told none for small
+            knowledge bases, and for large ones as many as half of the cores, 4 at most.
         on_image_error: "warn" goes on without an image that cannot be read, "raise" stops.
         allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
         shard_entities: entities in a shard; unless told 8,192, and more where an index has many shards.
         show_progress: whether to show a progress bar.
+        encoding_dtype: what the encoder computes in, as [`EntityEncoder`] has it.
 
     Raises:
         ValueError: if one of them is not valid.
@@ -76,12 +80,13 @@ class Builder:
     processor: MimicProcessor
     dtype: str = "float16"
     batch_size: int = 64
-    num_workers: int = 0
+    num_workers: int | None = None
     on_image_error: str = "warn"
     shard_entities: int | None = None
     show_progress: bool = True
     allow_urls: bool | str | None = None
     image_root: bool | str | os.PathLike[str] | None = None
+    encoding_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
@@ -92,6 +97,7 @@ class Builder:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         if self.on_image_error not in ("raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {self.on_image_error!r}.')
+        encoding_dtype(self.encoding_dtype, self.model.device)
 
     def records(self, entities: Any) -> Records:
         """A knowledge base as it is read here."""
@@ -119,6 +125,7 @@ class Builder:
         finished = sum(len(shard) for shard in done)
         was_training = self.model.training
         self.model.eval()
+        encoder = EntityEncoder(self.model, self.encoding_dtype)
         progress = tqdm(
             total=records.total,
             initial=finished,
@@ -129,7 +136,7 @@ class Builder:
         try:
             with progress:
                 stored = finished + (len(added_to) if added_to else 0)
-                while found := self._shard(records, new_shard_name(number), self._size(stored), progress):
+                while found := self._shard(records, new_shard_name(number), self._size(stored), encoder, progress):
                     seen.check(found[0])
                     shard = keep(*found)
                     seen.add(shard)
@@ -142,19 +149,21 @@ class Builder:
     def _size(self, stored: int) -> int:
         return self.shard_entities or shard_size(stored)
 
-    def _shard(self, records: Records, name: str, size: int, progress: Any) -> tuple[Shard, ImagesRead] | None:
+    def _shard(
+        self, records: Records, name: str, size: int, encoder: EntityEncoder, progress: Any
+    ) -> tuple[Shard, ImagesRead] | None:
         part = _Encoded()
         while left := size - len(part.kept):
             some = records.take(min(records.at_once or left, left))
             if not len(some):
                 break
-            self._encode(some, part, progress)
+            self._encode(some, part, encoder, progress)
         if not part.kept:
             return None
         features = {key: torch.cat([batch[key] for batch in part.features]) for key in part.features[0]}
         return make_shard(name, features, part.kept), part.images
 
-    def _encode(self, records: Any, part: _Encoded, progress: Any) -> None:
+    def _encode(self, records: Any, part: _Encoded, encoder: EntityEncoder, progress: Any) -> None:
         """Appends what the table keeps of some records, and their features."""
         # In the order of length where the model can leave padding out: batches are then dense.
         order = in_order_of_length(records) if self.model.config.mask_text_padding else list(range(len(records)))
@@ -162,19 +171,18 @@ class Builder:
             records,
             batch_size=self.batch_size,
             sampler=order,
-            num_workers=self.num_workers,
+            num_workers=_workers(len(records)) if self.num_workers is None else self.num_workers,
             collate_fn=_Collate(self.processor, self.on_image_error),
             worker_init_fn=_quiet_tokenizers,
         )
         encoded: list[tuple[dict[str, Any], tuple[str, str]]] = []
         batches: list[dict[str, Tensor]] = []
-        device = self.model.device
-        for batch_records, inputs, images, troubles in loader:
+        for batch_records, inputs, digests, images, troubles in loader:
             part.images.unreadable += len(troubles)
             for trouble in troubles:
                 warnings.warn(trouble, stacklevel=2)
+            features = encoder(inputs, digests)
             with torch.inference_mode():
-                features = self.model.encode_entities(**{name: t.to(device) for name, t in inputs.items()})
                 ids = [record["id"] for record in batch_records]
                 batches.append(quantized(features, self.model.matcher, STORED_DTYPES[self.dtype], ids))
             encoded.extend(zip(batch_records, images, strict=True))
@@ -259,6 +267,7 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
             "build": secrets.token_hex(8),
             "dtype": manifest["dtype"],
             "model": manifest["model"],
+            "encoding_dtype": builder.encoding_dtype,
             "shards": [],
             "images": [],
         }
@@ -324,6 +333,8 @@ def shards_of_features(
     return shards
 
 
+# Of so many at a time and more, images are read by processes of their own.
+_MANY_ENTITIES = 2048
 _EMPTY = "The knowledge base is empty: there is nothing to build an index of."
 
 
@@ -335,8 +346,8 @@ class _Collate:
 
     def __call__(
         self, records: list[Mapping[str, Any]]
-    ) -> tuple[list[dict[str, Any]], dict[str, Tensor], list[tuple[str, str]], list[str]]:
-        """The table's records, the model's inputs, what the images were, and what is to be warned of."""
+    ) -> tuple[list[dict[str, Any]], dict[str, Tensor], list[bytes], list[tuple[str, str]], list[str]]:
+        """The table's records, the model's inputs, the images' digests, what they were, and what is to be warned of."""
         kept = [table_record(record) for record in records]
         names, descriptions = ([record[name] for record in kept] for name in ("name", "description"))
         with warnings.catch_warnings(record=True) as caught:
@@ -350,7 +361,8 @@ class _Collate:
                 labels=[f"Entity {record['id']!r}" for record in kept],
             )
         images = [_image_seen(record) for record in records]
-        return kept, dict(inputs), images, [str(warning.message) for warning in caught]
+        digests = [image_digest(pixels) for pixels in inputs["pixel_values"]]
+        return kept, dict(inputs), digests, images, [str(warning.message) for warning in caught]
 
 
 _NO_IMAGE = "none"
@@ -386,6 +398,7 @@ def _resumed(directory: Path, state: dict[str, Any], fresh: dict[str, Any], reco
     are others now; the records of all are passed over."""
     try:
         same = same_model(state["model"], fresh["model"]) and state["dtype"] == fresh["dtype"]
+        same &= state.get("encoding_dtype") == fresh["encoding_dtype"]
         entries = [(entry, entry["files"][shard_files(entry["name"])[1]]["sha256"]) for entry in state["shards"]]
         counts = [int(entry["count"]) for entry in state["shards"]]
         # Builds of older versions have none.
@@ -485,6 +498,14 @@ class _SeenIds:
     def _id(self, row: int) -> str:
         number = bisect.bisect_right(self._starts, row) - 1
         return self._shards[number].table[row - self._starts[number]]["id"]
+
+
+def _workers(count: int) -> int:
+    """How many processes read images beside the one that encodes, unless told: where starting them is cheap."""
+    if count < _MANY_ENTITIES or multiprocessing.get_start_method() != "fork":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if multiprocessing.current_process().daemon else min(4, cores // 2)
 
 
 def _quiet_tokenizers(_: int) -> None:

@@ -52,6 +52,15 @@ class Method(str, Enum):  # noqa: UP042 - typer shows a StrEnum's values as it d
     EXHAUSTIVE = "exhaustive"
 
 
+class EncodingDtype(str, Enum):  # noqa: UP042
+    """What the encoder computes in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class Dtype(str, Enum):  # noqa: UP042
     """What the features of an index are stored in."""
 
@@ -207,10 +216,17 @@ def build(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the index is written.")],
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What features are stored in.")] = Dtype.FLOAT16,
     batch_size: BatchOption = 64,
-    num_workers: Annotated[int, typer.Option("--num_workers", min=0, help="Processes that read images.")] = 0,
+    num_workers: Annotated[
+        int | None,
+        typer.Option("--num_workers", min=0, help="Processes that read images; some for large ones unless told."),
+    ] = None,
     on_image_error: Annotated[
         OnImageError, typer.Option("--on_image_error", help="Go on without an image that cannot be read, or stop.")
     ] = OnImageError.WARN,
+    encoding_dtype: Annotated[
+        EncodingDtype | None,
+        typer.Option("--encoding_dtype", help="What the encoder computes in; auto: bfloat16 where that is fast."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index that is there, once the new one is complete.")
     ] = False,
@@ -232,6 +248,7 @@ def build(
         num_workers=num_workers,
         on_image_error=on_image_error.value,
         overwrite=overwrite,
+        encoding_dtype=encoding_dtype.value if encoding_dtype else None,
     )
     typer.echo(f"Wrote {len(index):,} entities to {output_dir}.")
 

@@ -71,8 +71,8 @@ class Encoder(nn.Module):
         with_states = any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
         # What makes a batch smaller would leave gaps in the states; and a graph must not depend on the batch's values.
         whole = with_states or is_traced() or self._will_be_trained()
-        text_embeds, text_tokens, text = self._encode_texts(input_ids, attention_mask, whole, **kwargs)
-        image_embeds, image_tokens, image = self._encode_images(pixel_values, whole, **kwargs)
+        text_embeds, text_tokens, text = self.encode_texts(input_ids, attention_mask, whole, **kwargs)
+        image_embeds, image_tokens, image = self.encode_images(pixel_values, whole, **kwargs)
         return MimicEncoderOutput(
             text_embeds=text_embeds,
             text_tokens=text_tokens,
@@ -87,9 +87,14 @@ class Encoder(nn.Module):
         of dropout, must then be drawn for the same tensors."""
         return torch.is_grad_enabled() or self.training
 
-    def _encode_texts(
-        self, input_ids: Tensor, attention_mask: Tensor, whole: bool, **kwargs: Any
+    def encode_texts(
+        self, input_ids: Tensor, attention_mask: Tensor, whole: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Any]:
+        """Pooled texts, of length 1, their tokens, and all that the text model gives.
+
+        Args:
+            whole: whether nothing of the batch may be left out; padding that counts nowhere is, else.
+        """
         length = kept = input_ids.shape[1]
         if self.mask_padding and not whole:
             kept = self.adapter.columns(self.backbone.config, input_ids, attention_mask)
@@ -102,7 +107,8 @@ class Encoder(nn.Module):
             tokens = tokens if whole else F.pad(tokens, (0, 0, 0, length - kept))
         return F.normalize(pooled, dim=-1), tokens, output
 
-    def _encode_images(self, pixel_values: Tensor, whole: bool, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:
+    def encode_images(self, pixel_values: Tensor, whole: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:
+        """Pooled images and tokens, in the units' width, and all that the vision model gives; `whole` as of texts."""
         rows = None
         if not whole:
             # Whatever has no image has the same blank one, which is encoded once.

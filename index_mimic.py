@@ -552,13 +552,14 @@ class EntityIndex:
         *,
         dtype: str = "float16",
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         on_image_error: str = "warn",
         overwrite: bool = False,
         shard_entities: int | None = None,
         show_progress: bool = True,
         allow_urls: bool | str | None = None,
         image_root: bool | str | os.PathLike[str] | None = None,
+        encoding_dtype: str | None = None,
     ) -> EntityIndex:
         """Encodes a knowledge base.
 
@@ -573,7 +574,8 @@ class EntityIndex:
             output_dir: where the index is stored; in memory if absent.
             dtype: "float32", "float16" or "int8".
             batch_size: entities encoded at a time.
-            num_workers: processes that read and resize images beside the one that encodes.
+            num_workers: processes that read and resize images beside the one that encodes. Unless told, none for
+                fewer than 2,048 entities, else as many as half of the cores, 4 at most.
             on_image_error: "warn" goes on without an image that cannot be read, "raise" stops.
             overwrite: whether an index that is in `output_dir` is replaced, once the new one is complete; and
                 whether an unfinished build of something else is given up.
@@ -585,6 +587,9 @@ class EntityIndex:
             image_root: whether images that are named by a path are read from this machine: `True` (any), `False`, or
                 the folder that they must be in. Both default to what a list or DataFrame that the caller made needs,
                 which is everything, and to nothing for a data set, whose rows bring their images along.
+            encoding_dtype: what the encoder computes in: "auto" for bfloat16 where the CPU or the GPU computes it,
+                which is faster, "bfloat16", "float32", or "float16" on a GPU. Unless told, what the model's weights
+                are in. The units compute in float32, and what is stored is of `dtype`.
 
         Raises:
             EntityIndexError: if there are no entities, `output_dir` already holds an index, an unfinished build of
@@ -602,6 +607,7 @@ class EntityIndex:
             show_progress,
             allow_urls,
             image_root,
+            encoding_dtype,
         )
         if output_dir is None:
             return cls(copy_of_matcher(model), Contents(*build_in_memory(builder, entities)))
@@ -639,7 +645,7 @@ class EntityIndex:
 
         Args:
             model, processor, entities: as in [`build`]; the ids must be new.
-            **options: `batch_size`, `num_workers`, `on_image_error`, `show_progress`, `allow_urls` and `image_root` of
+            **options: `batch_size`, `num_workers`, `on_image_error`, `show_progress`, `encoding_dtype`, `allow_urls` and `image_root` of
                 [`build`].
 
         Raises:

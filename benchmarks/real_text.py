@@ -9,14 +9,15 @@ sentences, which no mention of the test has. There are no images, so the image u
 unit compares texts alone. Entities of the test were never trained on; a mention of the test does not say its entity's
 whole name, and the other entities are namesakes where there are some.
 
-The budget is two cores and minutes. So the lower layers of the encoder stay as they are, and what they make of each text
-is computed once and kept in `--work_dir`; the upper `--trained_layers` (none unless told), the projection and MIMIC's own
-layers are trained, `--steps` batches of `--batch_size` mentions and their entities. Runs that are done are kept too: call
-the program again until the table is whole. `--minutes` bounds each call.
+The budget is two cores and minutes. So the lower layers of the encoder stay as they are, and what they make of each
+text is computed once and kept in `--work_dir`; the upper `--trained_layers` (none unless told), the projection and
+MIMIC's own layers are trained, `--steps` batches of `--batch_size` mentions and their entities. Runs that are done are
+kept too: call the program again until the table is whole. `--minutes` bounds each call.
 
-Rows: the encoder's own cosine, without training; the published recipe, whose rate of 1e-5 is made for a whole encoder and
-many epochs; the same at `--rate`; and with each option of docs/fidelity.md alone. Columns: over `--seeds` trainings from
-other random weights, in other orders, the mean and the standard deviation. Then, how tight the bounds of a search are.
+Rows: the encoder's own cosine, without training; the published recipe, whose rate of 1e-5 is made for a whole encoder
+and many epochs; the same at `--rate`; and with each option of docs/fidelity.md alone. Columns: over `--seeds` trainings
+from other random weights, in other orders, the mean and the standard deviation. Then, how tight the bounds of a search
+are on such a model.
 """
 
 from __future__ import annotations

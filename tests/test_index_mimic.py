@@ -491,13 +491,14 @@ class Counted:
 
     def __init__(self, model: MimicModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        encode = model.encode_entities
+        matcher: Any = model.matcher
+        features = matcher.entity_features
 
-        def counting(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> EntityFeatures:
-            self.count += len(input_ids)
-            return encode(input_ids, *args, **kwargs)
+        def counting(encoded: Any, mask: torch.Tensor) -> EntityFeatures:
+            self.count += len(mask)
+            return features(encoded, mask)
 
-        monkeypatch.setattr(model, "encode_entities", counting)
+        monkeypatch.setattr(matcher, "entity_features", counting)
 
     def since(self) -> int:
         count, self.count = self.count, 0
