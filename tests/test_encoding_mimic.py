@@ -189,18 +189,18 @@ def test_workers_for_many_entities(
     from mimic_el import building_mimic
 
     asked: list[int] = []
-    original = building_mimic.DataLoader
+    original: Any = building_mimic.DataLoader
 
-    def loader(*args: Any, num_workers: int, **kwargs: Any) -> Any:
-        asked.append(num_workers)
-        return original(*args, num_workers=0, **kwargs)
+    def loader(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["num_workers"])
+        return original(*args, **{**kwargs, "num_workers": 0})
 
     monkeypatch.setattr(building_mimic, "DataLoader", loader)
     monkeypatch.setattr(building_mimic, "_MANY_ENTITIES", 5)
     monkeypatch.setattr(building_mimic.os, "sched_getaffinity", lambda _: range(6), raising=False)
     monkeypatch.setattr(building_mimic.multiprocessing, "get_start_method", lambda: "fork")
-    for count, options in ((4, {}), (5, {}), (5, {"num_workers": 0})):
-        EntityIndex.build(model, processor, knowledge_base(count), show_progress=False, **options)
+    for count, workers in ((4, None), (5, None), (5, 0)):
+        EntityIndex.build(model, processor, knowledge_base(count), num_workers=workers, show_progress=False)
     monkeypatch.setattr(building_mimic.multiprocessing, "get_start_method", lambda: "spawn")
     EntityIndex.build(model, processor, knowledge_base(5), show_progress=False)
     assert asked == [0, 3, 0, 0]
