@@ -645,8 +645,8 @@ class EntityIndex:
 
         Args:
             model, processor, entities: as in [`build`]; the ids must be new.
-            **options: `batch_size`, `num_workers`, `on_image_error`, `show_progress`, `encoding_dtype`, `allow_urls` and `image_root` of
-                [`build`].
+            **options: `batch_size`, `num_workers`, `on_image_error`, `show_progress`, `encoding_dtype`, `allow_urls`
+                and `image_root` of [`build`].
 
         Raises:
             ValueError: if an id is already there, or twice among the new ones.

@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from mimic_el import EntityFeatures, EntityIndex, MentionFeatures, MimicModel, MimicProcessor
+from mimic_el.encoding_mimic import in_precision
 
 LENGTH = 40
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -132,7 +133,7 @@ class LowerLayers:
         width = self.model.config.hidden_size
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         inputs = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        self.mask = inputs["attention_mask"]
+        self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
         place.mkdir(parents=True, exist_ok=True)
         known = place / f"hidden-{len(texts)}-{trained}.npy"
         done = place / f"done-{len(texts)}-{trained}.json"
@@ -143,6 +144,7 @@ class LowerLayers:
         first = json.loads(done.read_text()) if done.exists() else 0
         order = self.mask.sum(dim=1).argsort()  # batches are dense
         layers = self.model.encoder.layer
+        self.embeddings, self.layers = self.model.embeddings, layers
         self.upper = layers[len(layers) - trained :]
         self.model.encoder.layer = layers[: len(layers) - trained]
         with torch.inference_mode(), tqdm(total=len(texts), initial=first, desc="Lower layers") as bar:
@@ -312,6 +314,51 @@ def search(lower: LowerLayers, world: World, args: argparse.Namespace) -> None:
     print(f"| the first 32 lists are equal | {'yes' if same else 'no'} |")
 
 
+def precision(lower: LowerLayers, world: World, args: argparse.Namespace) -> None:
+    """Whether an index that is encoded in bfloat16 gives other answers, with the whole encoder."""
+    small = new_model(lower, 0)
+    small.load_state_dict(torch.load(args.work_dir / "model.pt"))
+    model = small.eval()
+    text = model.encoder.backbone.text_model
+    text.embeddings = lower.embeddings
+    trained = list(text.encoder.layer)
+    text.encoder.layer = nn.ModuleList([*list(lower.layers)[: len(lower.layers) - len(trained)], *trained])
+    numbers = [number for number, _ in world.test]
+    found: dict[str, dict[str, Any]] = {}
+    for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
+        encoder = in_precision(model, dtype)
+
+        def encoded(rows: list[int], encode: Any) -> list[Any]:
+            parts = []
+            with torch.inference_mode():
+                for start in range(0, len(rows), 64):
+                    some = rows[start : start + 64]
+                    parts.append(encode(lower.ids[some], lower.mask[some]))
+            return parts
+
+        start = time.perf_counter()
+        entities = EntityFeatures.cat(encoded([number for _, number in world.entities], encoder.encode_entities))
+        seconds = time.perf_counter() - start
+        index = index_of(model, entities, world.entities, "float16")
+        mentions = MentionFeatures.cat(encoded(numbers, encoder.encode_mentions))
+        if not found:
+            exact = mentions
+        ranks = index.rank(exact, [answer for _, answer in world.test]).ranks
+        best = [ids[0] for ids in index.search(exact, 1).entity_ids]
+        own = [ids[0] for ids in index.search(mentions, 1).entity_ids]
+        found[name] = {"best": best, "own": own, "mrr": (1 / ranks).mean(), "seconds": seconds}
+    one, other = found.values()
+
+    def same(key: str) -> float:
+        return float(np.mean([a == b for a, b in zip(one["best"], other[key], strict=True)]))
+
+    print(f"\n| {len(numbers)} mentions, {len(world.entities):,} entities | float32 | bfloat16 |\n| --- | --- | --- |")
+    print(f"| encoding the entities, s | {one['seconds']:.0f} | {other['seconds']:.0f} |")
+    print(f"| MRR | {one['mrr']:.4f} | {other['mrr']:.4f} |")
+    print(f"| same best entity, mentions encoded in float32 | | {same('best'):.1%} |")
+    print(f"| same best entity, mentions encoded in bfloat16 | | {same('own'):.1%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with the two archives of MELBench")
@@ -364,6 +411,7 @@ def main() -> None:
             cells.append(f"{np.mean(values):.1f}{spread}")
         print(f"| {name} | " + " | ".join(cells) + " |")
     search(lower, world, args)
+    precision(lower, world, args)
 
 
 if __name__ == "__main__":

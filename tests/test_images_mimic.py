@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,3 +64,28 @@ def test_where_there_is_no_image(tmp_path: Path):
         load_image(os.fspath(tmp_path / "no.png"))
     with pytest.raises(MimicImageError, match="is a directory"):
         load_image(tmp_path)
+
+
+def test_jpeg_files_can_be_decoded_at_a_fraction_of_their_size(tmp_path: Path) -> None:
+    """At twice the size that is wanted or more; any other image, and one that the caller opened, as it is."""
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    smooth = smooth.resize((400, 300), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "a.jpg", quality=95)
+    smooth.save(tmp_path / "a.png")
+
+    def loaded(source: Any, reduce_jpeg: bool, side: int = 24) -> Any:
+        image = load_image(source, resize=(side, side), reduce_jpeg=reduce_jpeg)
+        return np.asarray(image).astype(int)
+
+    with Image.open(tmp_path / "a.jpg") as opened:
+        opened.draft(None, (48, 48))  # type: ignore[arg-type]
+        assert opened.size == (100, 75)
+        expected = np.asarray(opened.convert("RGB").resize((24, 24), Image.Resampling.LANCZOS))
+    whole, reduced = (loaded(tmp_path / "a.jpg", reduce) for reduce in (False, True))
+    assert np.array_equal(reduced, expected)
+    assert 0 < abs(reduced - whole).max() <= 6
+    assert np.array_equal(loaded(tmp_path / "a.jpg", True, 200), loaded(tmp_path / "a.jpg", False, 200))
+    assert np.array_equal(loaded(tmp_path / "a.png", True), loaded(tmp_path / "a.png", False))
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert np.array_equal(loaded(opened, True), whole)
+        assert opened.size == (400, 300)
