@@ -57,8 +57,14 @@ class CoarseFeatures:
         return at_least_float32(tensors["image_query_stats"][:, _IMAGE_BOUND]) / HALF_UNITS
 
     def extent(self) -> Tensor:
-        """The largest size of each kind of number but the products, (3,)."""
-        return torch.stack([self.most.abs().amax(), self.offset.abs().amax(), self.local[:, -1].amax()])
+        """The largest size of each kind of number but the products, (3,); not finite where any number is not."""
+        rest = 0 * (self.text.sum() + self.cross_modal.sum())
+        return torch.stack([self.most.abs().amax() + rest, self.offset.abs().amax(), self.local[:, -1].amax()])
+
+    def sizes(self) -> Tensor:
+        """The size of each kind of number of each entity, (N, 4): those of the extent, and the rest."""
+        rest = self.text.abs().sum(dim=1) + self.cross_modal.abs().sum(dim=1)
+        return torch.stack([self.most.abs(), self.offset.abs(), self.local[:, -1], rest], dim=1)
 
 
 @dataclass

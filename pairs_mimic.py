@@ -12,8 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .errors_mimic import EntityIndexError
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, PairScores
 
+# The difference, relative to one and the score, up to which two scores count as equal. `score_pairs` gives a pair, and
+# entities that are the same, the same score in any company but for rounding, which is smaller than that.
+TIE = 1e-6
 # Bytes of attention made in one go: they stay in a CPU's cache.
 CACHE_BYTES = 16 * 2**20
 
@@ -46,6 +50,10 @@ class EntityBlocks(Protocol):
         """Which of the rows are not removed, as booleans; `None` if all."""
         ...
 
+    def name_of(self, row: int) -> str:
+        """What messages call the entity of a row."""
+        ...
+
 
 @dataclass
 class ChosenRows:
@@ -65,6 +73,9 @@ class ChosenRows:
 
     def alive(self, start: int, stop: int) -> Tensor | None:
         return None
+
+    def name_of(self, row: int) -> str:
+        return self.blocks.name_of(int(self.rows[row]))
 
 
 @dataclass
@@ -94,6 +105,31 @@ def taken(tensors: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
 
 
+# --- Equal scores ---------------------------------------------------------------------------------------------------
+
+
+def are_equal(one: Tensor, other: Tensor) -> Tensor:
+    """Which scores count as equal."""
+    return (one - other).abs() <= TIE * (1 + other.abs())
+
+
+def best_order(scores: Tensor, rows: Tensor) -> Tensor:
+    """The order, (M, n), of scores (M, n) of entity rows (M, n), best first; equal ones in the order of rows.
+
+    Scores between which no gap is larger than what counts as equal are all equal: so what is the same is never parted,
+    however it is rounded.
+    """
+    order = rows.argsort(dim=1, stable=True)
+    order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    ranked = scores.gather(1, order)
+    tied = are_equal(ranked[:, :-1], ranked[:, 1:]) & (ranked[:, 1:] > -torch.inf)
+    if bool(tied.any()):
+        group = torch.nn.functional.pad((~tied).cumsum(dim=1), (1, 0))
+        inside = rows.gather(1, order).argsort(dim=1, stable=True)
+        order = order.gather(1, inside.gather(1, group.gather(1, inside).argsort(dim=1, stable=True)))
+    return order
+
+
 # --- Scores ---------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +141,11 @@ def score_pairs(
     entity_rows: Tensor,
     block_bytes: int,
 ) -> PairScores:
-    """Exact scores of given pairs, each tensor of shape (pairs,)."""
+    """Exact scores of given pairs, each tensor of shape (pairs,).
+
+    Raises:
+        EntityIndexError: if one is not finite. Says whose.
+    """
     device = mention_rows.device
     if not len(mention_rows):
         empty = torch.empty(0, device=device)
@@ -119,12 +159,28 @@ def score_pairs(
             blocks.gather(entity_rows[picked], ("text_embed", "cross_modal", *QUERY, *KEY), device)
         )
         some = MentionFeatures(taken(light, mention_rows[picked]))
-        parts.append(matcher.score_pairs(some, entities, local[picked]))
+        scores = matcher.score_pairs(some, entities, local[picked])
+        refuse_not_finite(scores.total, blocks, entity_rows[picked])
+        parts.append(scores)
     if len(parts) == 1:
         return parts[0]
     return PairScores(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("total", "text", "image", "cross_modal"))
     )
+
+
+def refuse_not_finite(numbers: Tensor, blocks: EntityBlocks, entity_rows: Tensor) -> None:
+    """Makes sure that numbers (rows,), each of the entity of a row, can be compared.
+
+    Raises:
+        EntityIndexError: if one is not finite. Says whose.
+    """
+    wrong = (~torch.isfinite(numbers)).nonzero().squeeze(1)
+    if len(wrong):
+        raise EntityIndexError(
+            f"The features of {blocks.name_of(int(entity_rows[wrong[0]]))} are not finite, or too large: its scores "
+            "have no order. Call EntityIndex.verify(), and build the index again; or remove the entity."
+        )
 
 
 def _local_scores(
@@ -183,9 +239,13 @@ __all__ = [
     "PREFIXES",
     "QUERY",
     "SIDES",
+    "TIE",
     "ChosenRows",
     "EntityBlocks",
     "SearchStats",
+    "are_equal",
+    "best_order",
+    "refuse_not_finite",
     "score_pairs",
     "taken",
 ]

@@ -23,7 +23,18 @@ from .matching_mimic import (
     at_least_float32,
     pick_prefix,
 )
-from .pairs_mimic import ENT2MEN, KEY, MEN2ENT, PREFIXES, QUERY, SIDES, EntityBlocks, SearchStats, taken
+from .pairs_mimic import (
+    ENT2MEN,
+    KEY,
+    MEN2ENT,
+    PREFIXES,
+    QUERY,
+    SIDES,
+    EntityBlocks,
+    SearchStats,
+    refuse_not_finite,
+    taken,
+)
 
 # Rounding differs with the shape of a matrix product. Relative to the largest terms of a mention's scores, bounds and
 # block-wise scores are trusted up to _SLACK; what is closer is decided by `score_pairs`.
@@ -139,7 +150,7 @@ class Block:
         """Which pairs may reach a score (M, 1), by the block's bounds, (M, N)."""
         # What is hidden is below any number.
         lowest = torch.finfo(self.high.dtype).min
-        return self.high >= (floor - self.margin - query.most).clamp(min=lowest)
+        return ~(self.high < (floor - self.margin - query.most).clamp(min=lowest))  # what is no number is found later
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,7 @@ class Pairs:
 
     def reach(self, floor: Tensor) -> Pairs:
         """Those whose upper bound reaches their mention's number of `floor` (M, 1)."""
-        return self[self.upper >= floor[self.mention_rows, 0]]
+        return self[~(self.upper < floor[self.mention_rows, 0])]
 
 
 @dataclass(frozen=True)
@@ -184,6 +195,22 @@ class Stages:
         """Scores (M, N) of rows from `start`, which are made, of removed entities, -inf in place."""
         alive = self.blocks.alive(start, start + scores.shape[1])
         return scores if alive is None else scores.masked_fill_(~alive.to(scores.device), -torch.inf)
+
+    def extent(self, coarse: CoarseFeatures, start: int) -> Tensor:
+        """The extent of entities whose rows begin at `start`, but for removed ones if these are not finite.
+
+        Raises:
+            EntityIndexError: if the features of another are not finite. Says whose.
+        """
+        extent = coarse.extent()
+        if bool(torch.isfinite(extent).all()):
+            return extent
+        sizes = coarse.sizes()
+        alive = self.blocks.alive(start, start + len(sizes))
+        if alive is not None:
+            sizes[~alive.to(sizes.device)] = 0
+        refuse_not_finite(sizes.sum(dim=1), self.blocks, torch.arange(start, start + len(sizes)))
+        return sizes[:, :3].amax(dim=0)
 
     def plan(self, query: Query, width: int) -> ImagePlan:
         """The plan to begin with, after a look at a few of the first `width` rows."""
@@ -229,7 +256,7 @@ class Stages:
             gap[:, place] = bound
             torch.add(scores, bound, out=high[:, place])
             most[place] = coarse.most
-            extent = torch.maximum(extent, coarse.extent())
+            extent = torch.maximum(extent, self.extent(coarse, first))
         self.hidden_removed(high, start)
         if left_out is not None:
             high[left_out] = -torch.inf
@@ -257,6 +284,7 @@ class Stages:
             last = min(first + self.sub_block, block.width)
             rows = slice(block.start + first, block.start + last)
             high[:, first:last] += self._image_change(query, plan.direction, dense, rows, block.most[first:last])
+        high.masked_fill_(block.high == -torch.inf, -torch.inf)  # what is left out, whatever its numbers
         plan = ImagePlan(plan.direction, plan.dense | dense)
         return plan, dataclasses.replace(block, high=high, known=plan.dense.index_select(0, query.image_of))
 
@@ -318,7 +346,7 @@ class Stages:
             upper = block.high[mention_rows, columns] + query.most[mention_rows, 0]
             for direction in (plan.direction, 1 - plan.direction):
                 upper += self.image_scores_less_most(query, plan, block, direction, mention_rows, columns)
-                left = (upper >= limit[mention_rows, 0]).nonzero().squeeze(1)
+                left = (~(upper < limit[mention_rows, 0])).nonzero().squeeze(1)
                 mention_rows, columns, upper = mention_rows[left], columns[left], upper[left]
             kept.append((mention_rows, columns, upper - block.gap[mention_rows, columns]))
         mention_rows, columns, base = (torch.cat(parts) for parts in zip(*kept, strict=True))

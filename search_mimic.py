@@ -30,8 +30,17 @@ import torch
 from torch import Tensor
 
 from .bounds_mimic import CoarseFeatures
-from .matching_mimic import Matcher, MentionFeatures, PairScores
-from .pairs_mimic import CACHE_BYTES, ChosenRows, EntityBlocks, SearchStats, score_pairs
+from .matching_mimic import Matcher, MentionFeatures, PairScores, full_precision
+from .pairs_mimic import (
+    CACHE_BYTES,
+    ChosenRows,
+    EntityBlocks,
+    SearchStats,
+    are_equal,
+    best_order,
+    refuse_not_finite,
+    score_pairs,
+)
 from .pruning_mimic import Block, ImagePlan, Pairs, Query, Stages
 
 METHODS = ("pruned", "exhaustive")
@@ -39,8 +48,6 @@ _MENTION_BLOCK = 256
 # Of so many candidates, bounding their scores takes less time than scoring them all.
 _MANY_CANDIDATES = 2048
 _CANDIDATE_BYTES = 64 * 2**20
-# `score_pairs` gives a pair the same score in any company, up to _TIE of the score.
-_TIE = 1e-6
 # Pairs of each mention from which the best k are scored exactly at first; those that are scored before the others'
 # bounds are compared again; and how often that is done before counting what is left.
 _SEEDS = 32
@@ -51,31 +58,35 @@ _EXHAUSTIVE_FRACTION = 0.2
 
 
 class _TopK:
-    """The best k rows seen so far for each of M mentions, among those that reach its floor (M, 1)."""
+    """The best k rows seen so far for each of M mentions, among those that reach its floor (M, 1).
+
+    Twice as many are kept, best first: of those that are equal to the k-th best the first rows are the answer, and
+    only all of the scores tell which is the k-th best.
+    """
 
     def __init__(self, count: int, k: int, device: torch.device, floor: Tensor | None = None) -> None:
         self.k = k
         self.floor = torch.full((count, 1), -torch.inf, device=device) if floor is None else floor
-        self.scores = torch.full((count, k), -torch.inf, device=device)
-        self.rows = torch.full((count, k), -1, dtype=torch.long, device=device)
+        self.scores = torch.full((count, 2 * k), -torch.inf, device=device)
+        self.rows = torch.full((count, 2 * k), -1, dtype=torch.long, device=device)
 
     @property
     def threshold(self) -> Tensor:
         """What a score must reach to be among each mention's best k, of shape (M, 1)."""
-        return torch.maximum(self.scores[:, -1:], self.floor)
+        return torch.maximum(self.scores.topk(self.k, dim=1).values[:, -1:], self.floor)
 
     def found(self) -> Tensor:
         """The rows (M, k), best first; -1 where fewer reach the floor."""
-        return self.rows.masked_fill(self.scores < self.floor, -1)
+        below = self.scores < self.floor
+        order = below.int().argsort(dim=1, stable=True)[:, : self.k]
+        return self.rows.masked_fill(below, -1).gather(1, order)
 
     def merge(self, scores: Tensor, rows: Tensor) -> None:
         """Takes scores (M, n) of entity rows (M, n) into account; rows seen before must not come again."""
-        scores = torch.cat([self.scores, scores], dim=1)
-        rows = torch.cat([self.rows, rows], dim=1)
-        # Equal scores in the order of rows, so that the answer does not depend on the order of work.
-        order = rows.argsort(dim=1, stable=True)
-        scores, rows = scores.gather(1, order), rows.gather(1, order)
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.scores.shape[1]]
+        self._keep(torch.cat([self.scores, scores], dim=1), torch.cat([self.rows, rows], dim=1))
+
+    def _keep(self, scores: Tensor, rows: Tensor) -> None:
+        order = best_order(scores, rows)[:, : self.scores.shape[1]]
         self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
 
     def part(self, mention_rows: Tensor) -> _TopK:
@@ -91,9 +102,7 @@ class _TopK:
     def forget(self, start: int, stop: int) -> None:
         """Leaves out the rows from `start` to `stop`."""
         inside = (self.rows >= start) & (self.rows < stop)
-        scores, rows = self.scores.masked_fill(inside, -torch.inf), self.rows.masked_fill(inside, -1)
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
+        self._keep(self.scores.masked_fill(inside, -torch.inf), self.rows.masked_fill(inside, -1))
 
 
 class _Places:
@@ -220,7 +229,9 @@ class Searcher:
             scores = self.matcher(mentions, entities).total
             self.stats.exact_pairs += scores.numel()
             self.stages.hidden_removed(scores, first)
-            yield first, scores, query.margin(CoarseFeatures.of(entities.tensors).extent())
+            sums = torch.where(scores == -torch.inf, 0, scores).sum(dim=0)
+            refuse_not_finite(sums, self.blocks, torch.arange(first, last))
+            yield first, scores, query.margin(self.stages.extent(CoarseFeatures.of(entities.tensors), first))
 
     def _exhaustive_block(self, query: Query, start: int, stop: int, top: _TopK) -> None:
         for first, scores, margin in self._all_scores(query, start, stop):
@@ -256,7 +267,7 @@ class Searcher:
         """Scores a few pairs that promise most, so that all others have a good score to reach; gives their columns of
         the block, (M, n)."""
         seeds = block.high.topk(min(top.k + _SEEDS, block.width), dim=1)
-        mention_rows, places = (seeds.values > -torch.inf).nonzero(as_tuple=True)
+        mention_rows, places = (seeds.values != -torch.inf).nonzero(as_tuple=True)
         columns = seeds.indices[mention_rows, places]
         less = [
             self.stages.image_scores_less_most(query, plan, block, direction, mention_rows, columns)
@@ -266,7 +277,7 @@ class Searcher:
         upper[mention_rows, places] += less[0] + less[1] + query.most[mention_rows, 0]
         best = upper.topk(min(top.k, block.width), dim=1)
         columns = seeds.indices.gather(1, best.indices)
-        self._score_into(query, columns, best.values > -torch.inf, block.start, top)
+        self._score_into(query, columns, best.values != -torch.inf, block.start, top)
         return columns
 
     @staticmethod
@@ -338,7 +349,7 @@ class Searcher:
         pairs = score_pairs(self.matcher, query.mentions, mention_rows, self.blocks, entity_rows, self.block_bytes)
         self.stats.exact_pairs += len(mention_rows)
         gold = places.gold[mention_rows, 0]
-        tie = (pairs.total - gold).abs() <= _TIE * (1 + gold.abs())
+        tie = are_equal(pairs.total, gold)
         places.above += torch.bincount(mention_rows[~tie & (pairs.total > gold)], minlength=len(query))
         places.equal += torch.bincount(mention_rows[tie], minlength=len(query))
 
@@ -390,7 +401,7 @@ def best_entities(
     rows = torch.full((len(mentions), k), -1, dtype=torch.long, device=device)
     searcher = _searcher(matcher, entities, device)
     free = [row for row, item in enumerate(candidates) if item is None]
-    with torch.inference_mode():
+    with torch.inference_mode(), full_precision(mentions.device):
         for start in range(0, len(free), _MENTION_BLOCK):
             picked = torch.tensor(free[start : start + _MENTION_BLOCK], dtype=torch.long, device=device)
             own_floor = None if floor is None else floor[picked].unsqueeze(1)
@@ -410,7 +421,7 @@ def best_entities(
                 )
                 searcher.stats.pairs += len(wanted)
                 searcher.stats.exact_pairs += len(wanted)
-                order = scores.total.argsort(descending=True, stable=True)[:k]
+                order = best_order(scores.total.unsqueeze(0), wanted.unsqueeze(0))[0, :k]
                 found = wanted[order if floor is None else order[scores.total[order] >= floor[row]]]
             rows[row, : len(found)] = found
         mention_rows, places = (rows >= 0).nonzero(as_tuple=True)
@@ -442,7 +453,7 @@ def answer_ranks(
     """
     searcher = _searcher(matcher, entities, mentions.device)
     ranks = torch.full((len(mentions),), torch.nan, dtype=torch.float64)
-    with torch.inference_mode():
+    with torch.inference_mode(), full_precision(mentions.device):
         for start in range(0, len(mentions), _MENTION_BLOCK):
             part = slice(start, start + _MENTION_BLOCK)
             gold = searcher.scores_of(mentions[part], answers[part])
@@ -453,7 +464,7 @@ def answer_ranks(
 
 def answer_scores(matcher: Matcher, entities: EntityBlocks, mentions: MentionFeatures, answers: Tensor) -> Tensor:
     """The score of each of M mentions' answers, of shape (M,); `answers` are their rows."""
-    with torch.inference_mode():
+    with torch.inference_mode(), full_precision(mentions.device):
         return _searcher(matcher, entities, mentions.device).scores_of(mentions, answers)
 
 
@@ -480,7 +491,7 @@ def better_entities(
     """
     searcher = _searcher(matcher, entities, mentions.device)
     above, equal = torch.zeros_like(answers), torch.zeros_like(answers)
-    with torch.inference_mode():
+    with torch.inference_mode(), full_precision(mentions.device):
         for start in range(0, len(mentions), _MENTION_BLOCK):
             part = slice(start, start + _MENTION_BLOCK)
             above[part], equal[part] = searcher.ranks(

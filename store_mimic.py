@@ -592,6 +592,10 @@ class Store:
     def full(self, rows: Tensor | slice, device: torch.device) -> EntityFeatures:
         return EntityFeatures(self.gather(rows, self._names, device))
 
+    def name_of(self, row: int) -> str:
+        """What messages call the entity of a row."""
+        return f"the entity {self.record(row)['id']!r}"
+
     def alive(self, start: int, stop: int) -> Tensor | None:
         return ~self.removed[start:stop] if self.removed_count else None
 
