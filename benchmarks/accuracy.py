@@ -36,7 +36,7 @@ def random_matcher(config: MimicConfig, scale: float) -> Matcher:
 
 
 def random_side(config: MimicConfig, count: int) -> dict[str, Tensor]:
-    """What an encoder could give; every fourth item has no picture, so that all its image tokens are nearly alike."""
+    """What an encoder could give; every fourth item has no image, so that all its image tokens are nearly alike."""
     backbone: Any = config.backbone_config
     width, length = config.image_hidden_size, config.text_max_length
     patches = (backbone.vision_config.image_size // backbone.vision_config.patch_size) ** 2 + 1

@@ -3,7 +3,7 @@
 Scores of random weights are spread as no trained model's are, and the bounds of a search depend on that spread. So a
 model of the published matcher's size (40 tokens, units 96 wide, projections 512 wide) on a small CLIP-shaped encoder is
 trained on real mention text: the MELBench archives, where an entity is named by its own records and has another
-sentence, or half of its only one, as its description. Pictures are synthetic: a pattern for each entity, and noise.
+sentence, or half of its only one, as its description. Images are synthetic: a pattern for each entity, and noise.
 Without the archives the text of the built-in sample takes their place.
 
 The model and its knowledge base are kept in `--work_dir`, so that the benchmarks of one machine share them.
@@ -51,7 +51,7 @@ def machine() -> str:
     return f"{cpu}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}"
 
 
-# --- Text and pictures --------------------------------------------------------------------------------------------
+# --- Text and images --------------------------------------------------------------------------------------------
 
 
 def read_records(data_dir: Path | None) -> list[tuple[str, str, str, str]]:
@@ -78,7 +78,7 @@ def _sample_records() -> list[tuple[str, str, str, str]]:
     return [(row["answer"], names[row["answer"]], row["mention"], row["sentence"]) for row in mentions]
 
 
-def picture(entity: str, noise: float, rng: np.random.Generator) -> Image.Image:
+def drawn(entity: str, noise: float, rng: np.random.Generator) -> Image.Image:
     """The pattern of an entity, under noise."""
     own = np.random.default_rng(abs(hash_of(entity)))
     pattern = own.uniform(0, 255, (4, 4, 3))
@@ -119,7 +119,7 @@ class World:
         return " ".join(word for word in words if self.random.random() < 0.5)
 
     def entities(self, count: int) -> Iterator[dict[str, Any]]:
-        """`count` entities: each real one once, then again under new ids with other words and pictures."""
+        """`count` entities: each real one once, then again under new ids with other words and images."""
         made = 0
         for turn in range(10**9):
             for entity, name in self.names.items():
@@ -127,15 +127,15 @@ class World:
                     return
                 made += 1
                 entity_id = entity if turn == 0 else f"{entity}-{turn}"
-                image = picture(entity_id, 20, self.numbers) if self.random.random() < 0.7 else None
+                image = drawn(entity_id, 20, self.numbers) if self.random.random() < 0.7 else None
                 yield {"id": entity_id, "name": name, "description": self.description(entity), "images": image}
 
     def mention_inputs(self, processor: MimicProcessor, records: list[tuple[str, str, str, str]]) -> dict[str, Any]:
-        images = [picture(r[0], 60, self.numbers) if self.random.random() < 0.7 else None for r in records]
+        images = [drawn(r[0], 60, self.numbers) if self.random.random() < 0.7 else None for r in records]
         return dict(processor.process_mentions([r[2] for r in records], [r[3] for r in records], images))
 
     def entity_inputs(self, processor: MimicProcessor, records: list[tuple[str, str, str, str]]) -> dict[str, Any]:
-        images = [picture(r[0], 20, self.numbers) if self.random.random() < 0.7 else None for r in records]
+        images = [drawn(r[0], 20, self.numbers) if self.random.random() < 0.7 else None for r in records]
         texts = [self.description(r[0], but=r[3]) for r in records]
         return dict(processor.process_entities([r[1] for r in records], texts, images))
 

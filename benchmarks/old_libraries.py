@@ -48,7 +48,7 @@ def difference(ours, theirs):
 
 
 def write(directory):
-    """The golden model in the published format, tokens of texts, and normalised pixels of pictures."""
+    """The golden model in the published format, tokens of texts, and normalised pixels of images."""
     from transformers import CLIPConfig
 
     from mimic_el.processing_mimic import MimicProcessor
@@ -69,9 +69,9 @@ def write(directory):
     random = np.random.default_rng(0)
     for number, (width, height) in enumerate([(640, 480), (100, 333), (224, 224), (17, 23), (1200, 90)]):
         noise = random.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
-        picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-        picture.save(directory / f"{number}.png")
-        picture.save(directory / f"{number}.jpg", quality=85)
+        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        image.save(directory / f"{number}.png")
+        image.save(directory / f"{number}.jpg", quality=85)
     paths = sorted([*directory.glob("*.png"), *directory.glob("*.jpg")])
     image_processor = MimicProcessor.image_processor_for(CLIPConfig())
     processor = MimicProcessor(image_processor, tokenizer, correct_images=False)
@@ -173,13 +173,11 @@ def compare(directory):
     pixels, processor = np.load(directory / "pixels.npz"), transformers.CLIPFeatureExtractor()
     levels = []
     for name in pixels:
-        picture = Image.open(directory / name).convert("RGB").resize((SIDE, SIDE), Image.LANCZOS)
-        old = np.asarray(processor(picture)["pixel_values"][0])
+        image = Image.open(directory / name).convert("RGB").resize((SIDE, SIDE), Image.LANCZOS)
+        old = np.asarray(processor(image)["pixel_values"][0])
         deviation = np.array(processor.image_std)[:, None, None]
         levels.append(float(np.abs((pixels[name] - old) * deviation * 255).max()))
-    print(
-        f"Pillow {PIL.__version__}: largest difference of each picture, in levels of 255: {np.round(levels).tolist()}"
-    )
+    print(f"Pillow {PIL.__version__}: largest difference of each image, in levels of 255: {np.round(levels).tolist()}")
 
     callbacks = [
         lightning.callbacks.ModelCheckpoint(str(directory), monitor="Val/mrr", mode="max", filename="trained"),

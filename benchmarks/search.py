@@ -91,11 +91,11 @@ def encoding_time() -> float:
     """Seconds to encode one mention with a model of CLIP ViT-B/32's size; weights make no difference to that."""
     model = MimicModel(MimicConfig()).eval()
     size = model.config.backbone_config.vision_config.image_size
-    picture = torch.from_numpy(np.asarray(Image.new("RGB", (size, size), "red"), dtype=np.float32) / 255)
+    image = torch.from_numpy(np.asarray(Image.new("RGB", (size, size), "red"), dtype=np.float32) / 255)
     inputs = {
         "input_ids": torch.randint(1, 1000, (1, model.config.text_max_length)),
         "attention_mask": torch.ones(1, model.config.text_max_length, dtype=torch.long),
-        "pixel_values": picture.permute(2, 0, 1).unsqueeze(0),
+        "pixel_values": image.permute(2, 0, 1).unsqueeze(0),
     }
     with torch.inference_mode():
         return best_of(5, lambda: model.encode_mentions(**inputs))[0]

@@ -69,7 +69,7 @@ _ORIGINS = {
     "wikidiverse": "WikiDiverse: mentions in captions of images, from Wikinews, linked to Wikipedia.",
     "custom": "",
 }
-_PICTURES_LICENCE = "Images of Wikimedia Commons have licences of their own, each its own."
+_IMAGES_LICENCE = "Images of Wikimedia Commons have licences of their own, each its own."
 
 # Spelled here, because they are the user's to read; the names are the columns'.
 _FIELDS = {
@@ -129,14 +129,14 @@ def _licence(source: Source) -> tuple[str, str]:
     if isinstance(source, MelBench):
         return (
             "mit",
-            f"MELBench is published under the MIT licence (copyright 2021 BlueStragglers). {_PICTURES_LICENCE}",
+            f"MELBench is published under the MIT licence (copyright 2021 BlueStragglers). {_IMAGES_LICENCE}",
         )
     if isinstance(source, WikiDiverseRelease):
-        return "cc-by-sa-4.0", f"WikiDiverse is published under CC BY-SA 4.0. {_PICTURES_LICENCE}"
+        return "cc-by-sa-4.0", f"WikiDiverse is published under CC BY-SA 4.0. {_IMAGES_LICENCE}"
     if isinstance(source, CustomData):
         return "unknown", "No licence was stated."
     origin = "WikiDiverse, published under CC BY-SA 4.0" if name == "wikidiverse" else "MELBench, published under MIT"
-    text = f"The archive states no licence of its own. Its mentions derive from {origin}. {_PICTURES_LICENCE}"
+    text = f"The archive states no licence of its own. Its mentions derive from {origin}. {_IMAGES_LICENCE}"
     return "unknown", text
 
 

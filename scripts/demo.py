@@ -1,6 +1,6 @@
 """`make demo`: train a small model from scratch on the sample, measure it, and show what it links.
 
-Leaves the checkpoint, with its card and its index, in runs/demo, and a picture of some linked mentions in
+Leaves the checkpoint, with its card and its index, in runs/demo, and an image of some linked mentions in
 runs/demo/linked.png.
 """
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "datasets_scripts" / "sample"
 CONFIG = ROOT / "configs" / "sample.yaml"
 OUTPUT_DIR = Path("runs/demo")
-PICTURE = "linked.png"
+LINKED = "linked.png"
 KINDS = ("text", "image", "both")
 SHOWN = ("hits@1", "mrr")
 TOP_K = 3
@@ -76,7 +76,7 @@ def figures_of(metrics: Mapping[str, float]) -> Figures:
 
 
 def without_images(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mentions or entities as if they had no pictures."""
+    """Mentions or entities as if they had no images."""
     hidden: dict[str, Any] = {"image": None, "images": []}
     return [{name: hidden.get(name, value) for name, value in record.items()} for record in records]
 
@@ -94,7 +94,7 @@ def table(rows: Mapping[str, Figures], counts: Mapping[str, int]) -> str:
 
 
 def choose(mentions: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Mentions to show: the first of each kind, and two that share a name and differ in their answer and picture."""
+    """Mentions to show: the first of each kind, and two that share a name and differ in their answer and image."""
     chosen = [next(row for row, mention in enumerate(mentions) if mention["kind"] == kind) for kind in KINDS]
     first: dict[str, int] = {}
     for row, mention in enumerate(mentions):
@@ -109,7 +109,7 @@ def choose(mentions: Sequence[Mapping[str, Any]]) -> list[int]:
 def draw_links(
     mentions: Sequence[Mapping[str, Any]], linked: Sequence[Sequence[Mapping[str, Any]]], knowledge_base: KnowledgeBase
 ) -> Image.Image:
-    """A picture with a line for each mention: its picture and sentence, then its best entities, the answer framed."""
+    """An image with a line for each mention: its image and sentence, then its best entities, the answer framed."""
     side, gap, text_width, cell = 96, 16, 300, 190
     height = side + 2 * gap + 14
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
@@ -135,12 +135,12 @@ def draw_links(
 
 
 def _paste(sheet: Image.Image, source: Any, place: tuple[int, int], side: int) -> None:
-    picture = load_image(source)
-    if picture is None:
+    image = load_image(source)
+    if image is None:
         ImageDraw.Draw(sheet).rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline="#cccccc")
-        ImageDraw.Draw(sheet).text((place[0] + 12, place[1] + side // 2 - 8), "no picture", fill="#888888")
+        ImageDraw.Draw(sheet).text((place[0] + 12, place[1] + side // 2 - 8), "no image", fill="#888888")
     else:
-        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), place)
+        sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), place)
 
 
 def _latin(text: str) -> str:
@@ -188,17 +188,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
     shown = [mentions[row] for row in choose(mentions)]
     linked = linker(shown, top_k=TOP_K)
     for mention, entities in zip(shown, linked, strict=True):
-        picture = "a picture" if mention["image"] else "no picture"
-        print(f"\n{mention['mention']!r} in {mention['sentence']!r} ({picture}; the answer is {mention['answer']})")
+        image = "an image" if mention["image"] else "no image"
+        print(f"\n{mention['mention']!r} in {mention['sentence']!r} ({image}; the answer is {mention['answer']})")
         for found in entities:
             mark = "*" if found["entity_id"] == mention["answer"] else " "
             parts = ", ".join(f"{part} {found[f'{part}_score']:.2f}" for part in ("text", "image", "cross_modal"))
             print(f"  {mark} {found['score']:6.2f}  {found['entity_id']:28} {found['name']:16} ({parts})")
-    draw_links(shown, linked, knowledge_base).save(args.output_dir / PICTURE)
+    draw_links(shown, linked, knowledge_base).save(args.output_dir / LINKED)
     minutes, seconds = divmod(round(time.time() - start), 60)
     print(
-        f"\nThe checkpoint is in {args.output_dir}, its index in {args.output_dir / 'index'}, a picture of these links "
-        f"in {args.output_dir / PICTURE}. That took {minutes} min {seconds} s."
+        f"\nThe checkpoint is in {args.output_dir}, its index in {args.output_dir / 'index'}, an image of these links "
+        f"in {args.output_dir / LINKED}. That took {minutes} min {seconds} s."
     )
     return rows
 

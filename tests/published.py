@@ -32,7 +32,7 @@ def save_linker(directory: Path, seed: int = 0, **settings: Any) -> Path:
 
 
 def entities_and_mentions(directory: Path, count: int = 12) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Entities, and a mention of each, whose pictures are files in the directory."""
+    """Entities, and a mention of each, whose images are files in the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     entities = knowledge_base(count)
     for entity in entities:

@@ -1,4 +1,4 @@
-"""The demonstration, on the toy data set: its baselines, its table, its picture, and all of it in one run."""
+"""The demonstration, on the toy data set: its baselines, its table, its image, and all of it in one run."""
 
 import itertools
 import json
@@ -91,7 +91,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, demo.
     return directory / "out", demo.main([*command, "--output_dir", str(directory / "out")])
 
 
-def test_demo_leaves_checkpoint_index_table_and_picture(
+def test_demo_leaves_checkpoint_index_table_and_image(
     run: tuple[Path, dict[str, demo.Figures]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output_dir, rows = run
@@ -105,16 +105,16 @@ def test_demo_leaves_checkpoint_index_table_and_picture(
     index = EntityIndex.from_pretrained(output_dir / "index")
     index.check_model(AutoModel.from_pretrained(output_dir))
     assert len(index) == 9
-    with Image.open(output_dir / demo.PICTURE) as picture:
-        assert picture.height > 300
+    with Image.open(output_dir / demo.LINKED) as image:
+        assert image.height > 300
         # The answers are among three entities of nine often enough that one is framed.
-        assert (np.asarray(picture) == (0x2E, 0x8B, 0x57)).all(axis=-1).any()
+        assert (np.asarray(image) == (0x2E, 0x8B, 0x57)).all(axis=-1).any()
 
 
 def test_configuration_of_the_sample_is_read(tmp_path: Path) -> None:
     model_args, data_args, args = train.parse_args([str(demo.CONFIG), "--output_dir", str(tmp_path), "--use_cpu"])
     assert model_args.from_scratch
-    assert model_args.correct_images is None  # the default: pictures are put right
+    assert model_args.correct_images is None  # the default: images are put right
     assert Path(str(data_args.dataset_name)).resolve() == demo.SAMPLE.resolve()
     assert args.num_train_epochs > 0
     knowledge_base = toy_data.knowledge_base()

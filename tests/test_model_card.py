@@ -134,8 +134,8 @@ def test_snippet_is_python() -> None:
 
 def test_curves_are_drawn_where_matplotlib_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert draw_curves(LOG, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > picture.height
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > image.height
     assert not draw_curves([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     run = a_run()

@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    entities, mentions = entities_and_mentions(tmp_path_factory.mktemp("pictures"))
+    entities, mentions = entities_and_mentions(tmp_path_factory.mktemp("images"))
     return {"entities": entities, "mentions": mentions}
 
 

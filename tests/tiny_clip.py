@@ -71,7 +71,7 @@ def tiny_model(seed: int = 0, **settings: Any) -> MimicModel:
 
 
 def tiny_inputs(count: int, seed: int = 0, prefix: str = "", length: int = 12) -> dict[str, Tensor]:
-    """Texts of different lengths, padded with the end-of-text token, and pictures, of which every third is absent."""
+    """Texts of different lengths, padded with the end-of-text token, and images, of which every third is absent."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, length + 1, (count, 1), generator=generator)
     positions = torch.arange(length)

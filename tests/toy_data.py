@@ -35,26 +35,26 @@ SIZES = {"image_hidden_size": 8, "tglu_hidden_size": 8, "vdlu_hidden_size": 8, "
 
 
 def png(colour: str, size: int = 20) -> dict[str, Any]:
-    """A picture as `datasets` gives one that it did not decode."""
+    """An image as `datasets` gives one that it did not decode."""
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), colour).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": f"{colour}.png"}
 
 
 def entities() -> list[dict[str, Any]]:
-    """Nine entities: every name with every kind. Each has two pictures of different size, but the last has none."""
+    """Nine entities: every name with every kind. Each has two images of different size, but the last has none."""
     rows = []
     for name in NAMES:
         for place, kind in enumerate(KINDS):
-            pictures = [png(COLOURS[place], 20), png(COLOURS[place + 1], 24)]
+            images = [png(COLOURS[place], 20), png(COLOURS[place + 1], 24)]
             row = {"id": f"{kind}:{name.lower()}", "qid": None, "name": name, "description": f"A {kind}."}
-            rows.append({**row, "images": pictures})
+            rows.append({**row, "images": images})
     rows[-1]["images"] = []
     return rows
 
 
 def mentions(split: str, count: int) -> list[dict[str, Any]]:
-    """`count` mentions, their answers going round the entities; every fifth without a picture."""
+    """`count` mentions, their answers going round the entities; every fifth without an image."""
     known = entities()
     rows = []
     for number in range(count):
