@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,14 +15,14 @@ import numpy as np
 import yaml
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from mimic_el.markdown_mimic import escaped, plain_line, table
 
 from .custom import CustomData
 from .melbench import MelBench
 from .mimic_archive import MimicArchive
-from .report import KINDS, SPLITS, Report
+from .report import KINDS, MAX_LISTED, SPLITS, Report
 from .source import Source
 from .wikidiverse import WikiDiverseRelease
 
@@ -196,128 +197,44 @@ def _lengths(counts: Counter[int]) -> str:
     return f"{mean:.1f} on average, median {_percentile(counts, 0.5)}, at most {max(counts, default=0)}"
 
 
-def _fields(config: str, facts: CardFacts) -> str:
+def _fields(config: str, facts: CardFacts) -> list[list[str]]:
     def type_name(feature: Any) -> str:
         if isinstance(feature, datasets.List):
             return f"list of {type_name(feature.feature)}"
         return "image" if isinstance(feature, datasets.Image) else feature.dtype
 
-    rows = [
+    return [
         [f"**{escaped(name)}**", type_name(feature), _FIELDS[config].get(name, "")]
         for name, feature in facts.features[config].items()
     ]
-    return table(["field", "type", "what it is"], rows)
 
 
-def _statistics(source: Source, report: Report) -> str:
+def _counts(report: Report) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The rows of the tables of mentions and of entities."""
     stats = report.statistics
     plain = stats.to_dict()
-    rows = [
-        ["mentions", *(plain["mentions"][split] for split in SPLITS)],
-        ["with an image", *(plain["mentions_with_image"][split] for split in SPLITS)],
-        ["distinct answers", *(plain["distinct_answers"][split] for split in SPLITS)],
-        ["answers that are none in train", 0, *(stats.unseen_answers(split) for split in SPLITS[1:])],
+    labels = {
+        "mentions": "mentions",
+        "mentions_with_image": "with an image",
+        "nil_mentions": "of no entity",
+        "distinct_answers": "distinct answers",
+    }
+    mentions = [[label, *(plain[key][split] for split in SPLITS)] for key, label in labels.items() if key in plain]
+    mentions.append(["answers that are none in train", 0, *(stats.unseen_answers(split) for split in SPLITS[1:])])
+    entities: list[list[Any]] = [
+        ["all", stats.entities],
+        ["with a qid", stats.entities_with_qid],
+        ["with a description", stats.entities_with_description],
+        ["with an image", plain["entities_with_image"]],
+        ["images in all", plain["entity_images"]],
     ]
-    lines = [
-        table(["", *SPLITS], rows),
-        "",
-        table(
-            ["knowledge base", "entities"],
-            [
-                ["all", stats.entities],
-                ["with a qid", stats.entities_with_qid],
-                ["with a description", stats.entities_with_description],
-                ["with an image", plain["entities_with_image"]],
-                ["images in all", plain["entity_images"]],
-            ],
-        ),
-        "",
-        f"Words of a sentence: {_lengths(stats.sentence_words)}. Words of a mention: {_lengths(stats.mention_words)}.",
-    ]
-    if not source.is_closed:
-        lines.append(f"Words of a description: {_lengths(stats.description_words)}.")
-    return "\n".join(lines)
-
-
-def _made(source: Source, report: Report, facts: CardFacts) -> str:
-    options = "".join(
-        f" --{name}" + (f" {shlex.quote(value)}" if value else "") for name, value in facts.options.items()
-    )
-    lines = [
-        f"From {source.format}, with",
-        "",
-        "```bash",
-        f"python -m mimic_el.datasets_scripts.prepare {source.benchmark.name} --data_dir DIR --output_dir OUT{options}",
-        "```",
-        "",
-    ]
-    if isinstance(source, MimicArchive):
-        lines.append(
-            "Names and mentions are URL-decoded. Splits are the archive's. An answer is the entity's number in "
-            "`kb_entity.json`, found through `qid2id.json`. The order of an entity's images is the archive's."
-        )
-    if isinstance(source, MelBench):
-        lines.append(
-            "The original file has no splits. Here a record is in train, validation or test by the SHA-256 sum of its "
-            "id (70%, 10%, 20%), those of one sentence all by the smallest of their ids. So the mentions of a record "
-            "and of a sentence stay together, and the splits are the same for everyone. They are not the splits of any "
-            "publication: results on them compare with each other alone."
-        )
-    if isinstance(source, WikiDiverseRelease):
-        lines.append(
-            "Splits are the release's. An entity is a page of Wikipedia; its `id` is the page's title with underscores."
-        )
-    if isinstance(source, CustomData):
-        lines.append(
-            "Without files or a column for splits, a mention is in train, validation or test by the SHA-256 sum of its "
-            "id or sentence (70%, 10%, 20%); mentions of one sentence, image or id stay together."
-        )
-        if "closed_knowledge_base" in report.counts:
-            lines += ["", "**The knowledge base is closed**: each of its entities is the answer of a mention."]
-    if source.is_closed:
-        lines += [
-            "",
-            "**The source has no knowledge base.** The one here is closed: it holds the answers of the mentions and "
-            "nothing else, with names and without descriptions or images. Linking to it is easier than linking to "
-            "all of Wikidata or Wikipedia, and results on it do not compare with published ones.",
-        ]
-    lines += [
-        "",
-        "Images keep their bytes unless an option above says otherwise. `datasets` turns an image as its camera's "
-        "orientation tag says when it decodes it.",
-        "",
-        table(
-            ["file read", "bytes", "MD5", "published MD5"],
-            [
-                [escaped(name), entry["bytes"], entry["md5"], _md5_verdict(entry)]
-                for name, entry in report.files.items()
-            ],
-        ),
-    ]
-    return "\n".join(lines)
+    return mentions, entities
 
 
 def _md5_verdict(entry: dict[str, Any]) -> str:
     if entry["expected_md5"] is None:
         return "not known"
     return "the same" if entry["expected_md5"] == entry["md5"] else f"differs: {entry['expected_md5']}"
-
-
-def _problems(report: Report) -> str:
-    lines = []
-    differing = {what: counts for what, counts in report.published.items() if counts["found"] != counts["published"]}
-    for what, counts in differing.items():
-        lines.append(f"- {what}: {counts['found']:,} here, {counts['published']:,} in the MIMIC paper.")
-    if report.published and not differing:
-        lines.append("- The counts are those of the MIMIC paper.")
-    if report.unused_fields:
-        names = ", ".join(f"{escaped(name)} ({count:,})" for name, count in sorted(report.unused_fields.items()))
-        lines.append(f"- Fields of the source that are not here: {names}.")
-    rows = [[kind, report.counts[kind], KINDS[kind].effect] for kind in KINDS if report.counts[kind]]
-    if not rows:
-        return "\n".join([*lines, "Nothing was found wrong."])
-    kinds = table(["kind", "count", "what it is and what was done"], rows)
-    return "\n".join([*lines, "", kinds, "", "Each is listed, with its file and row, in `problems.jsonl`."])
 
 
 def _histograms(source: Source, report: Report) -> dict[str, tuple[str, Counter[int]]]:
@@ -360,40 +277,54 @@ def draw_histograms(histograms: dict[str, tuple[str, Counter[int]]], folder: Pat
 
 
 def card_text(source: Source, report: Report, facts: CardFacts, figures: list[str]) -> str:
-    """The card in Markdown, its YAML first. `figures` are the histograms drawn in `figures/`."""
+    """The card in Markdown, its YAML first. `figures` are the histograms drawn in `figures/`.
+
+    Texts that come from data are escaped here or in the template, `dataset_card.md.jinja`.
+    """
     data = metadata(source, facts)
-    origin = _ORIGINS[source.benchmark.name]
-    citations = list(_CITATIONS[source.benchmark.name])
-    if isinstance(source, MimicArchive):
-        citations.append(_MIMIC)
-    licence = f"Licence: {escaped(facts.license)}." if facts.license else _licence(source)[1]
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {escaped(data.pretty_name)}",
-        f"{origin} For multimodal entity linking: given a mention, its sentence and its image, find the entity that "
-        "is meant in a knowledge base of names, descriptions and images.".strip(),
-        "## Use",
-        "```python\nfrom datasets import load_dataset\n\n"
-        'mentions = load_dataset("REPOSITORY OR FOLDER", "mentions")\n'
-        'entities = load_dataset("REPOSITORY OR FOLDER", "entities", split="kb")\n'
-        'row_of = {id_: row for row, id_ in enumerate(entities["id"])}\n'
-        'answer = entities[row_of[mentions["test"][0]["answer"]]]\n```',
-        "## Fields",
-        f"### mentions\n\n{_fields('mentions', facts)}",
-        f"### entities\n\n{_fields('entities', facts)}",
-        "## Statistics",
-        _statistics(source, report),
-        "\n".join(f"![{_histograms(source, report)[name][0]}](figures/{name}.png)" for name in figures),
-        "## How it was made",
-        _made(source, report, facts),
-        "## Known problems",
-        _problems(report),
-        "## Licence",
-        licence,
-    ]
-    if citations:
-        parts += ["## Citation", "```bibtex\n" + "\n".join(citations) + "\n```"]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    stats = report.statistics
+    mention_counts, entity_counts = _counts(report)
+    published = [(what, counts["found"], counts["published"]) for what, counts in report.published.items()]
+    differing = [entry for entry in published if entry[1] != entry[2]]
+    titles = {name: title for name, (title, _) in _histograms(source, report).items()}
+    written = facts.splits.get("mentions", {})
+    card = DatasetCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("dataset_card.md.jinja")),
+        escaped=escaped,
+        table=table,
+        origin=_ORIGINS[source.benchmark.name],
+        split="test" if "test" in written else next(iter(written), "train"),
+        fields={config: _fields(config, facts) for config in ("mentions", "entities")},
+        splits=list(SPLITS),
+        mention_counts=mention_counts,
+        entity_counts=entity_counts,
+        lengths={
+            "sentence": _lengths(stats.sentence_words),
+            "mention": _lengths(stats.mention_words),
+            "description": _lengths(stats.description_words),
+        },
+        figures=[(name, titles[name]) for name in figures],
+        format=source.format,
+        name=source.benchmark.name,
+        options="".join(
+            f" --{name}" + (f" {shlex.quote(value)}" if value else "") for name, value in facts.options.items()
+        ),
+        kind=type(source).__name__,
+        is_closed=source.is_closed,
+        has_answers_alone="closed_knowledge_base" in report.counts,
+        files=[
+            [escaped(name), entry["bytes"], entry["md5"], _md5_verdict(entry)] for name, entry in report.files.items()
+        ],
+        differing=differing,
+        is_as_published=bool(published) and not differing,
+        unused_fields=", ".join(f"{escaped(name)} ({count:,})" for name, count in sorted(report.unused_fields.items())),
+        findings=[[kind, report.counts[kind], KINDS[kind].effect] for kind in KINDS if report.counts[kind]],
+        max_listed=MAX_LISTED,
+        licence=f"Licence: {escaped(facts.license)}." if facts.license else _licence(source)[1],
+        citations=_CITATIONS[source.benchmark.name] + ([_MIMIC] if isinstance(source, MimicArchive) else []),
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
 
 
 def eval_yaml(source: Source, facts: CardFacts) -> str | None:

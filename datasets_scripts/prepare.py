@@ -513,6 +513,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     # Images have a limit of ours, and those above it are reported.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", message="The metadata of an image cannot be read")  # a finding says so
     try:
         _run(args)
         return 0

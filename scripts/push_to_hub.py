@@ -37,9 +37,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.console import parse, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
-from mimic_el.hub_files_mimic import REPLACED, hub_files
+from mimic_el.hub_files_mimic import EVAL_RESULTS_FOLDER, REPLACED, hub_files
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
+from mimic_el.training.model_card import eval_results_yaml
 
 
 class PublishError(MimicError, ValueError):
@@ -127,6 +128,7 @@ def model_repository(
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         repository.files["config.json"] = text.encode()
     if "README.md" in repository.files:
+        repository.files |= _published_results(directory, repository.files, names, datasets)
         repository.files["README.md"] = _published_card(directory / "README.md", names, datasets).encode()
     else:
         repository.notes.append("it has no README.md, so its page will be empty; `mimic-el train` writes one")
@@ -172,6 +174,29 @@ def _published_card(path: Path, names: Mapping[str, str], datasets: Sequence[str
     for here, there in names.items():
         text = re.sub(rf'((?:model=|load_dataset\()"){re.escape(here)}"', rf'\g<1>{there}"', text)
     return text
+
+
+def _published_results(
+    directory: Path, files: Mapping[str, Path | bytes], names: Mapping[str, str], datasets: Sequence[str]
+) -> dict[str, Path | bytes]:
+    """The figures of the test split for the leaderboard of the data set that is published with the model.
+
+    They are written where the card says that the model was trained on that data set, and training, which knew it as a
+    directory, left its results.
+    """
+    known = {here: there for here, there in names.items() if there in datasets}
+    card = str(_read_card(directory / "README.md"))
+    trained_on = [there for here, there in known.items() if f'load_dataset("{here}"' in card]
+    if len(trained_on) != 1 or any(name.startswith(EVAL_RESULTS_FOLDER) for name in files):
+        return {}
+    try:
+        results = json.loads((directory / "test_results.json").read_text(encoding="utf-8"))
+        measured = {str(name).removeprefix("test_"): value for name, value in dict(results).items()}
+    except (OSError, ValueError, TypeError):
+        return {}
+    text = eval_results_yaml(trained_on[0], measured)
+    name = f"{EVAL_RESULTS_FOLDER}/{trained_on[0].rpartition('/')[2]}.yaml"
+    return {} if text is None else {name: text.encode()}
 
 
 def _read_card(path: Path) -> RepoCard:

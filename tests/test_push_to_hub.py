@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import yaml
 from hub_server import Hub
 from huggingface_hub import RepoCard
 from published import CODE_FILES, TASK, entities_and_mentions, same_links, save_linker
@@ -344,6 +346,21 @@ def test_cards_that_are_not_valid_are_named(publish: Callable[..., Any], directo
     status, _, errors = publish("--dry_run")
     assert status == 1
     assert errors.startswith(f"error: {directories / directory / 'README.md'} cannot be read")
+
+
+@pytest.mark.skipif(not hasattr(huggingface_hub, "EvalResultEntry"), reason="huggingface_hub is too old for it")
+def test_figures_go_to_the_leaderboard_of_a_data_set_that_is_published_too(directories: Path, hub: Hub) -> None:
+    linker, toys = directories / "linker", directories / "toys"
+    (linker / "test_results.json").write_text('{"test_hits@1": 0.5, "test_mrr": 0.625, "test_mentions": 9}')
+    (linker / "README.md").write_text(f'{CARD}\n```python\nload_dataset("toys", "mentions")\n```\n')
+    arguments = ["--namespace", "alice", "--model_dir", str(linker), "--dataset_dir", str(toys)]
+    assert main(arguments) == 0
+    text = hub.files("alice/linker")[".eval_results/toys.yaml"].decode()
+    entries = huggingface_hub.parse_eval_result_entries(yaml.safe_load(text))
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [
+        ("alice/toys", "hits_at_1", 50.0),
+        ("alice/toys", "mrr", 62.5),
+    ]
 
 
 @pytest.mark.parametrize(

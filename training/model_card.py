@@ -225,21 +225,10 @@ class TrainingRun:
         `None` where there are none, the data set is not on the Hub, or huggingface_hub is too old to write them. The
         tasks are those of the `eval.yaml` that `mimic-el prepare` writes; Hits and MRR are in percent.
         """
-        entry_of = getattr(huggingface_hub, "EvalResultEntry", None)
         measured = self.metrics.get("test", {})
-        if self.dataset_id is None or entry_of is None or not measured:
+        if self.dataset_id is None:
             return None
-        entries = [
-            entry_of(
-                self.dataset_id,
-                task_id,
-                round(float(measured[metric]) * (1 if metric == "mean_rank" else 100), 4),
-                dataset_revision=self.dataset_revision,
-            )
-            for metric, task_id in EVAL_TASKS.items()
-            if metric in measured
-        ]
-        return yaml.safe_dump(huggingface_hub.eval_result_entries_to_yaml(entries), sort_keys=False)
+        return eval_results_yaml(self.dataset_id, measured, self.dataset_revision)
 
     def _summary(self) -> str:
         start = "random weights" if self.base_model is None else _linked("", self.base_model)
@@ -384,6 +373,23 @@ class TrainingRun:
         return card
 
 
+def eval_results_yaml(dataset_id: str, measured: Mapping[str, Any], revision: str | None = None) -> str | None:
+    """Figures on a data set's test split, as `.eval_results/*.yaml` has them; `None` where there are none.
+
+    Args:
+        dataset_id, revision: the data set on the Hub.
+        measured: what [`RankedMentions.metrics`] gives; Hits@k and MRR are fractions.
+    """
+    entry_of = getattr(huggingface_hub, "EvalResultEntry", None)
+    found = {task: measured[metric] for metric, task in EVAL_TASKS.items() if isinstance(measured.get(metric), float)}
+    if entry_of is None or not found:
+        return None
+    entries = [
+        entry_of(dataset_id, task, round(100 * value, 4), dataset_revision=revision) for task, value in found.items()
+    ]
+    return yaml.safe_dump(huggingface_hub.eval_result_entries_to_yaml(entries), sort_keys=False)
+
+
 def draw_curves(log_history: Iterable[Mapping[str, Any]], path: Path) -> bool:
     """Draws training loss and validation metrics against epochs; returns whether there was anything to draw with."""
     history = list(log_history)
@@ -481,4 +487,4 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
 
 
-__all__ = ["PUBLISHED", "TrainingRun", "draw_curves"]
+__all__ = ["PUBLISHED", "TrainingRun", "draw_curves", "eval_results_yaml"]
