@@ -27,6 +27,7 @@ _CONFIG_ARGUMENTS = (
     "mask_text_padding",
     "ignore_duplicate_answers",
     "symmetric_loss",
+    "context_window",
 )
 
 
@@ -77,6 +78,14 @@ class ModelArguments:
         "An answer that several mentions of a batch share is no negative of itself. In the published loss it is."
     )
     symmetric_loss: bool | None = _switch("Also rank the mentions for each entity. The published loss does not.")
+    context_window: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which part of a text is read that is longer than text_max_length: its start, as published, or the "
+            "words around the mention.",
+            "choices": ["start", "mention"],
+        },
+    )
     correct_images: bool | None = _switch(
         "Apply a camera's orientation, show white behind transparency, scale 16-bit images (the default of new "
         "models). The published preprocessing does none of it."

@@ -90,7 +90,8 @@ class MentionEntityCollator:
         self._normalized: np.ndarray | None = None
 
     def __call__(self, mentions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of some mentions: dicts with `mention`, `sentence`, `image`, `answer` and, for messages, `id`.
+        """The batch of some mentions: dicts with `mention`, `sentence`, `image`, `answer` and, for messages, `id`;
+        `start` and `end`, the mention's place in its sentence, are of use for the context window "mention".
 
         Raises:
             ValueError: if an answer is not in the knowledge base.
@@ -107,9 +108,9 @@ class MentionEntityCollator:
         entities = [self._records[row] for row in entity_rows]
         images = [_pick(entity.get("images"), draw) for entity in entities]
         batch = self.encode_mentions(mentions)
+        separator = self.processor.separator
         joined = self._inputs(
-            [entity["name"] or "" for entity in entities],
-            [entity["description"] or "" for entity in entities],
+            [(entity["name"] or "") + separator + (entity["description"] or "") for entity in entities],
             [image for image, _ in images],
             [f"entity {entity['id']}, image {place}" for entity, (_, place) in zip(entities, images, strict=True)],
         )
@@ -121,8 +122,7 @@ class MentionEntityCollator:
     def encode_mentions(self, mentions: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `pixel_values` of mentions alone."""
         return self._inputs(
-            [mention["mention"] or "" for mention in mentions],
-            [mention["sentence"] or "" for mention in mentions],
+            self._texts_of(mentions),
             [self._mentions_image(mention) for mention in mentions],
             [f"mention {mention.get('id')}" for mention in mentions],
         )
@@ -199,9 +199,21 @@ class MentionEntityCollator:
                 found.append(row)
         return found
 
-    def _inputs(self, heads: list[str], bodies: list[str], sources: list[Any], names: list[str]) -> dict[str, Tensor]:
-        separator = self.processor.separator
-        texts = [head + separator + body for head, body in zip(heads, bodies, strict=True)]
+    def _texts_of(self, mentions: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The templates of mentions, filled: the part of each sentence that the processor's context window shows."""
+        try:
+            return self.processor.mention_texts(
+                [mention["mention"] or "" for mention in mentions],
+                [mention["sentence"] or "" for mention in mentions],
+                [mention.get("start") for mention in mentions],
+                [mention.get("end") for mention in mentions],
+            )
+        except ValueError as error:
+            if len(mentions) == 1:
+                raise ValueError(f"Mention {mentions[0].get('id')!r}: {error}") from error
+            return [text for mention in mentions for text in self._texts_of([mention])]
+
+    def _inputs(self, texts: list[str], sources: list[Any], names: list[str]) -> dict[str, Tensor]:
         for text, name in zip(texts, names, strict=True):
             check_unicode(text, f"The text of {name.partition(',')[0]}")
         inputs = self.processor.tokenize(texts)

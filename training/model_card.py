@@ -57,7 +57,7 @@ _ARGUMENTS = (
     "missing_answers",
     "index_dtype",
 )
-_CONFIG = ("text_max_length", "mask_text_padding", "ignore_duplicate_answers", "symmetric_loss")
+_CONFIG = ("text_max_length", "mask_text_padding", "ignore_duplicate_answers", "symmetric_loss", "context_window")
 _CITATION = """\
 @inproceedings{luo2023mimic,
   title = {Multi-Grained Multimodal Interaction Network for Entity Linking},

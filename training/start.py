@@ -48,7 +48,8 @@ def build_model(
     config = MimicConfig(CLIPConfig(**{**clip, "text_config": text}), **overrides)
     model = MimicModel._from_config(config, **kwargs)
     image_processor = MimicProcessor.image_processor_for(config.backbone_config)
-    return model, MimicProcessor(image_processor, tokenizer, text_max_length=config.text_max_length, **images)
+    texts: dict[str, Any] = {"text_max_length": config.text_max_length, "context_window": config.context_window}
+    return model, MimicProcessor(image_processor, tokenizer, **texts, **images)
 
 
 def load_model(path: str, model_args: ModelArguments, **kwargs: Any) -> tuple[MimicModel, MimicProcessor]:
@@ -59,6 +60,7 @@ def load_model(path: str, model_args: ModelArguments, **kwargs: Any) -> tuple[Mi
     hub = {name: kwargs[name] for name in ("revision", "cache_dir") if name in kwargs}
     processor = MimicProcessor.from_pretrained(path, **hub)
     processor.text_max_length = model.config.text_max_length
+    processor.context_window = model.config.context_window
     if model_args.correct_images is not None:
         processor.correct_images = model_args.correct_images
     return model, processor

@@ -168,6 +168,12 @@ class MimicTrainer(Trainer):
         data_collator: MentionEntityCollator | None = None,
         **kwargs: Any,
     ) -> None:
+        reads, told = getattr(processing_class, "context_window", None), getattr(model.config, "context_window", None)
+        if reads != told:
+            raise ValueError(
+                f"The processor's `context_window` is {reads!r}, the model's configuration says {told!r}: what is "
+                "trained on would not be what is linked. Give both the same."
+            )
         if data_collator is None:
             data_collator = MentionEntityCollator(processing_class, entities, seed=args.seed)
         self.run = TrainingRun(base_model=model.name_or_path or None)
