@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .modeling_mimic import EntityFeatures, MentionFeatures, MimicModel, MimicOutput
     from .pipeline_mimic import MultimodalEntityLinkingPipeline
     from .processing_mimic import MimicProcessor
+    from .rerank_mimic import CrossEncoderReranker, DecisionReranker
     from .training import (
         KnowledgeBase,
         MentionEntityCollator,
@@ -39,6 +40,7 @@ _HOMES = {
     "modeling_mimic": ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput"],
     "pipeline_mimic": ["MultimodalEntityLinkingPipeline"],
     "processing_mimic": ["MimicProcessor"],
+    "rerank_mimic": ["CrossEncoderReranker", "DecisionReranker"],
     "training": [
         "KnowledgeBase",
         "MentionEntityCollator",
@@ -69,6 +71,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "CrossEncoderReranker",
+    "DecisionReranker",
     "EntityFeatures",
     "EntityIndex",
     "EntityIndexError",

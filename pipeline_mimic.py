@@ -23,6 +23,7 @@ from .mentions_mimic import Mention, answer_of_error, check_on_error, features_o
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
 from .records_mimic import placed_record, places_of, undecoded
+from .rerank_mimic import Reranker, reranked
 from .search_mimic import METHODS
 
 logger = logging.get_logger(__name__)
@@ -31,11 +32,14 @@ _BAR_FROM_ENTITIES = 500
 # Of one document, where the user does not say how many are to be encoded at a time.
 _MENTIONS_AT_ONCE = 32
 # The arguments of a call.
-_CALL = ("top_k", "candidates", "method", "context_window", "mention_detector", "on_error", "on_image_error")
+_CALL = (
+    *("top_k", "candidates", "method", "context_window", "mention_detector", "reranker", "rerank_top_k"),
+    *("on_error", "on_image_error"),
+)
 
 
 class MultimodalEntityLinkingPipeline(Pipeline):
-    """Tells which entity of a knowledge base a mention means, from its sentence and its image.
+    """Tells which entities of a knowledge base a text speaks of, from the text and its image.
 
     Example:
 
@@ -45,29 +49,50 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     >>> linker = pipeline("multimodal-entity-linking", model=path, trust_remote_code=True, entities=knowledge_base)
     >>> linker({"mention": "Orange", "text": "Orange opened a shop on the corner.", "image": "photo.png"}, top_k=1)
     [{'entity_id': 'brand:orange', 'name': 'Orange', 'description': 'A company.', 'score': 7.1, ...}]
+    >>> linker({"text": "Orange opened a shop on the corner.", "image": "photo.png"}, top_k=1)
+    [{'mention': 'Orange', 'start': 0, 'end': 6, 'context_window': 'mention', 'entities': [...]}]
     ```
 
-    A mention is a dict with `mention` and `text` (or `sentence`), and may have `image` (a path, a URL, a PIL image or
-    the bytes of a file) and `candidates` (ids of the entities that it may mean). One dict gives a list of entities,
-    best first; a list of dicts gives a list of such lists; a data set or generator gives them one after the other.
+    A mention is a dict with `mention` and `text` (or `sentence`), and may have `start` and `end` (its place in the
+    text), `image` (a path, a URL, a PIL image or the bytes of a file) and `candidates` (ids of the entities that it may
+    mean). It gives a list of entities, best first. A document is the same without `mention`: its mentions are found, or
+    given as `spans`, and it gives a list of dicts, one for each, with their `entities`. A list of mentions or documents
+    gives a list of answers; a data set or generator gives them one after the other.
 
     Args:
         index ([`EntityIndex`] or `str`, *optional*): the knowledge base, encoded; or its directory or Hub repository.
             Defaults to the `default_index` of the model's configuration, which may name a folder of the checkpoint too.
         entities (*optional*): in place of `index`, a knowledge base that is encoded now: a `datasets.Dataset` or a list
-            of dicts with `id`, `name`, `description` and `images`.
+            of dicts with `id`, `name`, `description`, `images` and perhaps `aliases`.
         index_kwargs (`dict`, *optional*): with `index`, arguments of [`EntityIndex.from_pretrained`] (`revision`,
             `token`, ...).
         build_kwargs (`dict`, *optional*): with `entities`, arguments of [`EntityIndex.build`] (`dtype`,
             `batch_size`, ...).
         allow_urls, image_root (*optional*): where images that are named by a string are read from, in `entities` and
             in a data set of mentions; see [`EntityIndex.build`]. What a caller gives as a dict is read from anywhere.
-        top_k (`int`, defaults to 5): number of entities for each mention. Also an argument of the call.
-        candidates (`list[str]`, *optional*): ids that every mention of the call may mean.
+        top_k (`int`, defaults to 5): number of entities for each mention. Also an argument of the call, as all that
+            follow.
+        candidates (*optional*): what every mention of the call may mean: ids; "names" for the entities that bear its
+            name, and all where there are none; "names+search" for these and what the search finds, `top_k` of each.
+        method (`str`, defaults to "pruned"): or "exhaustive"; the entities found are the same.
+        context_window (*optional*): "start" or "mention": which part of a long text is read. By default "mention" for
+            documents, and what the configuration says for mentions.
+        mention_detector (*optional*): what finds the mentions of a document: "names" of the knowledge base (the
+            default), a token-classification pipeline, its directory or Hub id, or a callable that takes a text and
+            gives pairs of start and end, or dicts with `start` and `end`.
+        reranker (*optional*): a callable that takes a mention and its `rerank_top_k` best entities and gives a score
+            for each, by which they are sorted; they then have `rerank_score` too.
+        rerank_top_k (`int`, defaults to 10): how many entities a re-ranker sees.
+        on_error (`str`, defaults to "raise"): what follows from an item that cannot be linked. "raise" ends the call,
+            after the answers of those before it, with an error that names its row and id; "warn" gives an empty list
+            in its place; "return" a dict with `error`, the message, and `error_type`.
+        on_image_error (`str`, defaults to "raise"): an image that cannot be read is such an error; with "warn" the item
+            is linked without.
 
     Raises:
         EntityIndexError: if the index was made by another model.
-        ValueError: if both `index` and `entities` are given, or a mention is not as described.
+        ValueError: if both `index` and `entities` are given, or an argument is not valid.
+        MentionError: if a mention or document is not as described.
         MimicImageError: if an image cannot be read.
         UnknownEntityError: if a candidate is not in the index.
     """
@@ -153,6 +178,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         mention_detector: Any = None,
         on_error: str | None = None,
         on_image_error: str | None = None,
+        reranker: Any = None,
+        rerank_top_k: int | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
@@ -166,8 +193,14 @@ class MultimodalEntityLinkingPipeline(Pipeline):
                 f"{' or '.join(map(repr, BY_NAME))}.)"
             )
         # What is wrong with the call must not be taken for a fault of each of its mentions.
-        if top_k is not None and (isinstance(top_k, bool) or not hasattr(top_k, "__index__") or top_k < 1):
-            raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
+        for name, value in (("top_k", top_k), ("rerank_top_k", rerank_top_k)):
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if reranker is not None and not callable(reranker):
+            raise TypeError(
+                "`reranker` must be a callable that takes a mention and its entities and gives a score for each, got "
+                f"{type(reranker).__name__}."
+            )
         if method is not None and method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
         if context_window is not None:
@@ -176,8 +209,9 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             check_on_error(on_error)
         if on_image_error not in (None, "raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
-        reading = {"on_image_error": on_image_error}
+        reading = {"on_image_error": on_image_error, "keep_source": None if reranker is None else True}
         forward = {"top_k": top_k, "method": method, "candidates": candidates}
+        forward |= {"reranker": reranker, "rerank_top_k": rerank_top_k}
         answering = {
             "context_window": context_window,
             "on_error": on_error,
@@ -314,6 +348,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         top_k: int = 5,
         method: str = "pruned",
         candidates: Sequence[str] | str | None = None,
+        reranker: Reranker | None = None,
+        rerank_top_k: int = 10,
     ) -> dict[str, Any]:
         mentions: list[Mention] = input_tensors["mentions"]
         was_training = self.model.training
@@ -331,7 +367,14 @@ class MultimodalEntityLinkingPipeline(Pipeline):
                 self.model.train()
         allowed = [candidates if mention.candidates is None else mention.candidates for mention in mentions]
         names = [mention.mention for mention in mentions]
-        return {"found": self.index.link_encoded(features, top_k, candidates=allowed, names=names, method=method)}
+        wanted = top_k if reranker is None else max(top_k, rerank_top_k)
+        found = self.index.link_encoded(features, wanted, candidates=allowed, names=names, method=method)
+        if reranker is not None:
+            found = [
+                reranked(reranker, mention, entities, rerank_top_k, top_k)
+                for mention, entities in zip(mentions, found, strict=True)
+            ]
+        return {"found": found}
 
     def postprocess(self, model_outputs: _Answer, on_error: str = "raise") -> Any:
         answer = model_outputs
