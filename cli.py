@@ -10,7 +10,9 @@ import csv
 import importlib
 import itertools
 import json
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -76,6 +78,28 @@ class OnImageError(str, Enum):  # noqa: UP042
     RAISE = "raise"
 
 
+class OnError(str, Enum):  # noqa: UP042
+    """What follows from a line that cannot be linked."""
+
+    RAISE = "raise"
+    WARN = "warn"
+    RETURN = "return"
+
+
+class Window(str, Enum):  # noqa: UP042
+    """Which part of a long text is read."""
+
+    START = "start"
+    MENTION = "mention"
+
+
+class ByName(str, Enum):  # noqa: UP042
+    """Candidates that are found by the mention's name."""
+
+    NAMES = "names"
+    BOTH = "names+search"
+
+
 ModelOption = Annotated[str, typer.Option("--model", help="A MIMIC checkpoint: a directory or a Hub id.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda:0, ... (default: an accelerator if there is one)")
@@ -109,14 +133,20 @@ def link(
     mentions: Annotated[
         str | None,
         typer.Argument(
-            help="JSON Lines with mention, text, and optionally image (a path, as seen from the file) and candidates; "
-            "- is standard input."
+            help="JSON Lines, each a document (text, and optionally spans) or a mention (mention, text, and optionally "
+            "start and end), optionally with image (a path, as seen from the file), candidates and id; - is standard "
+            "input."
         ),
     ] = None,
     mention: Annotated[
         str | None, typer.Option("--mention", help="In place of a file: the words to be linked.")
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="The text that they are from.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", help="The text that they are from; without --mention, a document whose mentions to find."
+        ),
+    ] = None,
     image: Annotated[str | None, typer.Option("--image", help="The image beside it: a path or a URL.")] = None,
     index: Annotated[
         str | None,
@@ -130,28 +160,56 @@ def link(
     method: Annotated[
         Method | None, typer.Option("--method", help="How the index is searched; the result is the same.")
     ] = None,
+    candidates: Annotated[
+        ByName | None,
+        typer.Option(
+            "--candidates", help="Entities that bear the mention's name, alone or with what the search finds."
+        ),
+    ] = None,
+    mention_detector: Annotated[
+        str | None,
+        typer.Option(
+            "--mention_detector",
+            help="What finds the mentions of documents: a token-classification model, a directory or a Hub id "
+            "(default: the names of the entities).",
+        ),
+    ] = None,
+    context_window: Annotated[
+        Window | None,
+        typer.Option(
+            "--context_window",
+            help="The part of a long text that is read (default: around the mention for documents, what the model's "
+            "configuration says for mentions).",
+        ),
+    ] = None,
+    on_error: Annotated[
+        OnError, typer.Option("--on_error", help="Stop at a line that cannot be linked, warn of it, or write `error`.")
+    ] = OnError.RAISE,
+    on_image_error: Annotated[
+        OnImageError, typer.Option("--on_image_error", help="Go on without an image that cannot be read, or stop.")
+    ] = OnImageError.RAISE,
     batch_size: BatchOption = 32,
     device: DeviceOption = None,
     output_file: Annotated[
         Path | None, typer.Option("--output_file", help="Where to write (default: standard output).")
     ] = None,
 ) -> None:
-    """Link mentions to entities: JSON Lines, each mention with its best `entities`."""
-    if (mentions is None) == (mention is None):
-        raise CommandError("Give either a file of mentions, or --mention and --text.")
+    """Link texts to entities: JSON Lines, each mention with its best `entities`, each document with its `mentions`."""
+    single = {
+        name: value for name, value in (("mention", mention), ("text", text), ("image", image)) if value is not None
+    }
     if mention is not None and text is None:
         raise CommandError("--mention needs --text: the text that the mention is from.")
-    if mentions is not None and (text is not None or image is not None):
-        raise CommandError("--text and --image are for a single --mention; in a file each mention has its own.")
+    if mentions is not None and single:
+        raise CommandError("--mention, --text and --image are for a single one; in a file each line has its own.")
+    if mentions is None and text is None:
+        raise CommandError("Give either a file of mentions or documents, or --text, with --mention or without.")
     if index is not None and entities is not None:
         raise CommandError("Give either --index or --entities, not both.")
-    if mentions is not None:
-        if mentions != "-" and not Path(mentions).is_file():
-            raise CommandError(f"There is no file {mentions}.")
-        given, place = _mentions_of(mentions), "standard input" if mentions == "-" else mentions
-    else:
-        single = {"mention": mention, "text": text, **({} if image is None else {"image": image})}
-        given, place = iter([(1, single, single)]), "the command line"
+    if mentions is not None and mentions != "-" and not Path(mentions).is_file():
+        raise CommandError(f"There is no file {mentions}.")
+    given = iter([(1, single, single)]) if mentions is None else _mentions_of(mentions)
+    place = {None: "the command line", "-": "standard input"}.get(mentions, str(mentions))
 
     from .pipeline_mimic import MultimodalEntityLinkingPipeline
 
@@ -162,41 +220,87 @@ def link(
     if device is not None:
         knowledge["device"] = device
     linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, **knowledge)
-    call = {"top_k": top_k, "batch_size": batch_size, **({} if method is None else {"method": method.value})}
+    # Lines are told of here, by their numbers in the file.
+    call: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "on_error": "return"}
+    for name, choice in (("method", method), ("candidates", candidates), ("context_window", context_window)):
+        if choice is not None:
+            call[name] = choice.value
+    if mention_detector is not None:
+        try:
+            call["mention_detector"] = detector_of_name(mention_detector)
+        except (OSError, ValueError, ImportError) as error:
+            raise CommandError(f"--mention_detector {mention_detector!r}: {_one_line(error)}") from error
+    call["on_image_error"] = on_image_error.value
     output: IO[str] = sys.stdout if output_file is None else open(output_file, "w", encoding="utf-8")  # noqa: SIM115
     try:
         while block := list(itertools.islice(given, batch_size * _BATCHES_AT_ONCE)):
-            try:
-                found = linker([inputs for _, _, inputs in block], **call)
-            except (MimicError, ValueError) as error:
-                raise CommandError(f"{place}, lines {block[0][0]} to {block[-1][0]}: {error}") from error
-            for (_, record, _), linked in zip(block, found, strict=True):
-                line = json.dumps({**record, "entities": linked}, ensure_ascii=not takes_unicode(output))
-                print(line, file=output)
+            lines = [f"{place}, line {number}" if mentions is not None else place for number, _, _ in block]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    found = linker([inputs for _, _, inputs in block], **call)
+                except (MimicError, ValueError) as error:
+                    raise CommandError(f"{place}: {error}") from error
+            for warning in caught:
+                print(f"warning: {_at_line(str(warning.message), lines)}", file=sys.stderr)
+            for line, answer in zip(lines, found, strict=True):
+                if isinstance(answer, dict) and on_error == OnError.RAISE:
+                    raise CommandError(_of_line(line, answer["error"]))
+            for line, (_, record, inputs), answer in zip(lines, block, found, strict=True):
+                output.write(_linked_line(line, record, inputs, answer, on_error, output))
             output.flush()
     finally:
         if output_file is not None:
             output.close()
 
 
+def detector_of_name(name: str) -> Any:
+    """The detector of mentions that a model of token classification is."""
+    from .documents_mimic import detector_of
+
+    return detector_of(name) or name
+
+
+_MENTION_NUMBER = re.compile(r"^Mention (\d+)(?: \(id .*?\))?: ")
+
+
+def _at_line(message: str, lines: Sequence[str]) -> str:
+    """A message of the pipeline about one of its inputs, with the line that this is from."""
+    number = _MENTION_NUMBER.match(message)
+    return message if number is None else _of_line(lines[int(number[1])], message)
+
+
+def _of_line(line: str, message: str) -> str:
+    return f"{line}: {_MENTION_NUMBER.sub('', message, count=1)}"
+
+
+def _linked_line(
+    line: str, record: dict[str, Any], inputs: dict[str, Any], answer: Any, on_error: OnError, output: IO[str]
+) -> str:
+    """What is written for a line of the input: it, with what was found."""
+    if isinstance(answer, dict):
+        message = _of_line(line, answer["error"])
+        answer = {"error": message, "error_type": answer["error_type"]}
+        if on_error == OnError.WARN:
+            print(f"warning: {message}", file=sys.stderr)
+            answer = []
+    if not isinstance(answer, dict):
+        answer = {"entities" if inputs.get("mention") is not None else "mentions": answer}
+    return json.dumps({**record, **answer}, ensure_ascii=not takes_unicode(output)) + "\n"
+
+
 def _mentions_of(place: str) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
-    """Number of the line, record, and what the pipeline is given of it, of each mention in a file."""
+    """Number of the line, record, and what the pipeline is given of it, of each mention or document in a file."""
     for number, record in _json_lines(place):
-        inputs: dict[str, Any] = {
-            name: record[name] for name in ("mention", "text", "image", "candidates") if name in record
-        }
-        inputs.setdefault("text", record.get("sentence"))
-        for name in ("mention", "text"):
-            if not isinstance(inputs.get(name), str) or not inputs[name].strip():
-                raise CommandError(f"{place}, line {number}: the mention needs `{name}`, a string that is not empty.")
-        if not isinstance(inputs.get("image"), str | None):
-            raise CommandError(f"{place}, line {number}: `image` must be a path or a URL.")
-        candidates = inputs.get("candidates")
-        if candidates is not None and not (
-            isinstance(candidates, list) and all(isinstance(item, str) for item in candidates)
-        ):
-            raise CommandError(f"{place}, line {number}: `candidates` must be a list of ids.")
-        yield number, record, {**inputs, "image": _seen_from(place, inputs.get("image"))}
+        inputs = {name: record[name] for name in _INPUTS if record.get(name) is not None}
+        if "mention" in record:
+            inputs["mention"] = record["mention"]  # one that is null is no document
+        if isinstance(record.get("image"), str):
+            inputs["image"] = _seen_from(place, record["image"])
+        yield number, record, inputs
+
+
+_INPUTS = ("id", "text", "sentence", "image", "candidates", "spans", "start", "end")
 
 
 # --- Index ------------------------------------------------------------------------------------------------------------

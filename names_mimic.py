@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors_mimic import EntityIndexError
 from .spans_mimic import Folded, boundaries_of, fold, folded_name, plain_name
@@ -161,6 +159,10 @@ class NameTable:
 
     def save(self, path: Path, shards: Sequence[str]) -> None:
         """Writes the table, and of which shards of the index its rows are."""
+        # Names are looked at where there is no need of torch, too.
+        import torch
+        from safetensors.torch import save_file
+
         tensors = {}
         for name in _ARRAYS:
             array = np.ascontiguousarray(getattr(self, name))

@@ -15,6 +15,7 @@ from toy_data import write_dataset
 
 from mimic_el import EntityIndex, MimicModel, MimicProcessor, MultimodalEntityLinkingPipeline, cli
 from mimic_el.errors_mimic import MimicError
+from mimic_el.records_mimic import table_record
 
 PROGRAMS = {
     "train": "mimic_el.train",
@@ -119,19 +120,59 @@ def test_method_and_candidates_are_handed_on(
     (tmp_path / "m.jsonl").write_text('{"mention": "A", "sentence": "A b.", "candidates": ["x"], "own": 3}\n')
     assert run("link", tmp_path / "m.jsonl", "--model", made / "linker", "--method", "exhaustive") == 0
     [mention], options = calls[1]
-    assert (mention["text"], mention["candidates"], mention["image"]) == ("A b.", ["x"], None)
-    assert options == {"top_k": 5, "batch_size": 32, "method": "exhaustive"}
+    assert mention == {"mention": "A", "sentence": "A b.", "candidates": ["x"]}
+    common = {"top_k": 5, "batch_size": 32, "on_error": "return", "on_image_error": "raise"}
+    assert options == {**common, "method": "exhaustive"}
     assert json.loads(capsys.readouterr().out)["own"] == 3
 
 
+def test_documents_and_what_follows_from_bad_lines(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any
+) -> None:
+    common = ("--model", made / "linker", "--entities", made / "tables" / "entities.jsonl", "--top_k", 1)
+    text = "Orange 0 beside Apple 3, in Georgia 1."
+    assert run("link", "--text", text, *common) == 0
+    [answer] = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [found["mention"] for found in answer["mentions"]] == ["Orange 0", "Apple 3", "Georgia 1"]
+    lines = [
+        {"text": text, "spans": [[0, 6]], "own": 1},
+        {"mention": "Apple 3", "text": text, "image": "no.png"},
+        {"mention": None, "text": text, "id": "x"},
+        {"mention": "Apple 3", "text": text, "start": 16, "end": 23},
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "m.jsonl, line 2: There is no image file" in refused("link", tmp_path / "m.jsonl", *common)
+    options = ("--on_error", "warn", "--on_image_error", "warn", "--batch_size", 1)
+    assert run("link", tmp_path / "m.jsonl", *common, *options) == 0
+    said = capsys.readouterr()
+    assert "warning: " + str(tmp_path / "m.jsonl, line 2: There is no image file") in said.err
+    assert "m.jsonl, line 3: `mention` of a mention is missing" in said.err
+    answers = [json.loads(line) for line in said.out.splitlines()]
+    assert answers[0]["own"] == 1
+    assert [(m["start"], m["end"], len(m["entities"])) for m in answers[0]["mentions"]] == [(0, 6, 1)]
+    assert [len(answer.get("entities", [])) for answer in answers] == [0, 1, 0, 1]
+    assert run("link", tmp_path / "m.jsonl", *common, "--on_error", "return") == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers[1]["error"].endswith("no.png.")
+    assert (answers[1]["error_type"], answers[2]["error_type"]) == ("MimicImageError", "MentionError")
+    assert "entities" in answers[3]
+    named = ("--candidates", "names", "--mention", "Apple 3", "--text", text, "--context_window", "mention")
+    assert run("link", *common, *named, "--top_k", 5) == 0
+    assert [found["name"] for found in json.loads(capsys.readouterr().out)["entities"]] == ["Apple 3"]
+    assert "--mention_detector" in refused("link", "--text", text, *common, "--mention_detector", tmp_path / "none")
+
+
 def test_tables_of_entities(tmp_path: Path) -> None:
-    (tmp_path / "e.csv").write_text("id,name,description,images\n1,Ann,A chemist,a.jpg|b.jpg\n2,Bo,,\n")
+    (tmp_path / "e.csv").write_text(
+        "id,name,description,images,aliases\n1,Ann,A chemist,a.jpg|b.jpg,An|Anna\n2,Bo,,,\n"
+    )
     (tmp_path / "e.jsonl").write_text('{"id": 1, "name": "Ann", "image": "http://x/a.jpg"}\n\n{"id": "2"}\n')
     table = cli.read_entities(str(tmp_path / "e.csv"))
     for _ in range(2):  # it is read anew
         first, second = table
         assert first["images"] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]
-        assert second == {"id": "2", "name": "Bo", "description": "", "images": []}
+        assert second == {"id": "2", "name": "Bo", "description": "", "images": [], "aliases": ""}
+        assert [table_record(row).get("aliases") for row in (first, second)] == [["An", "Anna"], None]
     assert list(cli.read_entities(str(tmp_path / "e.jsonl"))) == [
         {"id": 1, "name": "Ann", "images": ["http://x/a.jpg"]},
         {"id": "2", "images": []},
@@ -176,7 +217,7 @@ def test_what_a_user_gets_wrong(made: Path, tmp_path: Path, refused: Any) -> Non
                                            "--output_dir", tmp_path / "i", "--device", "cuda:99")  # fmt: skip
     (tmp_path / "m.jsonl").write_text('{"mention": "A", "text": "A b."}\n{"mention": " ", "text": "A b."}\n')
     entities = ("--entities", made / "tables" / "entities.jsonl")
-    assert "line 2: the mention needs `mention`" in refused("link", tmp_path / "m.jsonl", *model, *entities)
+    assert "line 2: `mention` is empty" in refused("link", tmp_path / "m.jsonl", *model, *entities)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
