@@ -17,6 +17,8 @@ from .registration import register_with_transformers
 if TYPE_CHECKING:
     from .configuration_mimic import MimicConfig
     from .errors_mimic import EntityIndexError, MentionError, MimicError, MimicImageError, UnknownEntityError
+    from .explain_mimic import EntityImages, Explainer
+    from .explanation_mimic import Explanation
     from .index_mimic import EntityIndex, RankResult, SearchResult
     from .modeling_mimic import EntityFeatures, MentionFeatures, MimicModel, MimicOutput
     from .pipeline_mimic import MultimodalEntityLinkingPipeline
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "configuration_mimic": ["MimicConfig"],
     "errors_mimic": ["EntityIndexError", "MentionError", "MimicError", "MimicImageError", "UnknownEntityError"],
+    "explain_mimic": ["EntityImages", "Explainer"],
+    "explanation_mimic": ["Explanation"],
     "index_mimic": ["EntityIndex", "RankResult", "SearchResult"],
     "modeling_mimic": ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput"],
     "pipeline_mimic": ["MultimodalEntityLinkingPipeline"],
@@ -74,8 +78,11 @@ __all__ = [
     "CrossEncoderReranker",
     "DecisionReranker",
     "EntityFeatures",
+    "EntityImages",
     "EntityIndex",
     "EntityIndexError",
+    "Explainer",
+    "Explanation",
     "KnowledgeBase",
     "MentionEntityCollator",
     "MentionError",

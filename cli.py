@@ -500,6 +500,50 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option("--model", help="A MIMIC checkpoint with an index: a directory or a Hub id.")
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option("--index", help="An index: a directory or a Hub id (default: the one the model names)."),
+    ] = None,
+    entities: Annotated[
+        str | None,
+        typer.Option("--entities", help="A data set with the entities' images, to show them: a directory or a Hub id."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A file of settings, as space/config.yaml; options go before it.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="The address to serve at; others than this machine's are open.")
+    ] = ("127.0.0.1"),
+    port: Annotated[
+        int | None, typer.Option("--port", help="The port (default: the first free one from 7860).")
+    ] = None,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Serve the same functions to agents, as an MCP server.")] = False,
+) -> None:
+    """Open the page: type a text, add an image, see the entities and why."""
+    try:
+        from .space.app import launch
+    except ImportError as error:
+        raise CommandError(f'The page needs Gradio ({error}). Install it: pip install "mimic-el[space]"') from error
+    from .space.linking import Settings
+
+    names = {"model": model, "index": index, "entities": entities}
+    if config is not None:
+        settings = Settings.read(config, **names)
+    elif model is not None:
+        settings = Settings(**{name: value for name, value in names.items() if value is not None})  # type: ignore[arg-type]
+    else:
+        raise CommandError("Name a model to link with: --model DIRECTORY_OR_HUB_ID, or a file of settings: --config.")
+    launch(settings, server_name=host, server_port=port, mcp_server=mcp)
+
+
 # --- Programs of their own --------------------------------------------------------------------------------------------
 
 _PROGRAMS = {
@@ -507,7 +551,7 @@ _PROGRAMS = {
     "prepare": ("mimic_el.datasets_scripts.prepare", "Turn the archives of a data set into a Hub data set."),
     "convert": ("mimic_el.scripts.convert_original_checkpoint", "Convert a checkpoint of the published code, or back."),
     "push": ("mimic_el.scripts.push_to_hub", "Publish a model, its index and data sets on the Hub."),
-    "demo": ("mimic_el.scripts.demo", "Train a small model on the sample data set and show what it links."),
+    "sample": ("mimic_el.scripts.demo", "Train a small model on the sample data set and show what it links."),
 }
 
 

@@ -155,6 +155,16 @@ class EntityIndex:
         contents = self._contents
         return contents.store.record(contents.rows([entity_id])[0])
 
+    def features(self, entity_ids: Sequence[str]) -> EntityFeatures:
+        """The features of some entities, float32, as they are stored: those of an int8 index are rounded.
+
+        Raises:
+            UnknownEntityError: if some are not in the index.
+        """
+        contents = self._contents
+        rows = torch.tensor(contents.rows(entity_ids), dtype=torch.long)
+        return contents.store.full(rows, torch.device("cpu")).to(torch.float32)
+
     # --- Names
 
     def find(self, name: str, *, max_distance: int = 2) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .configuration_mimic import PIPELINE_TASK, MimicConfig, check_context_windo
 from .contents_mimic import BY_NAME
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
 from .errors_mimic import EntityIndexError, MentionError, MimicError
+from .explain_mimic import Explainer
 from .image_sources_mimic import ImagePlaces
 from .index_mimic import EntityIndex
 from .mentions_mimic import Mention, answer_of_error, check_on_error, features_of, tokens_of
@@ -132,11 +133,14 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         if entities is None and build_kwargs:
             raise ValueError("`build_kwargs` are for building an index of `entities`; none are given.")
         index_kwargs = dict(index_kwargs or {})
+        self._entities: Any = None  # whose images explanations show
         self._places: dict[str, Any] = {"allow_urls": allow_urls, "image_root": image_root}
         if entities is not None:
             count = len(entities) if hasattr(entities, "__len__") else _BAR_FROM_ENTITIES
             options = {"show_progress": count >= _BAR_FROM_ENTITIES, **self._places, **(build_kwargs or {})}
             index = EntityIndex.build(self.model, self.processor, entities, **options)
+            if hasattr(entities, "__getitem__") and not hasattr(entities, "iloc"):
+                self._entities = entities
         elif index is not None or self._config.default_index:
             if local_files_only is not None:
                 index_kwargs.setdefault("local_files_only", local_files_only)
@@ -229,17 +233,18 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             inputs: one mention or document, or several.
             **kwargs: the arguments of the class from `top_k` on, and `batch_size` and `num_workers` as of any pipeline.
         """
-        if isinstance(inputs, Mapping):
-            return super().__call__(inputs, **kwargs)
-        if isinstance(inputs, list | tuple):
-            return super().__call__(list(inputs), **kwargs) if inputs else []
         if hasattr(inputs, "iloc") and hasattr(inputs, "to_dict"):  # a DataFrame
-            return super().__call__(inputs.to_dict("records"), **kwargs) if len(inputs) else []
+            inputs = inputs.to_dict("records")
         places = places_of(inputs, "image", **self._places)
+        if isinstance(inputs, Mapping):
+            return super().__call__(placed_record(inputs, "image", places), **kwargs)
+        if isinstance(inputs, list | tuple):
+            inputs = [placed_record(mention, "image", places) for mention in inputs]
+            return super().__call__(inputs, **kwargs) if inputs else []
         inputs = undecoded(inputs, "image")
         if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") and not isinstance(inputs, str | bytes):
             inputs = _Mentions(inputs, places)
-        elif hasattr(inputs, "__iter__") and not isinstance(inputs, str | bytes | Generator):
+        elif hasattr(inputs, "__iter__") and not isinstance(inputs, str | bytes):
             inputs = (placed_record(mention, "image", places) for mention in inputs)
         return super().__call__(inputs, **kwargs)
 
@@ -392,6 +397,45 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             }
             for mention, entities in zip(answer.mentions, answer.found, strict=True)
         ]
+
+    def explain(
+        self,
+        mention: Mapping[str, Any],
+        *,
+        entity_id: str | None = None,
+        versus: str | None = None,
+        top_k: int = 1,
+        images: Any = None,
+        context_window: str | None = None,
+    ) -> Any:
+        """Why a mention is linked as it is: what each word, each patch of an image and each unit adds.
+
+        Args:
+            mention: one mention, as the pipeline takes it.
+            entity_id: the entity to be explained; the best one by default.
+            versus: the id of a rival. With it, what the entity has more than the rival is explained.
+            top_k: how many of the best entities to explain, where `entity_id` does not name one.
+            images: images of the entities, by id or as records: see [`EntityImages`]. By default those of the
+                `entities` that the pipeline was made with.
+            context_window: as of the call.
+
+        Returns:
+            an [`Explanation`], or a list of them where `top_k` is more than 1.
+
+        Raises:
+            MentionError, ValueError: if the mention is not as described.
+            UnknownEntityError: if an entity is not in the index.
+            MimicImageError: if an image cannot be read.
+        """
+        ids = [entity_id]
+        if entity_id is None:
+            options = {} if context_window is None else {"context_window": context_window}
+            # One more than is wanted: the rival may be among them.
+            found = self(mention, top_k=top_k + (versus is not None), **options)
+            ids = [one["entity_id"] for one in found if one["entity_id"] not in (None, versus)][:top_k]
+        explainer = Explainer(self.model, self.processor, self.index, self._entities if images is None else images)
+        explained = [explainer.explain(mention, str(one), versus, context_window) for one in ids]
+        return explained if top_k > 1 else explained[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], save_index: bool = False, **kwargs: Any) -> None:
         """Saves model and processor, so that the pipeline is loaded from there again.

@@ -127,6 +127,9 @@ def model_repository(
     if config != json.loads(text):
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         repository.files["config.json"] = text.encode()
+    # What Inference Endpoints run; it needs an index, which the configuration names.
+    if config.get("default_index"):
+        repository.files["handler.py"] = Path(__file__).parent / "endpoint_handler.py"
     if "README.md" in repository.files:
         repository.files |= _published_results(directory, repository.files, names, datasets)
         repository.files["README.md"] = _published_card(directory / "README.md", names, datasets).encode()

@@ -22,7 +22,7 @@ PROGRAMS = {
     "prepare": "mimic_el.datasets_scripts.prepare",
     "convert": "mimic_el.scripts.convert_original_checkpoint",
     "push": "mimic_el.scripts.push_to_hub",
-    "demo": "mimic_el.scripts.demo",
+    "sample": "mimic_el.scripts.demo",
 }
 
 
@@ -248,11 +248,11 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(argv: Any) -> None:
         raise KeyboardInterrupt
 
-    program = types.ModuleType(PROGRAMS["demo"])
+    program = types.ModuleType(PROGRAMS["sample"])
     program.main = interrupt  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, PROGRAMS["demo"], program)
+    monkeypatch.setitem(sys.modules, PROGRAMS["sample"], program)
     monkeypatch.setattr(sys, "argv", ["x"])
-    assert run("demo") == 130
+    assert run("sample") == 130
 
 
 def test_help_is_cheap() -> None:

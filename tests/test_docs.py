@@ -55,7 +55,7 @@ PROGRAMS = {
     "prepare": "datasets_scripts/prepare.py",
     "convert": "scripts/convert_original_checkpoint.py",
     "push": "scripts/push_to_hub.py",
-    "demo": "scripts/demo.py",
+    "sample": "scripts/demo.py",
 }
 
 

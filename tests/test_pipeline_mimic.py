@@ -549,3 +549,39 @@ def test_a_checkpoint_needs_no_remote_code_and_runs_none(
         found[0]["entity_id"] for found in linker(mentions)
     ]
     assert json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].keys() == {TASK}
+
+
+@pytest.mark.parametrize("form", [dict, list, tuple, iter], ids=["one", "list", "tuple", "generator"])
+def test_places_that_were_given_hold_for_every_form_of_input(linker, tmp_path, form):
+    place = tmp_path / "image.png"
+    picture(1).save(place)
+    model, processor = linker.model, linker.processor
+    careful = pipeline(TASK, model=model, processor=processor, index=linker.index, image_root=False, allow_urls=False)
+    for source, message in [(str(place), "no file is read"), ("http://127.0.0.1:9/a.png", "fetched")]:
+        mention = {"mention": "Orange", "text": "Orange here.", "image": source}
+        inputs = mention if form is dict else form([mention])
+        with pytest.raises(MimicImageError, match=message):
+            list(careful(inputs))
+
+
+def test_a_link_is_explained_as_the_pipeline_gives_it(linker, kb, mentions):
+    found = linker(mentions[0], top_k=2)
+    why = linker.explain(mentions[0], images=kb)
+    assert why.entity["entity_id"] == found[0]["entity_id"]
+    assert why.explained == pytest.approx(found[0]["score"], abs=1e-3)
+    rival = linker.explain(mentions[0], versus=found[0]["entity_id"], images=kb)
+    assert rival.entity["entity_id"] == found[1]["entity_id"]
+    assert rival.explained == pytest.approx(found[1]["score"] - found[0]["score"], abs=1e-3)
+    several = linker.explain(mentions[0], top_k=2)
+    assert [one.entity["entity_id"] for one in several] == [one["entity_id"] for one in found]
+    assert linker.explain(mentions[0], entity_id="e3", images=kb).entity["entity_id"] == "e3"
+
+
+def test_a_long_text_is_explained_where_it_was_read(linker):
+    text = "word " * 300 + "Orange here. " + "word " * 300
+    start = text.index("Orange")
+    mention = {"mention": "Orange", "text": text, "start": start, "end": start + 6}
+    why = linker.explain(mention, context_window="mention")
+    assert "Orange" in [word.word for word in why.text]
+    assert all(text[word.start : word.end] == word.word for word in why.text)
+    assert [word.start for word in linker.explain(mention).text][:1] in ([0], [])

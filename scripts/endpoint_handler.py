@@ -1,0 +1,107 @@
+"""What Hugging Face Inference Endpoints run: `mimic-el push` uploads it beside a checkpoint, as `handler.py`.
+
+It stands alone, with what an endpoint has: transformers and torch. The model's code comes with the checkpoint.
+
+    {"inputs": {"mention": "Orange", "text": "Orange opened a shop.", "image": "<base64>"}, "parameters": {"top_k": 3}}
+
+`inputs` is one mention or document, or a list of them, as the pipeline takes them; images are base64 or data URIs. The
+answer is a list: what the pipeline gives for one, or a list of that for each.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import pipeline
+
+_MAX_IMAGE_BYTES = 10 * 2**20
+_MAX_INPUTS = 256
+_MAX_TEXT = 100_000
+
+
+class EndpointHandler:
+    """Links what a request holds.
+
+    Args:
+        path: the checkpoint's directory.
+
+    Raises:
+        OSError, ValueError: if there is no checkpoint, or it names no index.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        # A server that fetches what strangers name can be made to look around in its own network; private addresses are
+        # not fetched in any case.
+        self._allow_urls = os.environ.get("MIMIC_ALLOW_URLS") == "1"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        load: Any = pipeline
+        self._linker = load(
+            "multimodal-entity-linking",
+            model=path,
+            trust_remote_code=True,
+            device="cpu" if accelerator is None else str(accelerator),
+            allow_urls=self._allow_urls,
+            image_root=False,
+        )
+        _ = self._linker.index  # a checkpoint without an index is told at once, not at the first request
+
+    def __call__(self, data: Mapping[str, Any]) -> list[Any]:
+        """The answer to a request.
+
+        Args:
+            data: `inputs`, and perhaps `parameters` as of the pipeline's call.
+
+        Raises:
+            ValueError: if the request is not as described.
+        """
+        inputs, parameters = data.get("inputs"), data.get("parameters") or {}
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"`parameters` must be an object, got {type(parameters).__name__}.")
+        several = isinstance(inputs, list)
+        items = inputs if isinstance(inputs, list) else [inputs]
+        if len(items) > _MAX_INPUTS:
+            raise ValueError(f"At most {_MAX_INPUTS} inputs are taken in one request, got {len(items)}.")
+        read = [self._read(item) for item in items]
+        options = {"batch_size": 16, **parameters}
+        # As from a generator, which the pipeline does not trust as it does a caller's own list.
+        answers = list(self._linker((item for item in read), **options))
+        return answers if several else answers[0]
+
+    def _read(self, item: Any) -> dict[str, Any]:
+        if not isinstance(item, Mapping):
+            raise ValueError(
+                'An input is an object such as {"mention": "Orange", "text": "Orange opened a shop.", "image": '
+                f'"<base64>"}}, got {type(item).__name__}.'
+            )
+        text = item.get("text")
+        if isinstance(text, str) and len(text) > _MAX_TEXT:
+            raise ValueError(f"A text has at most {_MAX_TEXT:,} characters here, got {len(text):,}.")
+        return {**item, "image": self._image(item.get("image"))}
+
+    def _image(self, value: Any) -> Any:
+        """A PIL image, an address where these are allowed, or nothing. Never a path: that would be the server's."""
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str):
+            raise ValueError(f"`image` is a string of base64 or a data URI, got {type(value).__name__}.")
+        if value.lower().startswith(("http://", "https://")):
+            if not self._allow_urls:
+                raise ValueError(
+                    "Addresses of images are not fetched here. Send the image as base64, or start the endpoint with "
+                    "MIMIC_ALLOW_URLS=1."
+                )
+            return value
+        if len(value) > _MAX_IMAGE_BYTES * 4 // 3 + 1024:
+            raise ValueError(f"`image` is larger than {_MAX_IMAGE_BYTES // 2**20} MB.")
+        encoded = value.partition(",")[2] if value.lower().startswith("data:") else value
+        try:
+            return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
+        except (binascii.Error, ValueError, OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"`image` is not the base64 of an image file: {type(error).__name__}.") from error
