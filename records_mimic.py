@@ -244,7 +244,7 @@ def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in ("name", "description") and not isinstance(value, str):
             raise ValueError(f"Entity {kept['id']!r}: `{name}` must be a string, got {type(value).__name__}.")
-        if name not in ("name", "description") and _is_local_path(value):
+        if name not in ("name", "description") and is_local_path(value):
             continue  # an index is shared: it tells nothing of the machine that it was made on
         if name == ALIASES:
             try:
@@ -301,7 +301,7 @@ _IMAGE_FILE = re.compile(r"\.(jpe?g|jp2|png|gif|webp|bmp|tiff?|avif|ico|ppm)$", 
 _MACHINE_PATH = re.compile(r"([A-Za-z]:[\\/]|\\\\|~[\\/]|file:)")
 
 
-def _is_local_path(value: Any) -> bool:
+def is_local_path(value: Any) -> bool:
     """Whether a text is the path of a file on some machine: of an image, or of anything that is there."""
     if not isinstance(value, str) or not value or len(value) > 4096 or "\n" in value:
         return False
@@ -358,6 +358,7 @@ __all__ = [
     "in_order_of_length",
     "is_absent",
     "is_image_feature",
+    "is_local_path",
     "near_field",
     "placed_record",
     "places_of",

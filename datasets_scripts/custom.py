@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mimic_el.records_mimic import near_field
+from mimic_el.records_mimic import is_local_path, near_field
 
 from .archives import READ_ERRORS, ArchiveError, Tree, normal_path
 from .image_files import ImageFile
@@ -57,13 +57,13 @@ class _Fields:
                 self.kinds[name] = set()
             if value is not None and not (isinstance(value, float) and math.isnan(value)):
                 self.present.add(name)
-                self.kinds[name].add(_kind(value))
+                self.kinds[name].add("path" if is_local_path(value) else _kind(value))
 
     def own_columns(self, table: str) -> dict[str, str]:
         """The columns of one's own that a table gets, with their types."""
         own: dict[str, str] = {}
         for name, kinds in self.kinds.items():
-            if name in _RESERVED[table] or not kinds or "other" in kinds or len(own) >= MAX_OWN_COLUMNS:
+            if name in _RESERVED[table] or not kinds or kinds & {"other", "path"} or len(own) >= MAX_OWN_COLUMNS:
                 continue
             if name.strip() and len(name) <= _MAX_NAME_CHARACTERS and name.isprintable() and whole(name) == name:
                 numbers = {frozenset(["int64"]): "int64", frozenset(["bool"]): "bool"}
@@ -102,6 +102,10 @@ class CustomData(Source):
         self._files = {split: table for split, table in self._files.items() if usable[table]}
         self.entity_columns = fields.own_columns("entities")
         self.extra_columns = {"source_id": "string", **mentions.own_columns("mentions")}
+        for kind, found in (("entities", fields), ("mentions", mentions)):
+            for name, kinds in found.kinds.items():
+                if "path" in kinds and name not in _RESERVED[kind]:
+                    report.add("local_path", kind, detail=f"column {name[:80]!r}")
         if self._shared and self._files:
             self._groups.report_images(report, self._files["train"].name)
         self.mention_images = self.entity_images = self._image_folder(("images",)) if self.use_images else None

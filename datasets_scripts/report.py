@@ -46,6 +46,7 @@ KINDS: dict[str, Kind] = {
     "md5_differs": Kind("note", "files that differ from the published ones"),
     "size_differs": Kind("note", "counts that differ from the published ones"),
     "other_name": Kind("note", "fields that no row has, where one of another name may be meant"),
+    "local_path": Kind("note", "columns of one's own with paths of files on a machine, left out of what is shared"),
     # Mentions.
     "bad_row": Kind("error", "rows without the fields they need, left out"),
     "answer_without_entity": Kind("error", "mentions whose answer is not in the knowledge base, left out"),

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from mel_archives import (
+    PACKINGS,
     noise,
     sound_archive,
     write_folder,
@@ -45,10 +46,11 @@ OWN_JSONL = {
 OWN_IMAGES = {f"images/{name}": noise(number, (4, 4)) for number, name in enumerate(("a/0.png", "a/1.png", "b/0.png"))}
 
 
+@pytest.mark.parametrize("packing", ["folder", "zip of folders", "tar of zips"])
 @pytest.mark.parametrize("files", [OWN_CSV, OWN_JSONL], ids=["csv", "jsonl"])
-def test_own_data(tmp_path: Path, files: dict[str, bytes]) -> None:
+def test_own_data(tmp_path: Path, files: dict[str, bytes], packing: str) -> None:
     report = Report()
-    source = open_source("custom", write_folder(files | OWN_IMAGES, tmp_path), report)
+    source = open_source("custom", PACKINGS[packing](files | OWN_IMAGES, tmp_path), report)
     rows = rows_of(source)
     assert report.counts == {}
     assert rows["kb"] == [
@@ -367,6 +369,15 @@ def test_every_form_of_a_table(tmp_path: Path, name: str, data: bytes) -> None:
         ("Ann", "Ann; then Bob", "e1"), ("Bob", "Bob", "e2")
     ]  # fmt: skip
     assert report.counts == {}
+
+
+def test_columns_of_paths_on_this_machine_are_not_published(tmp_path: Path) -> None:
+    base = {"mention": "Ann", "sentence": "Ann", "answer": "e1", "page": "/m/0abc"}
+    rows = [{**base, "img": "/home/ann/a.png"}, {**base, "img": None}, {**base, "place": "C:\\Users\\ann"}]
+    source, report = own(tmp_path, {"train.jsonl": own_lines(*rows)})
+    assert source.extra_columns == {"source_id": "string", "page": "string"}
+    assert report.counts["local_path"] == 2
+    assert "column 'img'" in report.examples["local_path"][0]
 
 
 def test_every_row_is_accounted_for(tmp_path: Path) -> None:

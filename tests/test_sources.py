@@ -406,6 +406,12 @@ RECORDS = {
         {}, optional=dict.fromkeys(["sentence", "mentions", "entities", "answer"], ANYTHING)
     ),
     "wikidiverse": st.lists(ANYTHING, max_size=12),
+    "custom": st.fixed_dictionaries(
+        {},
+        optional=dict.fromkeys(
+            ["mention", "sentence", "answer", "image", "split", "id", "start", "end", "kind", "own"], ANYTHING
+        ),
+    ),
 }
 
 
@@ -414,7 +420,7 @@ RECORDS = {
 def test_no_row_breaks_a_format(tmp_path: Path, data: st.DataObject) -> None:
     """Whatever is in the files, every row is either given, storable, or reported."""
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    name = data.draw(st.sampled_from(["wikimel", "melbench", "wikidiverse"]))
+    name = data.draw(st.sampled_from(["wikimel", "melbench", "wikidiverse", "custom"]))
     rows = data.draw(st.lists(ANYTHING | RECORDS[name], max_size=6))
     files = sound_archive()
     if name == "wikimel":
@@ -423,17 +429,30 @@ def test_no_row_breaks_a_format(tmp_path: Path, data: st.DataObject) -> None:
         files["WIKIMEL_train.json"] = json.dumps(rows).encode()
     elif name == "melbench":
         files = {"Wikidata-MEL.json": json.dumps(dict(enumerate(rows))).encode()}
+    elif name == "custom":
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        files = {"entities.csv": b"id,name\nQ0,A\n", "mentions.jsonl": lines.encode(), "images/m0.jpg": an_image()}
     else:
         tables = dict.fromkeys(("valid.json", "test.json"), b"[]")
         files = {**tables, "train.json": json.dumps([[], *rows]).encode(), "images/m0.jpg": an_image()}
     report = Report()
-    source = open_source(name.replace("melbench", "wikimel"), write_folder(files, folder), report)
+    keep_nil = data.draw(st.booleans())
+    place = write_folder(files, folder)
+    source = open_source(name.replace("melbench", "wikimel"), place, report, keep_nil=keep_nil)
+    kept = 0
     for config, splits in CONFIGS.items():
         for split in splits:
             encoded = [encode(row, ImageFile.read) for row in source.rows(config, split, report)]
             batch = pa.RecordBatch.from_pylist(encoded, features_of(config, source).arrow_schema)
             assert batch.num_rows == len(encoded)
             if config == "mentions":
-                assert {row["answer"] for row in encoded} <= source.entity_ids
+                kept += len(encoded)
+                assert {row["answer"] for row in encoded} <= source.entity_ids | ({None} if keep_nil else set())
+                for row in encoded:
+                    if row["start"] is not None:
+                        assert row["sentence"][row["start"] : row["end"]] == row["mention"]
+    # No row is lost without a finding.
+    out = sum(report.counts[kind] for kind in ("bad_row", "answer_without_entity", "nil_answer"))
+    assert report.read["mentions"] == kept + out
     report.text().encode()
     json.dumps(report.to_dict())
