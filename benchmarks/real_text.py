@@ -289,99 +289,8 @@ def run(name: str, seed: int, lower: LowerLayers, world: World, args: argparse.N
     return {**measures(ranks), "seconds": seconds}
 
 
-def search(lower: LowerLayers, world: World, args: argparse.Namespace) -> None:
-    """How tight the bounds are on the model of the first seed."""
-    model = new_model(lower, 0)
-    model.load_state_dict(torch.load(args.work_dir / "model.pt"))
-    model.eval()
-    entities = world.entities + world.more
-    mentions, features = encode(model, lower, world, entities)
-    index = index_of(model, features, entities, "float16")
-    some = mentions[:256]
-    times: dict[str, list[float]] = {"pruned": [], "exhaustive": []}
-    found = {}
-    for method, count in (("pruned", 3), ("exhaustive", 1)):
-        for _ in range(count):
-            start = time.perf_counter()
-            found[method] = index.search(some if method == "pruned" else some[:32], 10, method=method)
-            pairs = len(index) * (len(some) if method == "pruned" else 32)
-            times[method].append((time.perf_counter() - start) / pairs * 1e6)
-    same = found["pruned"].entity_ids[:32] == found["exhaustive"].entity_ids
-    print(f"\n| top 10 of {len(index):,} entities, float16, {len(some)} mentions | |\n| --- | --- |")
-    print(f"| pairs scored exactly | {found['pruned'].stats.exact_fraction:.3%} |")
-    print(f"| pruned, microseconds per pair | {min(times['pruned']):.3f} |")
-    print(f"| exhaustive, microseconds per pair | {min(times['exhaustive']):.2f} |")
-    print(f"| the first 32 lists are equal | {'yes' if same else 'no'} |")
-
-
-def precision(lower: LowerLayers, world: World, args: argparse.Namespace) -> None:
-    """Whether an index that is encoded in bfloat16 gives other answers, with the whole encoder."""
-    small = new_model(lower, 0)
-    small.load_state_dict(torch.load(args.work_dir / "model.pt"))
-    model = small.eval()
-    text = model.encoder.backbone.text_model
-    text.embeddings = lower.embeddings
-    trained = list(text.encoder.layer)
-    text.encoder.layer = nn.ModuleList([*list(lower.layers)[: len(lower.layers) - len(trained)], *trained])
-    numbers = [number for number, _ in world.test]
-    found: dict[str, dict[str, Any]] = {}
-    for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-        encoder = in_precision(model, dtype)
-
-        def encoded(rows: list[int], encode: Any) -> list[Any]:
-            parts = []
-            with torch.inference_mode():
-                for start in range(0, len(rows), 64):
-                    some = rows[start : start + 64]
-                    parts.append(encode(lower.ids[some], lower.mask[some]))
-            return parts
-
-        start = time.perf_counter()
-        entities = EntityFeatures.cat(encoded([number for _, number in world.entities], encoder.encode_entities))
-        seconds = time.perf_counter() - start
-        index = index_of(model, entities, world.entities, "float16")
-        mentions = MentionFeatures.cat(encoded(numbers, encoder.encode_mentions))
-        if not found:
-            exact = mentions
-        ranks = index.rank(exact, [answer for _, answer in world.test]).ranks
-        best = [ids[0] for ids in index.search(exact, 1).entity_ids]
-        own = [ids[0] for ids in index.search(mentions, 1).entity_ids]
-        found[name] = {"best": best, "own": own, "mrr": (1 / ranks).mean(), "seconds": seconds}
-    one, other = found.values()
-
-    def same(key: str) -> float:
-        return float(np.mean([a == b for a, b in zip(one["best"], other[key], strict=True)]))
-
-    print(f"\n| {len(numbers)} mentions, {len(world.entities):,} entities | float32 | bfloat16 |\n| --- | --- | --- |")
-    print(f"| encoding the entities, s | {one['seconds']:.0f} | {other['seconds']:.0f} |")
-    print(f"| MRR | {one['mrr']:.4f} | {other['mrr']:.4f} |")
-    print(f"| same best entity, mentions encoded in float32 | | {same('best'):.1%} |")
-    print(f"| same best entity, mentions encoded in bfloat16 | | {same('own'):.1%} |")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder with the two archives of MELBench")
-    parser.add_argument("--encoder", type=Path, required=True, help="folder or zip archive of the text encoder")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/real_text"))
-    parser.add_argument("--train", type=int, default=3000, help="mentions that are trained on")
-    parser.add_argument("--test", type=int, default=600, help="mentions that are ranked")
-    parser.add_argument("--entities", type=int, default=3000)
-    parser.add_argument("--search_entities", type=int, default=2000, help="for the bounds of a search")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--trained_layers", type=int, default=0, help="of the encoder")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    until = time.time() + 60 * args.minutes
-    torch.set_num_threads(args.threads)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    world = World(args)
-    print(f"{machine()}; {len(world.texts):,} texts, {len(world.train):,} mentions to train on")
-    lower = LowerLayers(unpacked(args.encoder, args.work_dir), world.texts, args.work_dir, args.trained_layers, until)
+def table(lower: LowerLayers, world: World, args: argparse.Namespace, until: float) -> None:
+    """The trainings that are not done yet, and what all of them gave."""
     kept = args.work_dir / f"runs-{args.trained_layers}-{args.steps}-{args.batch_size}-{args.rate}.json"
     runs: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     if "cosine" not in runs:
@@ -410,8 +319,109 @@ def main() -> None:
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{spread}")
         print(f"| {name} | " + " | ".join(cells) + " |")
-    search(lower, world, args)
-    precision(lower, world, args)
+
+
+def search(lower: LowerLayers, world: World, args: argparse.Namespace, until: float) -> None:
+    """How tight the bounds are on the model of the first seed."""
+    model = new_model(lower, 0)
+    model.load_state_dict(torch.load(args.work_dir / "model.pt"))
+    model.eval()
+    entities = world.entities + world.more
+    mentions, features = encode(model, lower, world, entities)
+    index = index_of(model, features, entities, "float16")
+    some = mentions[:256]
+    times: dict[str, list[float]] = {"pruned": [], "exhaustive": []}
+    found = {}
+    for method, count in (("pruned", 3), ("exhaustive", 1)):
+        for _ in range(count):
+            start = time.perf_counter()
+            found[method] = index.search(some if method == "pruned" else some[:32], 10, method=method)
+            pairs = len(index) * (len(some) if method == "pruned" else 32)
+            times[method].append((time.perf_counter() - start) / pairs * 1e6)
+    same = found["pruned"].entity_ids[:32] == found["exhaustive"].entity_ids
+    print(f"\n| top 10 of {len(index):,} entities, float16, {len(some)} mentions | |\n| --- | --- |")
+    print(f"| pairs scored exactly | {found['pruned'].stats.exact_fraction:.3%} |")
+    print(f"| pruned, microseconds per pair | {min(times['pruned']):.3f} |")
+    print(f"| exhaustive, microseconds per pair | {min(times['exhaustive']):.2f} |")
+    print(f"| the first 32 lists are equal | {'yes' if same else 'no'} |")
+
+
+def precision(lower: LowerLayers, world: World, args: argparse.Namespace, until: float) -> None:
+    """Whether an index that is encoded in bfloat16 gives other answers, with the whole encoder."""
+    small = new_model(lower, 0)
+    small.load_state_dict(torch.load(args.work_dir / "model.pt"))
+    model = small.eval()
+    text = model.encoder.backbone.text_model
+    text.embeddings = lower.embeddings
+    trained = list(text.encoder.layer)
+    text.encoder.layer = nn.ModuleList([*list(lower.layers)[: len(lower.layers) - len(trained)], *trained])
+    numbers = [number for number, _ in world.test]
+    some = world.entities[: args.precision_entities]  # the answers are the first
+    found: dict[str, dict[str, Any]] = {}
+    for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
+        encoder = in_precision(model, dtype)
+
+        def encoded(rows: list[int], encode: Any) -> list[Any]:
+            parts = []
+            with torch.inference_mode():
+                for start in range(0, len(rows), 64):
+                    chosen = rows[start : start + 64]
+                    parts.append(encode(lower.ids[chosen], lower.mask[chosen]))
+            return parts
+
+        start = time.perf_counter()
+        entities = EntityFeatures.cat(encoded([number for _, number in some], encoder.encode_entities))
+        seconds = time.perf_counter() - start
+        index = index_of(model, entities, some, "float16")
+        mentions = MentionFeatures.cat(encoded(numbers, encoder.encode_mentions))
+        if not found:
+            exact = mentions
+        ranks = index.rank(exact, [answer for _, answer in world.test]).ranks
+        best = [ids[0] for ids in index.search(exact, 1).entity_ids]
+        own = [ids[0] for ids in index.search(mentions, 1).entity_ids]
+        found[name] = {"best": best, "own": own, "mrr": (1 / ranks).mean(), "seconds": seconds}
+    one, other = found.values()
+
+    def same(key: str) -> float:
+        return float(np.mean([a == b for a, b in zip(one["best"], other[key], strict=True)]))
+
+    print(f"\n| {len(numbers)} mentions, {len(some):,} entities | float32 | bfloat16 |\n| --- | --- | --- |")
+    print(f"| encoding the entities, s | {one['seconds']:.0f} | {other['seconds']:.0f} |")
+    print(f"| MRR | {one['mrr']:.4f} | {other['mrr']:.4f} |")
+    print(f"| same best entity, mentions encoded in float32 | | {same('best'):.1%} |")
+    print(f"| same best entity, mentions encoded in bfloat16 | | {same('own'):.1%} |")
+
+
+PARTS: dict[str, Any] = {"table": table, "search": search, "precision": precision}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder with the two archives of MELBench")
+    parser.add_argument("--encoder", type=Path, required=True, help="folder or zip archive of the text encoder")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/real_text"))
+    parser.add_argument("--train", type=int, default=3000, help="mentions that are trained on")
+    parser.add_argument("--test", type=int, default=600, help="mentions that are ranked")
+    parser.add_argument("--entities", type=int, default=3000)
+    parser.add_argument("--search_entities", type=int, default=2000, help="for the bounds of a search")
+    parser.add_argument("--precision_entities", type=int, default=3000, help="for bfloat16 beside float32")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--trained_layers", type=int, default=0, help="of the encoder")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    args = parser.parse_args()
+    until = time.time() + 60 * args.minutes
+    torch.set_num_threads(args.threads)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    world = World(args)
+    print(f"{machine()}; {len(world.texts):,} texts, {len(world.train):,} mentions to train on")
+    lower = LowerLayers(unpacked(args.encoder, args.work_dir), world.texts, args.work_dir, args.trained_layers, until)
+    for part in args.parts:
+        PARTS[part](lower, world, args, until)
 
 
 if __name__ == "__main__":
