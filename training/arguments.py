@@ -28,6 +28,7 @@ _CONFIG_ARGUMENTS = (
     "ignore_duplicate_answers",
     "symmetric_loss",
     "context_window",
+    "text_pooling",
 )
 
 
@@ -84,6 +85,14 @@ class ModelArguments:
             "help": "Which part of a text is read that is longer than text_max_length: its start, as published, or the "
             "words around the mention.",
             "choices": ["start", "mention"],
+        },
+    )
+    text_pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a backbone of any two encoders pools texts: the mean of the tokens, or the first. By default "
+            "with the text encoder's own pooling layer.",
+            "choices": ["first", "mean"],
         },
     )
     correct_images: bool | None = _switch(
