@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any
 from .registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from .calibration_mimic import Calibration
     from .configuration_mimic import MimicConfig
-    from .errors_mimic import EntityIndexError, MentionError, MimicError, MimicImageError, UnknownEntityError
+    from .errors_mimic import (
+        CalibrationError,
+        EntityIndexError,
+        MentionError,
+        MimicError,
+        MimicImageError,
+        UnknownEntityError,
+    )
     from .explain_mimic import EntityImages, Explainer
     from .explanation_mimic import Explanation
     from .index_mimic import EntityIndex, RankResult, SearchResult
@@ -36,8 +44,16 @@ if TYPE_CHECKING:
 
 # Where each public name is defined.
 _HOMES = {
+    "calibration_mimic": ["Calibration"],
     "configuration_mimic": ["MimicConfig"],
-    "errors_mimic": ["EntityIndexError", "MentionError", "MimicError", "MimicImageError", "UnknownEntityError"],
+    "errors_mimic": [
+        "CalibrationError",
+        "EntityIndexError",
+        "MentionError",
+        "MimicError",
+        "MimicImageError",
+        "UnknownEntityError",
+    ],
     "explain_mimic": ["EntityImages", "Explainer"],
     "explanation_mimic": ["Explanation"],
     "index_mimic": ["EntityIndex", "RankResult", "SearchResult"],
@@ -75,6 +91,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
     "CrossEncoderReranker",
     "DecisionReranker",
     "EntityFeatures",

@@ -156,7 +156,7 @@ def link(
         str | None,
         typer.Option("--entities", help="In place of an index, entities to encode now: as in `mimic-el index build`."),
     ] = None,
-    top_k: Annotated[int, typer.Option("--top_k", min=1, help="Entities for each mention.")] = 5,
+    top_k: Annotated[int | None, typer.Option("--top_k", min=1, help="Answers for each mention (default: 5).")] = None,
     method: Annotated[
         Method | None, typer.Option("--method", help="How the index is searched; the result is the same.")
     ] = None,
@@ -188,6 +188,17 @@ def link(
     on_image_error: Annotated[
         OnImageError, typer.Option("--on_image_error", help="Go on without an image that cannot be read, or stop.")
     ] = OnImageError.RAISE,
+    min_probability: Annotated[
+        float | None,
+        typer.Option("--min_probability", help="Of a calibrated model: only answers that are at least so probable."),
+    ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            "--coverage",
+            help="Of a calibrated model: in place of the best, sets that hold the right answer of so many mentions.",
+        ),
+    ] = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = None,
     output_file: Annotated[
@@ -221,7 +232,12 @@ def link(
         knowledge["device"] = device
     linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, **knowledge)
     # Lines are told of here, by their numbers in the file.
-    call: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "on_error": "return"}
+    call: dict[str, Any] = {"batch_size": batch_size, "on_error": "return"}
+    if top_k is not None or coverage is None:
+        call["top_k"] = 5 if top_k is None else top_k
+    for name, number in (("min_probability", min_probability), ("coverage", coverage)):
+        if number is not None:
+            call[name] = number
     for name, choice in (("method", method), ("candidates", candidates), ("context_window", context_window)):
         if choice is not None:
             call[name] = choice.value
@@ -301,6 +317,106 @@ def _mentions_of(place: str) -> Iterator[tuple[int, dict[str, Any], dict[str, An
 
 
 _INPUTS = ("id", "text", "sentence", "image", "candidates", "spans", "start", "end")
+
+
+# --- Calibration ------------------------------------------------------------------------------------------------------
+
+
+@app.command("calibrate")
+def calibrate_(
+    model: ModelOption,
+    mentions: Annotated[
+        str,
+        typer.Option(
+            "--mentions",
+            help="Mentions with known answers, which the model was not trained on: JSON Lines with mention, text, "
+            "answer (null where the entity is not in the knowledge base) and optionally image; or a data set (a "
+            "directory or a Hub id).",
+        ),
+    ],
+    split: Annotated[str, typer.Option("--split", help="Of a data set, the split.")] = "validation",
+    index: Annotated[
+        str | None,
+        typer.Option("--index", help="The knowledge base: an index (default: the one the model names)."),
+    ] = None,
+    nil_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--nil_rate",
+            help="Share of mentions to be expected whose entity is not there (default: as in the mentions).",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is left to chance.")] = 0,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output_dir", help="Where the calibrated model is saved (default: the model's directory)."),
+    ] = None,
+    batch_size: BatchOption = 32,
+    device: DeviceOption = None,
+) -> None:
+    """Learn from mentions with known answers how sure an answer is, so that the model's answers have probabilities."""
+    if output_dir is None and not Path(model).is_dir():
+        raise CommandError(f"{model} is no directory: say with --output_dir where the calibrated model is saved.")
+    from .pipeline_mimic import MultimodalEntityLinkingPipeline
+    from .training.calibration import calibrate
+
+    loaded, processor = _load(model, device)
+    linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, index=index)
+    calibration = calibrate(
+        loaded,
+        linker.index,
+        read_mentions(mentions, split),
+        processor=processor,
+        nil_rate=nil_rate,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    if output_dir is not None:
+        loaded.save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+    else:
+        _write_calibration(Path(model) / "config.json", calibration.to_dict())
+    typer.echo(json.dumps(calibration.measured, indent=1))
+
+
+def read_mentions(source: str, split: str) -> Any:
+    """Mentions with answers, of a data set (a directory or a Hub id) or a JSON Lines file.
+
+    Raises:
+        CommandError: if there are none.
+    """
+    if Path(source).suffix.lower() in (".jsonl", ".json"):
+        if not Path(source).is_file():
+            raise CommandError(f"There is no file {source}.")
+        return _answered(source)
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, "mentions", split=split)
+    except (ValueError, OSError) as error:
+        raise CommandError(
+            f"The mentions {source!r} cannot be loaded: {_one_line(error)} They are a data set's directory or Hub id, "
+            f"with the configuration `mentions` and the split {split!r}, or a JSON Lines file."
+        ) from error
+
+
+def _answered(place: str) -> Iterator[dict[str, Any]]:
+    for number, record, inputs in _mentions_of(place):
+        if "answer" not in record:
+            raise CommandError(
+                f"{place}, line {number}: the mention has no `answer`; where the entity is not in the knowledge base, "
+                "it is null."
+            )
+        yield {**inputs, "answer": record["answer"]}
+
+
+def _write_calibration(path: Path, block: dict[str, Any]) -> None:
+    """Puts a calibration into a config.json, and leaves the rest of it as it is."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["calibration"] = block
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 # --- Index ------------------------------------------------------------------------------------------------------------
@@ -598,7 +714,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-__all__ = ["CommandError", "app", "main", "read_entities"]
+__all__ = ["CommandError", "app", "main", "read_entities", "read_mentions"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 
 from .backbones_mimic import BACKBONES, SUPPORTED, TEXT_POOLINGS, backbone_of, config_of
+from .calibration_mimic import Calibration, is_newer
 
 PIPELINE_TASK = "multimodal-entity-linking"
 CONTEXT_WINDOWS = ("start", "mention")
@@ -71,9 +72,13 @@ class MimicConfig(PreTrainedConfig):
         context_window (`str`, defaults to "start"):
             Which part of a mention's text is read where not all of it fits in `text_max_length` tokens: "start", as
             published, or "mention", the words around the mention.
+        calibration (`dict`, *optional*):
+            What turns scores into probabilities, as [`Calibration.to_dict`] has it. `mimic_el.training.calibrate`
+            writes it. One of a newer version is kept as it is, and not used.
 
     Raises:
         TypeError: if `backbone_config` is not the configuration of a supported dual encoder, or a `dict` of one.
+        CalibrationError: if `calibration` is none.
         ValueError: if a size is not a positive integer, or `text_max_length` is more than the backbone has positions.
 
     Example:
@@ -108,6 +113,7 @@ class MimicConfig(PreTrainedConfig):
         default_index_revision: str | None = None,
         text_pooling: str | None = None,
         context_window: str = "start",
+        calibration: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _as_backbone_config(backbone_config)
@@ -124,8 +130,10 @@ class MimicConfig(PreTrainedConfig):
         self.default_index_revision = default_index_revision
         self.text_pooling = text_pooling
         self.context_window = context_window
+        self.calibration = calibration
         self._check()
         check_context_window("MimicConfig", context_window)
+        self._check_calibration()
         if self.pipeline_is_installed and "custom_pipelines" in kwargs:
             kwargs["custom_pipelines"] = _InstalledPipelines(kwargs["custom_pipelines"])
         super().__init__(**kwargs)
@@ -143,6 +151,10 @@ class MimicConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
         """The configuration of the backbone's text model, whose vocabulary grows where tokens are added."""
         return self.backbone_config.get_text_config(*args, **kwargs)
+
+    def _check_calibration(self) -> None:
+        if self.calibration is not None and not is_newer(self.calibration):
+            Calibration.from_dict(self.calibration)
 
     @property
     def text_width(self) -> int:

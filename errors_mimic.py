@@ -19,6 +19,10 @@ class EntityIndexError(MimicError, ValueError):
     """An index that is damaged, unfinished, locked, of another model, or used in a way that it does not allow."""
 
 
+class CalibrationError(MimicError, ValueError):
+    """Mentions that a model cannot be calibrated on, a calibration that cannot be used, or none where one is needed."""
+
+
 class UnknownEntityError(MimicError, KeyError):
     """An id that is not in an index."""
 
@@ -26,4 +30,11 @@ class UnknownEntityError(MimicError, KeyError):
         return str(self.args[0])  # a KeyError would show it quoted
 
 
-__all__ = ["EntityIndexError", "MentionError", "MimicError", "MimicImageError", "UnknownEntityError"]
+__all__ = [
+    "CalibrationError",
+    "EntityIndexError",
+    "MentionError",
+    "MimicError",
+    "MimicImageError",
+    "UnknownEntityError",
+]

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline
 from transformers.utils import logging
 
+from .answers_mimic import calibrated_links, calibration_for, needs_calibration
+from .calibration_mimic import Calibration, is_newer, proper_fraction
 from .configuration_mimic import PIPELINE_TASK, MimicConfig, check_context_window
 from .contents_mimic import BY_NAME
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
@@ -34,8 +36,8 @@ _BAR_FROM_ENTITIES = 500
 _MENTIONS_AT_ONCE = 32
 # The arguments of a call.
 _CALL = (
-    *("top_k", "candidates", "method", "context_window", "mention_detector", "reranker", "rerank_top_k"),
-    *("on_error", "on_image_error"),
+    *("top_k", "candidates", "method", "min_probability", "coverage", "context_window", "mention_detector"),
+    *("reranker", "rerank_top_k", "on_error", "on_image_error"),
 )
 
 
@@ -73,6 +75,9 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             in a data set of mentions; see [`EntityIndex.build`]. What a caller gives as a dict is read from anywhere.
         top_k (`int`, defaults to 5): number of entities for each mention. Also an argument of the call, as all that
             follow.
+        min_probability (`float`, *optional*): of a calibrated model, only answers that are at least so probable.
+        coverage (`float`, *optional*): of a calibrated model, in the place of the best `top_k` answers the smallest set
+            that holds the right one of so many mentions, such as 0.95: see [`Calibration.threshold`].
         candidates (*optional*): what every mention of the call may mean: ids; "names" for the entities that bear its
             name, and all where there are none; "names+search" for these and what the search finds, `top_k` of each.
         method (`str`, defaults to "pruned"): or "exhaustive"; the entities found are the same.
@@ -82,7 +87,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             default), a token-classification pipeline, its directory or Hub id, or a callable that takes a text and
             gives pairs of start and end, or dicts with `start` and `end`.
         reranker (*optional*): a callable that takes a mention and its `rerank_top_k` best entities and gives a score
-            for each, by which they are sorted; they then have `rerank_score` too.
+            for each, by which they are sorted; they then have `rerank_score` too, and no probability.
         rerank_top_k (`int`, defaults to 10): how many entities a re-ranker sees.
         on_error (`str`, defaults to "raise"): what follows from an item that cannot be linked. "raise" ends the call,
             after the answers of those before it, with an error that names its row and id; "warn" gives an empty list
@@ -149,6 +154,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             elif isinstance(index, str | os.PathLike):
                 index = EntityIndex.from_pretrained(index, **index_kwargs)
         self._index: EntityIndex | None = None
+        self._known_calibration: tuple[Any, Any, Calibration | None] | None = None
         if index is not None:
             self.index = index
 
@@ -173,11 +179,23 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         index.check_model(self.model, self.processor)
         self._index = index
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """What answers' probabilities come from; `None` where the model was not calibrated. Warns once of a knowledge
+        base that is not the one it was calibrated with."""
+        block, index = self._config.calibration, self.index
+        known = self._known_calibration
+        if known is None or known[0] is not block or known[1] is not index:
+            known = self._known_calibration = block, index, calibration_for(self._config, index)
+        return known[2]
+
     def _sanitize_parameters(
         self,
         top_k: int | None = None,
         candidates: Sequence[str] | str | None = None,
         method: str | None = None,
+        min_probability: float | None = None,
+        coverage: float | None = None,
         context_window: str | None = None,
         mention_detector: Any = None,
         on_error: str | None = None,
@@ -207,6 +225,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             )
         if method is not None and method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+        self._check_probabilities(min_probability, coverage, top_k, reranker)
         if context_window is not None:
             check_context_window(f"The pipeline {PIPELINE_TASK}", context_window)
         if on_error is not None:
@@ -216,6 +235,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         reading = {"on_image_error": on_image_error, "keep_source": None if reranker is None else True}
         forward = {"top_k": top_k, "method": method, "candidates": candidates}
         forward |= {"reranker": reranker, "rerank_top_k": rerank_top_k}
+        forward |= {"min_probability": min_probability, "coverage": coverage}
         answering = {
             "context_window": context_window,
             "on_error": on_error,
@@ -225,6 +245,28 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             {name: value for name, value in parameters.items() if value is not None}
             for parameters in (reading, forward, answering)
         )
+
+    def _check_probabilities(
+        self, min_probability: Any, coverage: Any, top_k: int | None, reranker: Reranker | None
+    ) -> None:
+        """Makes sure that what was asked of probabilities can be done, whatever the mentions are."""
+        if reranker is not None and (min_probability is not None or coverage is not None):
+            raise ValueError(
+                "`min_probability` and `coverage` are of the model's own answers: those of a `reranker` have no "
+                "probabilities. Leave one of them out."
+            )
+        if min_probability is not None:
+            proper_fraction("min_probability", min_probability)
+        if coverage is not None:
+            proper_fraction("coverage", coverage, ends=False)
+            if top_k is not None:
+                raise ValueError("`coverage` gives a set of the size that it takes: leave `top_k` out.")
+        block: Any = self._config.calibration
+        for name, value in (("min_probability", min_probability), ("coverage", coverage)):
+            if value is not None and (block is None or is_newer(block)):
+                raise needs_calibration(name, self._config)
+        if coverage is not None:
+            Calibration.from_dict(block).threshold(coverage)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Links one mention or document, a list of them, or a data set: see the class.
@@ -355,6 +397,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         candidates: Sequence[str] | str | None = None,
         reranker: Reranker | None = None,
         rerank_top_k: int = 10,
+        min_probability: float | None = None,
+        coverage: float | None = None,
     ) -> dict[str, Any]:
         mentions: list[Mention] = input_tensors["mentions"]
         was_training = self.model.training
@@ -372,6 +416,19 @@ class MultimodalEntityLinkingPipeline(Pipeline):
                 self.model.train()
         allowed = [candidates if mention.candidates is None else mention.candidates for mention in mentions]
         names = [mention.mention for mention in mentions]
+        if self.calibration is not None and reranker is None:
+            found = calibrated_links(
+                self.index,
+                self.calibration,
+                features,
+                names,
+                top_k,
+                candidates=allowed,
+                method=method,
+                min_probability=min_probability,
+                coverage=coverage,
+            )
+            return {"found": found}
         wanted = top_k if reranker is None else max(top_k, rerank_top_k)
         found = self.index.link_encoded(features, wanted, candidates=allowed, names=names, method=method)
         if reranker is not None:

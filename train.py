@@ -2,7 +2,8 @@
 
 The defaults are the published recipe. The output directory ends up a checkpoint that `AutoModel`, `AutoProcessor` and
 `pipeline("multimodal-entity-linking")` load, with its model card, the metrics and predictions of the test split, and
-the encoded knowledge base in `index`. Run the same command again to go on after an interruption.
+the encoded knowledge base in `index`. The validation split calibrates it, so that answers have probabilities. Run the
+same command again to go on after an interruption.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from mimic_el.console import busy_machine, did_you_mean, tolerate_any_text
-from mimic_el.errors_mimic import MimicError
+from mimic_el.errors_mimic import CalibrationError, MimicError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
 from mimic_el.processing_mimic import MimicProcessor
 from mimic_el.training.arguments import DataArguments, MimicTrainingArguments, ModelArguments
+from mimic_el.training.calibration import DEPTH, calibration_report, fit_calibration, some_of
 from mimic_el.training.collator import MentionEntityCollator
 from mimic_el.training.data import first, load_data, training_mentions
 from mimic_el.training.evaluation import RankedMentions
@@ -142,6 +144,29 @@ def example_of(
     return None
 
 
+def calibrated(model: MimicModel, index: EntityIndex, ranked: RankedMentions, args: MimicTrainingArguments) -> bool:
+    """Calibrates the model on ranked mentions; returns whether that was possible.
+
+    Raises:
+        CalibrationError: if it was not, and was asked for.
+    """
+    noted = some_of(
+        answer for answer, rank in zip(ranked.answers, ranked.ranks, strict=True) if rank == rank and answer
+    )
+    about = {"entities": len(index), "dtype": index.dtype, "ids": noted}
+    try:
+        if ranked.scored is None:
+            raise CalibrationError("The validation split has no mentions.")
+        calibration = fit_calibration(ranked.scored, nil_rate=args.nil_rate, index=about)
+    except CalibrationError as error:
+        if args.calibrate:
+            raise
+        logger.warning("The model is not calibrated, so its answers have no probabilities. %s", error)
+        return False
+    model.config.calibration = calibration.to_dict()
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Trains and evaluates as the arguments say; returns all metrics."""
     model_args, data_args, args = parse_args(argv)
@@ -240,10 +265,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trained.config.default_index = INDEX_FOLDER
     trained.config.save_pretrained(output_dir)
     results: dict[str, float] = {}
+    ranked_before: dict[str, RankedMentions] = {}
+    if args.calibrate or (args.calibrate is None and args.do_train and "validation" in evaluated):
+        if "validation" not in evaluated:
+            raise ValueError("--calibrate needs a validation split, and the data set has none.")
+        ranked_before["validation"] = trainer.rank(evaluated["validation"], index, depth=DEPTH)
+        if calibrated(trained, index, ranked_before["validation"], args):
+            if args.do_train:
+                trained.config.save_pretrained(output_dir)
+            else:
+                trainer.save_model(_internal_call=True)  # a checkpoint of its own
     for split, wanted in (("validation", args.do_eval), ("test", args.do_predict)):
         if not wanted or split not in evaluated:
             continue
-        ranked = trainer.rank(evaluated[split], index, top_k=data_args.top_k if split == "test" else 0)
+        ranked = ranked_before.get(split)
+        if ranked is None or split == "test":
+            ranked = trainer.rank(evaluated[split], index, top_k=data_args.top_k if split == "test" else 0)
         measured = ranked.metrics(args.missing_answers)
         trainer.run.metrics[split] = measured
         prefix = "eval" if split == "validation" else split
@@ -258,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if split == "test":
             write_predictions(output_dir / "predictions_test.jsonl", ranked)
             trainer.run.example = example_of(trained, processor, index, evaluated[split])
+            report = trainer.run.calibration = calibration_report(trained, index, ranked.scored)
+            if report is not None:
+                trainer.save_metrics("calibration", {f"calibration_{n}": v for n, v in report.figures.items()})
     unreadable = unreadable_images(output_dir)
     if unreadable:
         logger.warning("%d images could not be read; see %s.", len(unreadable), output_dir / UNREADABLE_LOG)

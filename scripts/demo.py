@@ -22,9 +22,12 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 
 from mimic_el import train
+from mimic_el.calibration_mimic import LEAST_DEPTH, Calibration
 from mimic_el.images_mimic import first_image, load_image
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.training import KnowledgeBase, MentionEntityCollator, rank_mentions
+from mimic_el.training.calibration import scored_mentions
+from mimic_el.training.reliability import ScoredMentions
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "datasets_scripts" / "sample"
@@ -72,6 +75,28 @@ def figures_of(metrics: Mapping[str, float]) -> Figures:
     for kind in KINDS:
         if f"{kind}_mrr" in metrics:
             figures[kind] = {name: metrics[f"{kind}_{name}"] for name in SHOWN}
+    return figures
+
+
+def with_nil(scored: ScoredMentions, calibration: Calibration, kinds: Sequence[str], taken_out: bool) -> Figures:
+    """Figures of answers among which is NIL, that the entity is not in the knowledge base.
+
+    Args:
+        scored: the mentions and all entities.
+        calibration: tells probabilities.
+        kinds: of the mentions.
+        taken_out: whether each mention's entity is taken out of the knowledge base, so that NIL is right.
+    """
+    view = scored.view(np.full(len(scored), taken_out))
+    said = view.probabilities(calibration)
+    right = np.where(view.nil, said.nil, said.at(np.nan_to_num(view.answer_scores)[:, None])[:, 0])
+    others = np.concatenate([said.entities, said.nil[:, None]], axis=1)
+    above, equal = (others > right[:, None]).sum(axis=1), (others == right[:, None]).sum(axis=1)
+    ranks = 1 + above + (np.maximum(equal, 1) - 1) / 2  # equal ones share the mean of their places
+    figures: Figures = {}
+    for kind in ("all", *sorted(set(kinds))):
+        own = ranks if kind == "all" else ranks[[item == kind for item in kinds]]
+        figures[kind] = {"hits@1": float((own <= 1).mean()), "mrr": float((1 / own).mean())}
     return figures
 
 
@@ -125,20 +150,26 @@ def draw_links(
         draw.text((gap + side + gap, top + 24), sentence, font=small, fill="#555555")
         for place, found in enumerate(entities):
             x = left + place * cell
+            if found["entity_id"] is None:
+                _paste(sheet, None, (x, top), side, "none of them")
+                draw.text((x, top + side + 4), _latin(found["name"])[:24], font=small, fill="black")
+                draw.text((x + side + 6, top), sureness(found).strip(), font=small, fill="#555555")
+                continue
             entity = knowledge_base.entity(found["entity_id"])
             _paste(sheet, first_image(entity["images"]), (x, top), side)
             if found["entity_id"] == mention["answer"]:
                 draw.rectangle((x - 3, top - 3, x + side + 2, top + side + 2), outline="#2e8b57", width=3)
             draw.text((x, top + side + 4), _latin(found["entity_id"])[:24], font=small, fill="black")
             draw.text((x + side + 6, top), f"{found['score']:.2f}", font=small, fill="#555555")
+            draw.text((x + side + 6, top + 18), sureness(found).strip(), font=small, fill="#555555")
     return sheet
 
 
-def _paste(sheet: Image.Image, source: Any, place: tuple[int, int], side: int) -> None:
+def _paste(sheet: Image.Image, source: Any, place: tuple[int, int], side: int, absent: str = "no image") -> None:
     image = load_image(source)
     if image is None:
         ImageDraw.Draw(sheet).rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline="#cccccc")
-        ImageDraw.Draw(sheet).text((place[0] + 12, place[1] + side // 2 - 8), "no image", fill="#888888")
+        ImageDraw.Draw(sheet).text((place[0] + 12, place[1] + side // 2 - 8), absent, fill="#888888")
     else:
         sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), place)
 
@@ -146,6 +177,11 @@ def _paste(sheet: Image.Image, source: Any, place: tuple[int, int], side: int) -
 def _latin(text: str) -> str:
     """The characters that Pillow's own font has; others as question marks."""
     return text.encode("latin-1", "replace").decode("latin-1")
+
+
+def sureness(found: Mapping[str, Any]) -> str:
+    """An answer's probability, where it has one."""
+    return f"{100 * found['probability']:3.0f}%  " if "probability" in found else ""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
@@ -180,6 +216,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
         "MIMIC, images hidden": figures_of(ranked.metrics()),
         "MIMIC": figures_of({n.removeprefix("test_"): v for n, v in results.items() if n.startswith("test_")}),
     }
+    if linker.calibration is not None:
+        depth = max(len(linker.index), LEAST_DEPTH)
+        scored, _ = scored_mentions(linker.model, linker.processor, linker.index, mentions, depth=depth)
+        kinds = [mention["kind"] for mention in mentions]
+        rows["MIMIC, NIL may be the answer"] = with_nil(scored, linker.calibration, kinds, taken_out=False)
+        rows["MIMIC, the entity taken out"] = with_nil(scored, linker.calibration, kinds, taken_out=True)
     counts = Counter(mention["kind"] for mention in mentions)
     print(f"\nTest mentions, ranked among {len(knowledge_base)} entities, in percent:\n")
     print(table(rows, {"all": len(mentions), **counts}))
@@ -191,9 +233,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
         image = "an image" if mention["image"] else "no image"
         print(f"\n{mention['mention']!r} in {mention['sentence']!r} ({image}; the answer is {mention['answer']})")
         for found in entities:
+            if found["entity_id"] is None:
+                print(f"    {'':6}  {sureness(found)}{found['name']}")
+                continue
             mark = "*" if found["entity_id"] == mention["answer"] else " "
             parts = ", ".join(f"{part} {found[f'{part}_score']:.2f}" for part in ("text", "image", "cross_modal"))
-            print(f"  {mark} {found['score']:6.2f}  {found['entity_id']:28} {found['name']:16} ({parts})")
+            print(
+                f"  {mark} {found['score']:6.2f}  {sureness(found)}{found['entity_id']:28} {found['name']:16} ({parts})"
+            )
     draw_links(shown, linked, knowledge_base).save(args.output_dir / LINKED)
     minutes, seconds = divmod(round(time.time() - start), 60)
     print(

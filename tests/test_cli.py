@@ -59,7 +59,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Any:
         assert output == ""
         *bars, said = errors.splitlines()
         assert said.startswith("error: ")
-        assert all("entities" in bar or not bar for bar in bars), errors  # progress bars
+        assert all("[" in bar or not bar for bar in bars), errors  # progress bars
         return said
 
     return refused
@@ -218,6 +218,41 @@ def test_what_a_user_gets_wrong(made: Path, tmp_path: Path, refused: Any) -> Non
     (tmp_path / "m.jsonl").write_text('{"mention": "A", "text": "A b."}\n{"mention": " ", "text": "A b."}\n')
     entities = ("--entities", made / "tables" / "entities.jsonl")
     assert "line 2: `mention` is empty" in refused("link", tmp_path / "m.jsonl", *model, *entities)
+
+
+def test_calibrates_a_checkpoint_in_place_or_elsewhere(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any
+) -> None:
+    entities, mentions = entities_and_mentions(tmp_path / "images", 40)
+    rows = [
+        {**m, "answer": e["id"] if n % 4 else None} for n, (e, m) in enumerate(zip(entities, mentions, strict=True))
+    ]
+    path = tmp_path / "mentions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2), encoding="utf-8")
+    linker = save_linker(tmp_path / "linker")
+    model, processor = (
+        MimicModel.from_pretrained(linker),
+        MimicProcessor.from_pretrained(linker, trust_remote_code=False),
+    )
+    EntityIndex.build(model, processor, entities, tmp_path / "index", dtype="float32", show_progress=False)
+    before = json.loads((linker / "config.json").read_text())
+    common = ("--model", linker, "--index", tmp_path / "index")
+    assert run("calibrate", *common, "--mentions", path, "--output_dir", tmp_path / "out") == 0
+    assert json.loads((linker / "config.json").read_text()) == before
+    assert run("calibrate", *common, "--mentions", path) == 0
+    assert '"ece":' in capsys.readouterr().out
+    after = json.loads((linker / "config.json").read_text())
+    block = after.pop("calibration")
+    assert after == {name: value for name, value in before.items() if name != "calibration"}
+    assert block == MimicModel.from_pretrained(tmp_path / "out").config.calibration
+    assert block["nil_rate"] == 0.25  # as in the mentions
+
+    path.write_text(json.dumps({"mention": "a", "text": "a"}) + "\n", encoding="utf-8")
+    assert "line 1: the mention has no `answer`" in refused("calibrate", *common, "--mentions", path)
+    assert "There is no file" in refused("calibrate", *common, "--mentions", tmp_path / "none.jsonl")
+    assert "--output_dir" in refused("calibrate", "--model", "someone/there", "--mentions", path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:20]), encoding="utf-8")
+    assert "20 mentions are too few" in refused("calibrate", *common, "--mentions", path)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

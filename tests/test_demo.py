@@ -13,10 +13,11 @@ import yaml
 from PIL import Image
 from transformers import AutoModel
 
-from mimic_el import train
+from mimic_el import Calibration, train
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.scripts import demo
 from mimic_el.training import KnowledgeBase
+from mimic_el.training.reliability import ScoredMentions
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +73,41 @@ def test_table_has_a_line_for_each_row_and_columns_for_each_kind() -> None:
     assert lines[0].split() == ["all", "(2)", "text", "(1)"]
     assert lines[2].split() == ["One", "50.0", "62.5", "100.0", "100.0"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_figures_with_nil_counted_by_hand() -> None:
+    # Two entities and a mention of each; p(NIL) is 1/2, 1/10: the sum of all is one.
+    scored = ScoredMentions(
+        scores=np.array([[2.0, 1.0, np.nan], [4.0, 0.0, np.nan]]),
+        name_fits=np.full((2, 9), np.nan),
+        places=np.array([0, 1]),
+        answer_scores=np.array([2.0, 0.0]),
+        count=2,
+    )
+    # The line of NIL is 0 at the best score 2, and ln(1/9) at 4. The softmax of both is 0.73 to 0.27 and 0.98 to 0.02.
+    lines: dict[str, tuple[float, ...]] = {"nil": (0.0, -np.log(9) / 2), "rest": (-9.0, 0.0), "sharpness": (0.0, 0.0)}
+    calibration = Calibration(16, 0.5, {"best": (2.0, 1.0)}, lines)
+    figures = demo.with_nil(scored, calibration, ["text", "both"], taken_out=False)
+    # NIL 0.5, the answer 0.37, the other 0.13; the other 0.88, NIL 0.1, the answer 0.02.
+    assert figures["text"] == {"hits@1": 0, "mrr": 1 / 2}
+    assert figures["both"] == {"hits@1": 0, "mrr": pytest.approx(1 / 3)}
+    assert figures["all"] == {"hits@1": 0, "mrr": pytest.approx((1 / 2 + 1 / 3) / 2)}
+    # One entity is left, with a best score of 1 and 4: p(NIL) is 0.75 and 0.1.
+    figures = demo.with_nil(scored, calibration, ["text", "both"], taken_out=True)
+    assert figures["text"] == {"hits@1": 1, "mrr": 1}
+    assert figures["both"] == {"hits@1": 0, "mrr": 1 / 2}
+
+
+def test_nil_is_drawn_and_told() -> None:
+    mention = {"mention": "A", "sentence": "A here.", "image": None, "answer": "1"}
+    nil: dict[str, Any] = {"entity_id": None, "name": "not in the knowledge base", "score": None, "probability": 0.25}
+    found: dict[str, Any] = {"entity_id": "1", "name": "A", "score": 2.0, "probability": 0.5}
+    base = KnowledgeBase([{"id": "1", "name": "A", "description": "", "images": []}])
+    with_both, plain = (demo.draw_links([mention], [answers], base) for answers in ([found, nil], [found, found]))
+    assert with_both.size == plain.size
+    assert np.asarray(with_both).tobytes() != np.asarray(plain).tobytes()
+    assert demo.sureness(nil).strip() == "25%"
+    assert demo.sureness({"score": 1.0}) == ""
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from toy_data import entities, write_dataset
 from transformers import HfArgumentParser, pipeline
 
 import mimic_el
-from mimic_el import train
+from mimic_el import Calibration, train
 from mimic_el.training import MimicTrainingArguments
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -49,6 +49,16 @@ WORLD = {
     "archive of WikiMEL": ["WikiMEL.tar"],
 }
 TOKEN = "hf_alice"
+# Of the checkpoint: training leaves a calibrated one.
+CALIBRATION = Calibration(
+    depth=16,
+    nil_rate=0.2,
+    evidence={},
+    lines={"nil": (-2.0,), "rest": (-9.0,), "sharpness": (0.0,)},
+    thresholds=tuple(1 - percent / 100 for percent in range(1, 96)),
+    mentions=200,
+    index={"entities": 9, "dtype": "float16", "ids": []},
+)
 # The programs that subcommands of mimic-el stand for, where these hand their arguments on.
 PROGRAMS = {
     "train": "train.py",
@@ -289,6 +299,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("things")
     checkpoint = save_linker(directory / "checkpoint")
     linker = pipeline(TASK, model=str(checkpoint), entities=entities(), trust_remote_code=True)
+    linker.model.config.calibration = CALIBRATION.to_dict()
     linker.save_pretrained(checkpoint, save_index=True)
     (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     write_dataset(directory / "dataset")

@@ -5,6 +5,7 @@ The parts are usable on their own: a plain `Trainer` needs a [`MimicModel`], a [
 """
 
 from .arguments import MimicTrainingArguments
+from .calibration import calibrate
 from .collator import MentionEntityCollator
 from .evaluation import HITS_AT, RankedMentions, in_batch_metrics, mel_ranking, rank_mentions
 from .knowledge_base import KnowledgeBase, require_columns
@@ -18,6 +19,7 @@ __all__ = [
     "MimicTrainer",
     "MimicTrainingArguments",
     "RankedMentions",
+    "calibrate",
     "in_batch_metrics",
     "mel_ranking",
     "rank_mentions",

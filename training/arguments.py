@@ -208,6 +208,9 @@ class MimicTrainingArguments(TrainingArguments):
             those that the model thinks best of the mention. The published batches have none.
         hard_negatives_epochs (`int`, defaults to 2): after every so many epochs the model's best wrong entities are
             searched anew; the first so many epochs are trained without.
+        calibrate (`bool`, *optional*): whether the trained model is calibrated on the validation split. By default it
+            is, if there is such a split and something follows from it.
+        nil_rate (`float`, *optional*): of the calibration: see [`calibrate`].
 
     `per_device_train_batch_size` is by default what makes 128 mentions of all processes together, as published.
     `gradient_accumulation_steps` adds up gradients; it adds no negatives.
@@ -283,6 +286,22 @@ class MimicTrainingArguments(TrainingArguments):
     hard_negatives_epochs: int = field(
         default=2, metadata={"help": "Search the hard negatives anew after every so many epochs; the first have none."}
     )
+    calibrate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Calibrate the trained model on the validation split, so that answers have probabilities (default: "
+            "if there is one, and it tells enough). With do_train false: calibrate the checkpoint.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    nil_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of mentions to be expected whose entity is not in the knowledge base (default: as in the "
+            "validation split, if 20 or more are so; else 0.2)."
+        },
+    )
 
     def __post_init__(self) -> None:
         # Told from a value that was given: 128 cannot be divided by every number of processes.
@@ -309,6 +328,8 @@ class MimicTrainingArguments(TrainingArguments):
                 "hard_negatives change from epoch to epoch, which workers that outlive an epoch do not see: leave "
                 "dataloader_persistent_workers off."
             )
+        if self.nil_rate is not None and not 0 <= self.nil_rate < 1:
+            raise ValueError(f"nil_rate must be at least 0 and below 1, got {self.nil_rate}.")
 
     def batch_of_all(self, of_each: int) -> int:
         """Mentions of a step in all processes, where each takes `of_each` at most."""

@@ -19,10 +19,14 @@ from transformers import (
     EvalPrediction,
 )
 
-from ..index_mimic import EntityIndex
+from ..answers_mimic import calibration_for
+from ..calibration_mimic import Calibration
+from ..index_mimic import EntityIndex, SearchResult
 from ..modeling_mimic import MentionFeatures, MimicModel
-from ..records_mimic import entity_id_of, undecoded
+from ..records_mimic import entity_id_of, is_absent, undecoded
+from .calibration import scored_of
 from .collator import MentionEntityCollator, length
+from .reliability import ScoredMentions
 
 HITS_AT = (1, 3, 5, 10, 20)
 
@@ -45,20 +49,27 @@ class RankedMentions:
     """Mentions with the ranks of their answers in a knowledge base, in the order in which they came.
 
     Args:
-        ids, answers (`list[str]`): of the M mentions.
+        ids (`list[str]`): of the M mentions.
+        answers (`list[str | None]`): ids of their entities; `None` where the data set says that there is none.
         kinds (`list[str]`, *optional*): the column `kind`, where the mentions have one.
         ranks (`numpy.ndarray` of shape `(M,)`, float64): from 1; NaN where the answer is not in the knowledge base.
-        entities (`list[list[dict]]`, *optional*): the best entities, best first: `entity_id`, `name` and `score`.
+        entities (`list[list[dict]]`, *optional*): the best entities, best first: `entity_id`, `name` and `score`, and
+            `probability` where the model is calibrated.
         mentions, texts (`list[str]`): what is linked, and the text that it stands in.
+        nil_probabilities (`list[float]`, *optional*): that the entity is not in the knowledge base, where the best
+            entities are noted and the model is calibrated.
+        scored ([`ScoredMentions`], *optional*): what a calibration is fitted on and measured with.
     """
 
     ids: list[str]
-    answers: list[str]
+    answers: list[str | None]
     kinds: list[str] | None
     ranks: np.ndarray
     entities: list[list[dict[str, Any]]] | None = None
     mentions: list[str | None] = field(default_factory=list)
     texts: list[str | None] = field(default_factory=list)
+    nil_probabilities: list[float] | None = None
+    scored: ScoredMentions | None = None
 
     def metrics(self, missing: str = "exclude") -> dict[str, float]:
         """`hits@k` for k in 1, 3, 5, 10, 20, `mrr` and `mean_rank`; `mentions`, the number that they are over, and
@@ -87,7 +98,8 @@ class RankedMentions:
     def records(self) -> Iterator[dict[str, Any]]:
         """For each mention a dict of `id`, `mention`, `text`, `answer`, `rank` (`None` where
         the answer is not in the knowledge base),
-        `kind` where there is one, and `entities`, a list of `entity_id`, `name` and `score`."""
+        `kind` where there is one, and `entities`, a list of `entity_id`, `name` and `score`. Where the model is
+        calibrated, `nil_probability` too, and each entity's `probability`."""
         for row, (mention_id, answer) in enumerate(zip(self.ids, self.answers, strict=True)):
             rank = float(self.ranks[row])
             record: dict[str, Any] = {"id": mention_id}
@@ -96,8 +108,13 @@ class RankedMentions:
             record |= {"answer": answer, "rank": None if math.isnan(rank) else rank}
             if self.kinds is not None:
                 record["kind"] = self.kinds[row]
+            if self.nil_probabilities is not None:
+                record["nil_probability"] = round(self.nil_probabilities[row], 5)
             if self.entities is not None:
-                record["entities"] = [{**found, "score": round(found["score"], 5)} for found in self.entities[row]]
+                record["entities"] = [
+                    {name: round(value, 5) if isinstance(value, float) else value for name, value in found.items()}
+                    for found in self.entities[row]
+                ]
             yield record
 
 
@@ -108,6 +125,7 @@ def rank_mentions(
     mentions: Iterable[Mapping[str, Any]],
     *,
     top_k: int = 0,
+    depth: int = 0,
     batch_size: int = 128,
     num_workers: int = 0,
     show_progress: bool = True,
@@ -122,7 +140,9 @@ def rank_mentions(
         index: the knowledge base.
         mentions: dicts with `mention`, `sentence`, `image`, `answer` and `id`, maybe `kind`; a data set or any
             iterable.
-        top_k: how many of the best entities to note for each mention.
+        top_k: how many of the best entities to note for each mention; with their probabilities, if the model is
+            calibrated.
+        depth: if not 0, of how many of the best entities `scored` is noted; the calibration's depth where that is more.
         batch_size, num_workers: of encoding.
 
     Raises:
@@ -138,9 +158,28 @@ def rank_mentions(
         collate_fn=functools.partial(encoded_and_named, collator),
     )
     results = RankedMentions([], [], [], np.empty(0), [] if top_k else None)
+    config: Any = model.config
+    calibration = calibration_for(config, index) if top_k else None
+    if calibration is not None:
+        results.nil_probabilities = []
+        depth = max(depth, calibration.depth)
     ranks: list[np.ndarray] = []
+    scored: list[ScoredMentions] = []
     features: list[MentionFeatures] = []
-    waiting: list[str] = []
+    waiting: list[str | None] = []
+
+    def rank_waiting() -> None:
+        joined = MentionFeatures.cat(features)
+        ranks.append(index.rank(joined, waiting, show_progress=show_progress).ranks)
+        words = [str(mention) for mention in results.mentions[len(results.answers) :]]
+        results.answers += waiting
+        if not top_k and not depth:
+            return
+        found = index.search(joined, top_k=min(max(top_k, depth + 1), len(index)), show_progress=show_progress)
+        if depth:
+            scored.append(scored_of(index, joined, found, words, waiting, depth))
+        _note_entities(index, found, top_k, scored[-1] if scored else None, calibration, results)
+
     was_training = model.training
     model.eval()
     total = length(mentions)
@@ -154,16 +193,18 @@ def rank_mentions(
                 results.mentions += named["mention"]
                 results.texts += named["text"]
                 if len(waiting) >= _MENTIONS_AT_ONCE:
-                    ranks.append(_rank(index, features, waiting, top_k, results, show_progress))
-                    features, waiting = [], []
+                    rank_waiting()
+                    features.clear()
+                    waiting.clear()
                 bar.update(len(named["id"]))
             if waiting:
-                ranks.append(_rank(index, features, waiting, top_k, results, show_progress))
+                rank_waiting()
     finally:
         model.train(was_training)
     if not ranks:
         raise ValueError("There are no mentions to rank.")
     results.ranks = np.concatenate(ranks)
+    results.scored = ScoredMentions.cat(scored) if scored else None
     if all(kind is None for kind in results.kinds or []):
         results.kinds = None
     return results
@@ -189,7 +230,7 @@ def encoded_and_named(
     """What the model encodes of some mentions, and their `id`, `answer`, `kind`, `mention` and `text`."""
     named = {name: [mention.get(name) for mention in mentions] for name in ("id", "answer", "kind")}
     named["answer"] = [
-        entity_id_of(answer, f"The answer of mention {mention_id!r}")
+        None if is_absent(answer) else entity_id_of(answer, f"The answer of mention {mention_id!r}")
         for mention_id, answer in zip(named["id"], named["answer"], strict=True)
     ]
     named["mention"] = [mention["mention"] for mention in mentions]
@@ -197,26 +238,30 @@ def encoded_and_named(
     return collator.encode_mentions(mentions), named
 
 
-def _rank(
+def _note_entities(
     index: EntityIndex,
-    features: list[MentionFeatures],
-    answers: list[str],
+    found: SearchResult,
     top_k: int,
+    scored: ScoredMentions | None,
+    calibration: Calibration | None,
     results: RankedMentions,
-    show_progress: bool,
-) -> np.ndarray:
-    joined = MentionFeatures.cat(features)
-    results.answers += answers
-    if results.entities is not None:
-        found = index.search(joined, top_k=min(top_k, len(index)), show_progress=show_progress)
-        for entity_ids, scores in zip(found.entity_ids, found.scores, strict=True):
-            results.entities.append(
-                [
-                    {"entity_id": entity_id, "name": index.entity(entity_id)["name"], "score": float(score)}
-                    for entity_id, score in zip(entity_ids, scores, strict=False)
-                ]
-            )
-    return index.rank(joined, answers, show_progress=show_progress).ranks
+) -> None:
+    if results.entities is None:
+        return
+    probabilities = None
+    if calibration is not None and scored is not None and results.nil_probabilities is not None:
+        width = max(top_k, calibration.depth)
+        said = calibration.probabilities(found.scores[:, :width], scored.count, scored.name_fits)
+        results.nil_probabilities += said.nil.tolist()
+        probabilities = said.entities
+    for row, (entity_ids, scores) in enumerate(zip(found.entity_ids, found.scores, strict=True)):
+        noted = []
+        for place, entity_id in enumerate(entity_ids[:top_k]):
+            entity = {"entity_id": entity_id, "name": index.entity(entity_id)["name"], "score": float(scores[place])}
+            if probabilities is not None:
+                entity["probability"] = float(probabilities[row, place])
+            noted.append(entity)
+        results.entities.append(noted)
 
 
 def in_batch_metrics(prediction: EvalPrediction) -> dict[str, float]:

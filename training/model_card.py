@@ -22,9 +22,11 @@ from transformers import Trainer
 from ..datasets_scripts.cards import EVAL_TASKS
 from ..hub_files_mimic import EVAL_RESULTS_FOLDER
 from ..markdown_mimic import code, code_block, escaped, plain_line
+from .reliability import COVERAGES, CalibrationReport
 
 TASK = "multimodal-entity-linking"
 CURVES = "training_curves.png"
+RELIABILITY = "reliability.png"
 # The paper's table 3: percent, but the mean rank.
 PUBLISHED: dict[str, dict[str, float]] = {
     "wikimel": {"hits@1": 87.98, "hits@3": 95.07, "hits@5": 96.37, "mrr": 91.82, "mean_rank": 11.02},
@@ -81,6 +83,7 @@ class TrainingRun:
         metrics: for "validation" and "test", what [`RankedMentions.metrics`] gives.
         example: a mention of the test split and what the model made of it: its `row`, `mention`, `sentence` and
             `answer`, `has_image`, and `linked`, the pipeline's output.
+        calibration: how well the probabilities are kept by the test split, where the model is calibrated.
         has_index: whether the pipeline finds an index of the data set's entities by itself.
         steps, epochs, seconds: of the training.
         log_history: the trainer's log.
@@ -99,6 +102,7 @@ class TrainingRun:
     unreadable_images: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     example: dict[str, Any] | None = None
+    calibration: CalibrationReport | None = None
     has_index: bool = False
     steps: int = 0
     epochs: float = 0.0
@@ -167,12 +171,13 @@ class TrainingRun:
         """The last part of the data set's id or path."""
         return None if self.dataset is None else Path(self.dataset).resolve().name
 
-    def card(self, model_name: str, with_curves: bool = False) -> ModelCard:
+    def card(self, model_name: str, with_curves: bool = False, with_reliability: bool = False) -> ModelCard:
         """The card.
 
         Args:
             model_name: the model's name or Hub id, for title and snippets.
             with_curves: whether `training_curves.png` is beside it.
+            with_reliability: whether `reliability.png` is.
         """
         data = ModelCardData(
             library_name="transformers",
@@ -190,6 +195,7 @@ class TrainingRun:
             self._summary(),
             self._usage(model_name),
             self._results(with_curves),
+            self._sureness(with_reliability),
             self._training(),
             self._limits(),
             f"## Citation\n\n```bibtex\n{_CITATION}\n```",
@@ -311,6 +317,45 @@ class TrainingRun:
             text += f"\n\n![Training loss, and validation MRR and Hits@1, against epochs]({CURVES})"
         return text
 
+    def _sureness(self, with_reliability: bool) -> str:
+        report = self.calibration
+        if report is None:
+            return ""
+        figures = report.figures
+        rows = [
+            (label, f"{figures[name]:.3f}")
+            for label, name in (
+                ("Answers that are right, NIL among them", "accuracy"),
+                ("Expected calibration error of the answer given (15 bins)", "ece"),
+                ("The same for the best entity", "ece_best"),
+                ("The same by a softmax of the scores as they are", "ece_best_before"),
+                ("What chance makes of perfect probabilities", "ece_of_chance"),
+                ("Brier score of the answer given", "brier"),
+                ("Area under the ROC: best entity right or wrong", "auc_best"),
+                ("Area under the ROC: NIL or not", "auc_nil"),
+                ("NIL precision", "nil_precision"),
+                ("NIL recall", "nil_recall"),
+                ("NIL F1", "nil_f1"),
+                *((f"Covered by sets for {percent}%", f"coverage_{percent}") for percent in COVERAGES),
+            )
+            if name in figures
+        ]
+        table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+        text = (
+            "## How sure it is\n\nEach answer has a `probability`, and so has NIL, the answer that the entity is not "
+            "in the knowledge base; all of them add up to one. They were fitted on the validation split. Measured on "
+            f"{int(figures['mentions']):,} test mentions, for {100 * report.nil_rate:.0f}% of which the entity was "
+            f"taken out of the knowledge base:\n\n| | |\n|---|---:|\n{table}\n\n"
+            "`linker(mention, min_probability=0.5)` gives only what is so probable, `linker(mention, coverage=0.9)` "
+            "the smallest set that holds the right answer of 90% of such mentions. For another knowledge base, "
+            "calibrate again: `mimic-el calibrate`."
+        )
+        if with_reliability:
+            text += (
+                f"\n\n![Probabilities against the share that is right; accuracy against the share kept]({RELIABILITY})"
+            )
+        return text
+
     def _training(self) -> str:
         facts = []
         if self.dataset is not None:
@@ -347,24 +392,32 @@ class TrainingRun:
         return text
 
     def _limits(self) -> str:
+        sure = (
+            "Scores tell entities of one mention apart; how sure an answer is, and whether the entity is missing, say "
+            "the probabilities, for mentions and a knowledge base like those that they were fitted on. "
+            if self.calibration is not None
+            else "Every mention is given its best entities, whether or not any is right: scores tell entities of one "
+            "mention apart, they are no probabilities and do not say that the right entity is missing. "
+        )
         return (
             "## Intended use, limits and bias\n\n"
             "For linking mentions in text with images to the entities of a knowledge base that has names, "
-            "descriptions and, best, images. Every mention is given its best entities, whether or not any is right: "
-            "scores tell entities of one mention apart, they are no probabilities and do not say that the right entity "
-            "is missing. Figures hold for the data set above; other languages, kinds of entities and images, and "
-            "larger knowledge bases, must be measured anew. Texts are cut at the number of tokens above.\n\n"
+            f"descriptions and, best, images. {sure}Figures hold for the data set above; other languages, kinds of "
+            "entities and images, and larger knowledge bases, must be measured anew. Texts are cut at the number of "
+            "tokens above.\n\n"
             "The model repeats what its encoder and its training data associate, stereotypes included, and links well "
             "known entities better than others. Do not use it to identify people in images, and have a person check "
             "links on which something depends."
         )
 
     def write(self, directory: str | os.PathLike[str], model_name: str | None = None) -> ModelCard:
-        """Writes README.md, [`eval_results`], and the training curves if matplotlib is installed, into a directory."""
+        """Writes README.md, [`eval_results`], and the images of training curves and calibration if matplotlib is
+        installed, into a directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with_curves = draw_curves(self.log_history, directory / CURVES)
-        card = self.card(model_name or directory.resolve().name, with_curves)
+        with_reliability = self.calibration is not None and draw_reliability(self.calibration, directory / RELIABILITY)
+        card = self.card(model_name or directory.resolve().name, with_curves, with_reliability)
         card.save(directory / "README.md")
         if results := self.eval_results():
             path = directory / EVAL_RESULTS_FOLDER / f"{self.dataset_title}.yaml"
@@ -416,13 +469,50 @@ def draw_curves(log_history: Iterable[Mapping[str, Any]], path: Path) -> bool:
         axes[1].set_title("Validation", loc="left", fontsize=10)
     for axis in axes:
         axis.set_xlim(left=0)
-        axis.set_xlabel("Epoch", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        _plain_axis(axis, "Epoch")
     figure.savefig(path)
     return True
+
+
+def draw_reliability(report: CalibrationReport, path: Path) -> bool:
+    """Draws how often the best entity is right against its probability, before and after, and the accuracy against
+    the share of mentions that is kept; returns whether there was anything to draw with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
+    curves = ((report.before, "#c8553d", "softmax of the scores"), (report.after, "#2a6f97", "calibrated"))
+    most = max(count for curve, _, _ in curves for _, _, count in curve)
+    for curve, colour, label in curves:
+        said, seen, counts = zip(*curve, strict=True)
+        left.plot(said, seen, color=colour, linewidth=1.5, label=label)
+        # The area of a dot tells the number of mentions.
+        left.scatter(said, seen, s=[8 + 60 * count / most for count in counts], color=colour)
+    left.set_xlim(0, 1)
+    left.set_ylim(0, 1)
+    left.legend(frameon=False, fontsize=9, loc="upper left")
+    left.set_title("Best entity: share that is right", loc="left", fontsize=10)
+    _plain_axis(left, "Probability")
+    right.plot(*zip(*report.kept, strict=True), color="#2a6f97", linewidth=1.5)
+    right.set_xlim(0, 1)
+    right.set_ylim(top=1)
+    right.set_title("Accuracy of the surest answers", loc="left", fontsize=10)
+    _plain_axis(right, "Share of mentions that is kept")
+    figure.savefig(path)
+    return True
+
+
+def _plain_axis(axis: Any, label: str) -> None:
+    axis.set_xlabel(label, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
 
 
 def hardware(device: torch.device) -> str:
@@ -487,4 +577,4 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
 
 
-__all__ = ["PUBLISHED", "TrainingRun", "draw_curves", "eval_results_yaml"]
+__all__ = ["PUBLISHED", "TrainingRun", "draw_curves", "draw_reliability", "eval_results_yaml"]

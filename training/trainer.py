@@ -36,6 +36,7 @@ from ..modeling_mimic import MimicModel
 from ..processing_mimic import MimicProcessor
 from ..records_mimic import undecoded
 from .arguments import MimicTrainingArguments
+from .calibration import ForgetCalibration
 from .collator import MentionEntityCollator
 from .dealing import DealtBatches, DealtStream
 from .distributed_evaluation import ENTITIES_IN_MEMORY, own_part, ranked_by_all
@@ -220,6 +221,7 @@ class MimicTrainer(Trainer):
         if isinstance(train_dataset, MentionsWithNegatives) and isinstance(args, MimicTrainingArguments):
             self.add_callback(RefreshHardNegatives(self, train_dataset, args.hard_negatives_epochs))
         self.add_callback(SessionTime())
+        self.add_callback(ForgetCalibration())
         if isinstance(args, MimicTrainingArguments):
             self.add_callback(EvaluateEveryFewEpochs(args.eval_epochs))
             if args.early_stopping_patience and args.eval_strategy != "no":
@@ -347,13 +349,14 @@ class MimicTrainer(Trainer):
             **self._encoding(),
         )
 
-    def rank(self, mentions: Any, index: EntityIndex | None = None, top_k: int = 0) -> RankedMentions:
+    def rank(self, mentions: Any, index: EntityIndex | None = None, top_k: int = 0, depth: int = 0) -> RankedMentions:
         """Ranks the answers of mentions among the whole knowledge base: see [`rank_mentions`].
 
         Args:
             mentions: as `eval_dataset`.
             index: the knowledge base encoded by the model as it is now; encoded for this call if absent.
             top_k: how many of the best entities to note for each mention.
+            depth: if not 0, of how many of the best entities the scores are noted, for a calibration.
         """
         scratch = None
         if index is None:
@@ -368,6 +371,7 @@ class MimicTrainer(Trainer):
                 index,
                 mentions,
                 top_k=top_k,
+                depth=depth,
                 batch_size=self.args.eval_batch_size,
                 num_workers=self.args.dataloader_num_workers,
                 show_progress=not self.args.disable_tqdm,
