@@ -9,6 +9,7 @@ same command again to go on after an interruption.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -24,7 +25,9 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from mimic_el.console import busy_machine, did_you_mean, tolerate_any_text
-from mimic_el.errors_mimic import CalibrationError, MimicError
+from mimic_el.errors_mimic import CalibrationError, MimicError, MimicImageError
+from mimic_el.explain_mimic import EntityImages, Explainer
+from mimic_el.explanation_mimic import Explanation
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
@@ -34,6 +37,7 @@ from mimic_el.training.calibration import DEPTH, calibration_report, fit_calibra
 from mimic_el.training.collator import MentionEntityCollator
 from mimic_el.training.data import first, load_data, training_mentions
 from mimic_el.training.evaluation import RankedMentions
+from mimic_el.training.knowledge_base import KnowledgeBase
 from mimic_el.training.model_card import TrainingRun
 from mimic_el.training.resume import UNREADABLE_LOG, checkpoint_to_resume
 from mimic_el.training.start import build_model, load_model
@@ -142,6 +146,41 @@ def example_of(
         shown = {name: mention[name] for name in ("mention", "sentence", "answer")}
         return {**shown, "row": row, "has_image": mention["image"] is not None, "linked": linked}
     return None
+
+
+def explained_example(
+    model: MimicModel,
+    processor: MimicProcessor,
+    index: EntityIndex,
+    mentions: Iterable[Mapping[str, Any]],
+    knowledge_base: KnowledgeBase,
+    tried: int = 200,
+) -> Explanation | None:
+    """Why a mention with an image is linked as it is, for the card: one whose answer is found and leads another entity
+    of the same name, if there is one among the first that are tried; else the first with an image."""
+    linker = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=index)
+    chosen: tuple[dict[str, Any], list[str]] | None = None
+    with_images = (dict(mention) for mention in mentions if mention["image"] is not None)
+    for mention in itertools.islice(with_images, tried):
+        try:
+            found = [one for one in linker(mention, top_k=min(3, len(index))) if one["entity_id"] is not None]
+        except ValueError:  # an empty mention, an image that cannot be read
+            continue
+        ids = [one["entity_id"] for one in found[:2]]
+        if len(ids) < 2:
+            continue
+        is_telling = ids[0] == mention["answer"] and found[0]["name"] == found[1]["name"]
+        if is_telling or chosen is None:
+            chosen = mention, ids
+        if is_telling:
+            break
+    if chosen is None:
+        return None
+    images = EntityImages({entity_id: knowledge_base.entity(entity_id)["images"] for entity_id in chosen[1]})
+    try:
+        return Explainer(model, processor, index, images).explain(chosen[0], *chosen[1])
+    except MimicImageError:
+        return None  # an entity's image that cannot be read; training has told of it
 
 
 def calibrated(model: MimicModel, index: EntityIndex, ranked: RankedMentions, args: MimicTrainingArguments) -> bool:
@@ -295,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if split == "test":
             write_predictions(output_dir / "predictions_test.jsonl", ranked)
             trainer.run.example = example_of(trained, processor, index, evaluated[split])
+            trainer.run.explanation = explained_example(trained, processor, index, evaluated[split], knowledge_base)
             report = trainer.run.calibration = calibration_report(trained, index, ranked.scored)
             if report is not None:
                 trainer.save_metrics("calibration", {f"calibration_{n}": v for n, v in report.figures.items()})

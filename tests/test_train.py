@@ -17,6 +17,7 @@ import torch
 import toy_data
 import transformers
 import yaml
+from PIL import Image
 from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from mimic_el import train
@@ -680,3 +681,9 @@ def test_tokenizer_spells_every_text_and_is_the_same_every_time() -> None:
         assert ids[0] == tokenizer.bos_token_id
         assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
     assert len(tokenizer("orange")["input_ids"]) == 3
+
+
+def test_the_card_shows_why_a_mention_is_linked(trained: Path) -> None:
+    with Image.open(trained / "explanation.png") as image:
+        assert image.width > 600
+    assert "](explanation.png)" in (trained / "README.md").read_text(encoding="utf-8")

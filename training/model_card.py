@@ -20,6 +20,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer
 
 from ..datasets_scripts.cards import EVAL_TASKS
+from ..explanation_mimic import Explanation
 from ..hub_files_mimic import EVAL_RESULTS_FOLDER
 from ..markdown_mimic import code, code_block, escaped, plain_line
 from .reliability import COVERAGES, CalibrationReport
@@ -27,6 +28,7 @@ from .reliability import COVERAGES, CalibrationReport
 TASK = "multimodal-entity-linking"
 CURVES = "training_curves.png"
 RELIABILITY = "reliability.png"
+EXPLANATION = "explanation.png"
 # The paper's table 3: percent, but the mean rank.
 PUBLISHED: dict[str, dict[str, float]] = {
     "wikimel": {"hits@1": 87.98, "hits@3": 95.07, "hits@5": 96.37, "mrr": 91.82, "mean_rank": 11.02},
@@ -83,6 +85,7 @@ class TrainingRun:
         metrics: for "validation" and "test", what [`RankedMentions.metrics`] gives.
         example: a mention of the test split and what the model made of it: its `row`, `mention`, `sentence` and
             `answer`, `has_image`, and `linked`, the pipeline's output.
+        explanation: why one of its mentions is linked as it is, drawn into the card.
         calibration: how well the probabilities are kept by the test split, where the model is calibrated.
         has_index: whether the pipeline finds an index of the data set's entities by itself.
         steps, epochs, seconds: of the training.
@@ -102,6 +105,7 @@ class TrainingRun:
     unreadable_images: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     example: dict[str, Any] | None = None
+    explanation: Explanation | None = None
     calibration: CalibrationReport | None = None
     has_index: bool = False
     steps: int = 0
@@ -171,13 +175,20 @@ class TrainingRun:
         """The last part of the data set's id or path."""
         return None if self.dataset is None else Path(self.dataset).resolve().name
 
-    def card(self, model_name: str, with_curves: bool = False, with_reliability: bool = False) -> ModelCard:
+    def card(
+        self,
+        model_name: str,
+        with_curves: bool = False,
+        with_reliability: bool = False,
+        with_explanation: bool = False,
+    ) -> ModelCard:
         """The card.
 
         Args:
             model_name: the model's name or Hub id, for title and snippets.
             with_curves: whether `training_curves.png` is beside it.
             with_reliability: whether `reliability.png` is.
+            with_explanation: whether `explanation.png` is.
         """
         data = ModelCardData(
             library_name="transformers",
@@ -196,6 +207,7 @@ class TrainingRun:
             self._usage(model_name),
             self._results(with_curves),
             self._sureness(with_reliability),
+            self._why() if with_explanation else "",
             self._training(),
             self._limits(),
             f"## Citation\n\n```bibtex\n{_CITATION}\n```",
@@ -356,6 +368,14 @@ class TrainingRun:
             )
         return text
 
+    def _why(self) -> str:
+        """The section with an explained link."""
+        return (
+            "## Why\n\nWhat each word, each patch of an image and each unit adds to a link, here to the lead over the "
+            "runner-up; `linker.explain(mention)` gives it for any.\n\n"
+            f"![A mention, its entity and the runner-up, with what their words and images add]({EXPLANATION})"
+        )
+
     def _training(self) -> str:
         facts = []
         if self.dataset is not None:
@@ -417,7 +437,10 @@ class TrainingRun:
         directory.mkdir(parents=True, exist_ok=True)
         with_curves = draw_curves(self.log_history, directory / CURVES)
         with_reliability = self.calibration is not None and draw_reliability(self.calibration, directory / RELIABILITY)
-        card = self.card(model_name or directory.resolve().name, with_curves, with_reliability)
+        if self.explanation is not None:
+            self.explanation.save(directory / EXPLANATION)
+        name = model_name or directory.resolve().name
+        card = self.card(name, with_curves, with_reliability, self.explanation is not None)
         card.save(directory / "README.md")
         if results := self.eval_results():
             path = directory / EVAL_RESULTS_FOLDER / f"{self.dataset_title}.yaml"
