@@ -187,6 +187,21 @@ def test_mentions_for_which_bounds_do_not_pay(fraction: float, monkeypatch: pyte
     assert any(0 < count < MENTIONS for count in scored), "no block had mentions of both kinds"
 
 
+def test_ranks_of_answers_that_are_badly_ranked():
+    """Where most entities score above the answer, bounds decide nothing: they are made for a sample alone. Counted is
+    what costs time; the ranks are those of the plain equations."""
+    case = make_case(entities=4 * ENTITIES)
+    worst = case.expected.argsort(dim=1)[:, 2 * ENTITIES].tolist()
+    ranks = case.index.rank(case.mentions, [f"e{row}" for row in worst])
+    expected = [oracle.realistic_rank(case.expected[row], worst[row]) for row in range(MENTIONS)]
+    np.testing.assert_array_equal(ranks.ranks, expected)
+    assert ranks.stats.hull_pairs + ranks.stats.image_pairs <= 0.25 * ranks.stats.pairs
+    # Of an answer that few entities come near to, few pairs are scored exactly, as before.
+    near = make_case(entities=4 * ENTITIES, clusters=60)
+    stats = near.index.rank(near.mentions, [row[0] for row in best(near.expected, 1)]).stats
+    assert stats.exact_fraction < 0.2
+
+
 @pytest.mark.parametrize("constant", ["dual_men2ent", "dual_ent2men"])
 def test_the_direction_that_tells_more_comes_first(constant: str, monkeypatch: pytest.MonkeyPatch):
     """A direction that gives every pair the most that it may leaves out none."""
