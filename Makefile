@@ -9,7 +9,7 @@ WORKERS ?= 2
 PACKAGE := $(VENV)/package
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types contracts docs compat clean package
+.PHONY: help install demo test suite lint types contracts docs compat clean package
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -26,6 +26,10 @@ demo: $(STAMP) ## train a small model on the sample data set, and link with it
 
 test: lint types contracts ## linter, types, import contracts, and all tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+suite: $(STAMP) ## transformers' own tests on MIMIC, and on CLIP beside it (minutes; fetches their source through pip)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,suite]"
+	$(BIN)/python tests/suite/run.py --workers $(WORKERS)
 
 lint: $(STAMP) ## format and lint, without changing anything
 	$(BIN)/ruff format --check .

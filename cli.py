@@ -10,6 +10,7 @@ import csv
 import importlib
 import itertools
 import json
+import os
 import re
 import sys
 import warnings
@@ -71,6 +72,19 @@ class Dtype(str, Enum):  # noqa: UP042
     INT8 = "int8"
 
 
+class AllowUrls(str, Enum):  # noqa: UP042
+    """Which addresses are fetched."""
+
+    NONE = "none"
+    PUBLIC = "public"
+    PRIVATE = "private"
+
+    @property
+    def switch(self) -> bool | str:
+        """The same as `EntityIndex.build` takes it."""
+        return {"none": False, "public": True}.get(self.value, self.value)
+
+
 class OnImageError(str, Enum):  # noqa: UP042
     """What follows from an image that cannot be read."""
 
@@ -103,6 +117,17 @@ class ByName(str, Enum):  # noqa: UP042
 ModelOption = Annotated[str, typer.Option("--model", help="A MIMIC checkpoint: a directory or a Hub id.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda:0, ... (default: an accelerator if there is one)")
+]
+ImageRootOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image_root",
+        help="The folder that the entities' image files must be in (default: that of the table; of a data set none, "
+        "for it brings its images along).",
+    ),
+]
+AllowUrlsOption = Annotated[
+    AllowUrls, typer.Option("--allow_urls", help="Which addresses of entities' images are fetched.")
 ]
 BatchOption = Annotated[int, typer.Option("--batch_size", min=1, help="Mentions or entities encoded at a time.")]
 
@@ -156,6 +181,8 @@ def link(
         str | None,
         typer.Option("--entities", help="In place of an index, entities to encode now: as in `mimic-el index build`."),
     ] = None,
+    image_root: ImageRootOption = None,
+    allow_urls: AllowUrlsOption = AllowUrls.NONE,
     top_k: Annotated[int | None, typer.Option("--top_k", min=1, help="Answers for each mention (default: 5).")] = None,
     method: Annotated[
         Method | None, typer.Option("--method", help="How the index is searched; the result is the same.")
@@ -227,7 +254,8 @@ def link(
     loaded, processor = _load(model, None)
     knowledge: dict[str, Any] = {"index": index}
     if entities is not None:
-        knowledge = {"entities": read_entities(entities)}
+        places = image_places(entities, image_root, allow_urls)
+        knowledge = {"entities": read_entities(entities), "build_kwargs": places}
     if device is not None:
         knowledge["device"] = device
     linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, **knowledge)
@@ -430,7 +458,8 @@ def build(
         typer.Option(
             "--entities",
             help="A data set with the configuration `entities` (a directory or a Hub id), or JSON Lines or CSV with "
-            "id, name, description and images (paths as seen from the file; in CSV separated by |).",
+            "id, name, description and images (paths as seen from the file, and in its folder unless --image_root says "
+            "another; in CSV separated by |).",
         ),
     ],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the index is written.")],
@@ -447,6 +476,8 @@ def build(
         EncodingDtype | None,
         typer.Option("--encoding_dtype", help="What the encoder computes in; auto: bfloat16 where that is fast."),
     ] = None,
+    image_root: ImageRootOption = None,
+    allow_urls: AllowUrlsOption = AllowUrls.NONE,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index that is there, once the new one is complete.")
     ] = False,
@@ -469,6 +500,7 @@ def build(
         on_image_error=on_image_error.value,
         overwrite=overwrite,
         encoding_dtype=encoding_dtype.value if encoding_dtype else None,
+        **image_places(entities, image_root, allow_urls),
     )
     typer.echo(f"Wrote {len(index):,} entities to {output_dir}.")
 
@@ -516,6 +548,14 @@ class _Records:
                 raise CommandError(f"{self.path}, line {number}: `images` must be paths or URLs.")
             seen = [_seen_from(self.path, image) for image in images or [] if image]
             yield {**{name: value for name, value in record.items() if name != "image"}, "images": seen}
+
+
+def image_places(source: str, image_root: str | None, allow_urls: AllowUrls) -> dict[str, Any]:
+    """Where the images that a table of entities names are read from: by default from its own folder alone."""
+    root: str | bool | None = image_root
+    if root is None and Path(source).exists():
+        root = source if Path(source).is_dir() else os.path.dirname(os.path.abspath(source))
+    return {"image_root": root, "allow_urls": allow_urls.switch}
 
 
 def read_entities(source: str) -> Any:
@@ -576,10 +616,10 @@ def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _seen_from(place: str, image: str | None) -> str | None:
-    """A path in a table, as seen from the table; a URL as it is."""
-    if not image or place == "-" or image.lower().startswith(("http://", "https://")):
+    """A path in a table, as seen from the table; an address as it is."""
+    if not image or place == "-" or re.match(r"data:|[a-z][a-z0-9+.-]+://", image[:64], re.IGNORECASE):
         return image or None
-    return str(Path(place).parent / image)
+    return os.path.join(os.path.dirname(os.path.abspath(place)), image)
 
 
 def _load(source: str, device: str | None) -> tuple[Any, Any]:

@@ -91,6 +91,18 @@ class MimicProcessor(ProcessorMixin):
             kwargs.pop(name, None)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Saves the processor and its code; arguments as of any processor."""
+        parts = (self, self.image_processor)
+        before = [getattr(part, "auto_map", None) for part in parts]
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            # Where the code is belongs to what was saved, and not to what saved it.
+            for part, auto_map in zip(parts, before, strict=True):
+                if auto_map is None and hasattr(part, "auto_map"):
+                    del part.auto_map
+
     @classmethod
     def from_backbone(
         cls,

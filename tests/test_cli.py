@@ -304,3 +304,25 @@ assert not {"torch", "transformers"} & set(sys.modules)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("mimic-el 0.")
     assert "--max_shard_size" in result.stdout
+
+
+def test_images_of_a_table_lie_in_its_folder_unless_another_is_named(
+    made: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    image = next((made / "tables" / "images").iterdir())
+    table = tmp_path / "tables" / "entities.jsonl"
+    table.parent.mkdir()
+    table.write_text(json.dumps({"id": "a", "name": "b", "images": [str(image)]}), encoding="utf-8")
+
+    def unread(*options: object) -> list[str]:
+        recwarn.clear()
+        place = ("--entities", table, "--output_dir", tmp_path / "index", "--overwrite")
+        assert run("index", "build", "--model", made / "linker", *place, *options) == 0
+        return [str(warning.message) for warning in recwarn if "image" in str(warning.message)]
+
+    assert f"is not in the folder {table.parent}" in unread()[0]
+    assert unread("--image_root", image.parent) == []
+    table.write_text(json.dumps({"id": "a", "name": "b", "images": ["http://127.0.0.1:9/a.png"]}), encoding="utf-8")
+    assert "URLs are not fetched here" in unread()[0]
+    assert "an address of this machine" in unread("--allow_urls", "public")[0]
+    assert "cannot be fetched" in unread("--allow_urls", "private")[0]

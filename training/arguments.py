@@ -159,6 +159,21 @@ class DataArguments:
     max_eval_mentions: int | None = field(
         default=None, metadata={"help": "Evaluate on the first so many mentions of a split only."}
     )
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "The folder that images must be in which the data set names by a path (default: its own folder, if "
+            "it is one). What it brings along itself is read in any case."
+        },
+    )
+    allow_urls: str = field(
+        default="none",
+        metadata={
+            "help": "Which addresses of images are fetched that the data set names: none, public, or private (those of "
+            "this machine and of private networks too).",
+            "choices": ["none", "public", "private"],
+        },
+    )
     top_k: int = field(default=10, metadata={"help": "Best entities noted for each mention of the test split."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the checkpoints and results of an earlier training in output_dir."}

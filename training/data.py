@@ -89,7 +89,9 @@ def load_data(data: DataArguments, cache_dir: str | None = None) -> tuple[dict[s
     mentions = {split: undecoded(part, "image") for split, part in splits.items()}
     for split, part in mentions.items():
         require_columns(part.column_names, MENTION_COLUMNS, f"the mentions of the split {split}")
-    return mentions, KnowledgeBase(entities)
+    root = data.image_root or (name if data.data_dir is None and Path(name).is_dir() else None)
+    urls = {"none": False, "public": True}.get(data.allow_urls, data.allow_urls)
+    return mentions, KnowledgeBase(entities, urls, root)
 
 
 def _fingerprint(directory: Path) -> str:
