@@ -31,6 +31,7 @@ from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, PairScores
 from .mentions_mimic import answer_of_error, checked_mentions, encoded_mentions, place_in_input
 from .modeling_mimic import MimicModel
 from .pairs_mimic import SearchStats
+from .parts_mimic import build_part, checked_part, merge_parts
 from .processing_mimic import MimicProcessor
 from .search_mimic import (
     METHODS,
@@ -566,6 +567,7 @@ class EntityIndex:
         on_image_error: str = "warn",
         overwrite: bool = False,
         shard_entities: int | None = None,
+        shard: tuple[int, int] | None = None,
         show_progress: bool = True,
         allow_urls: bool | str | None = None,
         image_root: bool | str | os.PathLike[str] | None = None,
@@ -591,6 +593,10 @@ class EntityIndex:
                 whether an unfinished build of something else is given up.
             shard_entities: entities in a file, and those that an interruption may cost. Unless told 8,192, and more
                 where an index has hundreds of files, up to 65,536.
+            shard: `(i, n)` encodes the i-th (from 0) of n parts of the entities only, in a folder of `output_dir`. Each
+                part goes on by itself after an interruption; the call that completes the last one joins them to the
+                index in `output_dir` and gives that, all others give their part. Where machines do not share
+                `output_dir`, join the parts with [`merge`].
             show_progress: whether to show a progress bar.
             allow_urls: whether images that are named by an address are fetched: `True` (public addresses),
                 `"private"` (those of this machine and of private networks too) or `False`.
@@ -619,6 +625,11 @@ class EntityIndex:
             image_root,
             encoding_dtype,
         )
+        if shard is not None:
+            index, parts = checked_part(shard)
+            if output_dir is None:
+                raise ValueError("`shard` needs an `output_dir`, where the parts are joined.")
+            return cls.from_pretrained(build_part(builder, entities, Path(output_dir), index, parts, overwrite))
         if output_dir is None:
             return cls(copy_of_matcher(model), Contents(*build_in_memory(builder, entities)))
         build_in_directory(builder, entities, Path(output_dir), overwrite)
@@ -647,6 +658,34 @@ class EntityIndex:
         """
         shards = shards_of_features(features, records, model, dtype, shard_entities)
         return cls(copy_of_matcher(model), Contents(new_manifest(dtype, model_facts(model)), Store(shards)))
+
+    @classmethod
+    def merge(
+        cls,
+        parts: Iterable[str | os.PathLike[str]],
+        output_dir: str | os.PathLike[str],
+        *,
+        move: bool = False,
+        overwrite: bool = False,
+    ) -> EntityIndex:
+        """Joins stored indexes of one model to one, without encoding anything again.
+
+        Files are linked where the file system can, else copied. The order is that of the parts.
+
+        Args:
+            parts: directories of indexes.
+            output_dir: where the joined index is stored.
+            move: whether the parts are deleted once the index is complete.
+            overwrite: whether an index that is in `output_dir` is replaced.
+
+        Raises:
+            EntityIndexError: if a part is missing, damaged or unfinished, parts differ in model or precision, two have
+                an entity of the same id, or `output_dir` holds an index already.
+        """
+        if isinstance(parts, str | os.PathLike):
+            raise ValueError(f"`parts` must be a list of directories, got {str(parts)!r}.")
+        merge_parts([Path(part) for part in parts], Path(output_dir), move=move, overwrite=overwrite)
+        return cls.from_pretrained(output_dir)
 
     # --- Change
 

@@ -294,11 +294,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.run.unreadable_images = metrics["unreadable_images"]
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
+    index = trainer.build_index(output_dir / INDEX_FOLDER)
     if not trainer.is_world_process_zero():
         return {}
 
     # From here on nothing is shared between processes.
-    index = trainer.build_index(output_dir / INDEX_FOLDER)
     # Found beside the checkpoint by the pipeline.
     trained = trainer.accelerator.unwrap_model(trainer.model)
     trained.config.default_index = INDEX_FOLDER

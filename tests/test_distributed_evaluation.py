@@ -26,8 +26,8 @@ import toy_data
 from mimic_el import MimicModel, MimicProcessor, MimicTrainer, MimicTrainingArguments
 from mimic_el.training import distributed_evaluation
 model, processor = MimicModel.from_pretrained(path), MimicProcessor.from_pretrained(path)
-args = MimicTrainingArguments(output_dir="out", use_cpu=True, ddp_backend="gloo", report_to="none", disable_tqdm=True, eval_strategy="no",
-                              load_best_model_at_end=False,
+args = MimicTrainingArguments(output_dir="out", use_cpu=True, ddp_backend="gloo", report_to="none", disable_tqdm=True,
+                              eval_strategy="no", load_best_model_at_end=False,
                               per_device_eval_batch_size=4)
 entities = toy_data.entities()[:known]
 trainer = MimicTrainer(model, args, entities=entities, processing_class=processor)

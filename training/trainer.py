@@ -338,19 +338,32 @@ class MimicTrainer(Trainer):
     # --- The knowledge base
 
     def build_index(self, output_dir: str | Path | None = None) -> EntityIndex:
-        """The knowledge base encoded by the model as it is now; in memory, or in a directory that is emptied first."""
-        if output_dir is not None:
+        """The knowledge base encoded by the model as it is now; in memory, or in a directory that is emptied first.
+
+        With an `output_dir` it is called by all processes: each encodes a part.
+        """
+        parts = min(self.args.world_size, len(self.knowledge_base)) if output_dir is not None else 1
+        options = self._encoding() | ({"shard": (self.args.process_index, parts)} if parts > 1 else {})
+
+        def build() -> EntityIndex | None:
+            if self.args.process_index >= max(1, parts) and output_dir is not None:
+                return None  # there are fewer entities than processes
+            records = self.knowledge_base.entities()
+            return EntityIndex.build(self._mimic_model(), self.collator.processor, records, output_dir, **options)
+
+        if output_dir is None:
+            index = build()
+            assert index is not None
+            return index
+        if self.is_world_process_zero():
             shutil.rmtree(output_dir, ignore_errors=True)
-        return EntityIndex.build(
-            self._mimic_model(),
-            self.collator.processor,
-            self.knowledge_base.entities(),
-            output_dir,
-            **self._encoding(),
-        )
+        all_of_them("deleting the index before", lambda: None)
+        all_of_them("encoding the knowledge base", build)
+        return EntityIndex.from_pretrained(output_dir)
 
     def rank(self, mentions: Any, index: EntityIndex | None = None, top_k: int = 0, depth: int = 0) -> RankedMentions:
-        """Ranks the answers of mentions among the whole knowledge base: see [`rank_mentions`].
+        """Ranks the answers of mentions among the whole knowledge base: see [`rank_mentions`]. Without an index it is
+        called by all processes, each of which has a part of it.
 
         Args:
             mentions: as `eval_dataset`.
@@ -358,6 +371,10 @@ class MimicTrainer(Trainer):
             top_k: how many of the best entities to note for each mention.
             depth: if not 0, of how many of the best entities the scores are noted, for a calibration.
         """
+        if index is None and self.args.world_size > 1:
+            if top_k or depth:
+                raise ValueError("With several processes `top_k` and `depth` need an `index`: see build_index.")
+            return self._rank_by_all(mentions)
         scratch = None
         if index is None:
             if len(self.knowledge_base) > ENTITIES_IN_MEMORY:
@@ -434,7 +451,7 @@ class MimicTrainer(Trainer):
 
         def measure() -> dict[str, float]:
             start = time.time()
-            ranked = self._rank_by_all(eval_dataset) if together else self.rank(eval_dataset, index)
+            ranked = self.rank(eval_dataset, index)
             metrics = ranked.metrics(getattr(self.args, "missing_answers", "exclude"))
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
             return metrics | speed_metrics(metric_key_prefix, start, num_samples=len(ranked.ids))

@@ -1,0 +1,192 @@
+"""Tests of parts_mimic.py: parts of an index built by themselves and joined, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import encode_mentions, knowledge_base, mentions_of, once, tiny_processor
+from tiny_clip import tiny_model
+
+from mimic_el import building_mimic, parts_mimic
+from mimic_el.errors_mimic import EntityIndexError
+from mimic_el.index_mimic import EntityIndex
+from mimic_el.modeling_mimic import MimicModel
+from mimic_el.processing_mimic import MimicProcessor
+
+ENTITIES = 11
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[MimicModel, MimicProcessor]:
+    model = tiny_model()
+    return model, tiny_processor(model)
+
+
+def build(
+    parts: tuple[MimicModel, MimicProcessor], entities: Any, directory: Path | None, **options: Any
+) -> EntityIndex:
+    return EntityIndex.build(*parts, entities, directory, shard_entities=2, show_progress=False, **options)
+
+
+def assert_same_index(one: EntityIndex, other: EntityIndex, parts: tuple[MimicModel, MimicProcessor]) -> None:
+    """The same entities in the same order, and the same answers."""
+    assert list(one.entities()) == list(other.entities())
+    mentions = encode_mentions(*parts, mentions_of(knowledge_base(4)))
+    found, wanted = one.search(mentions, 5), other.search(mentions, 5)
+    assert found.entity_ids == wanted.entity_ids
+    # Rounding differs with the batch in which an entity was encoded.
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, ENTITIES])
+def test_the_last_part_joins_all(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, count: int) -> None:
+    whole = build(parts, knowledge_base(ENTITIES), None)
+    order = list(range(count))[::-1]
+    for number in order:
+        index = build(parts, knowledge_base(ENTITIES), tmp_path / "index", shard=(number, count))
+        if number:
+            assert len(index) in (ENTITIES // count, ENTITIES // count + 1)
+            with pytest.raises(EntityIndexError, match="There is no entity index"):
+                EntityIndex.from_pretrained(tmp_path / "index")
+    assert_same_index(index, whole, parts)
+    index.verify()
+    assert index.directory == tmp_path / "index"
+    assert not list((tmp_path / "index").glob("part-*"))
+    with pytest.raises(EntityIndexError, match="already holds an index"):
+        build(parts, knowledge_base(ENTITIES), tmp_path / "index", shard=(0, count))
+
+
+def test_a_part_that_was_interrupted_goes_on(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what it had not finished is encoded again; the other part is not touched."""
+    entities = knowledge_base(ENTITIES)
+    build(parts, entities, tmp_path / "index", shard=(0, 2))
+    write_shard, written = building_mimic.write_shard, []
+
+    def killed(directory: Path, shard: Any) -> Any:
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(shard.name)
+        return write_shard(directory, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building_mimic, "write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(parts, entities, tmp_path / "index", shard=(1, 2))
+    encoded: list[int] = []
+    encode = MimicModel.encode_entities
+
+    def counted(self: MimicModel, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        encoded.append(len(input_ids))
+        return encode(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(MimicModel, "encode_entities", counted)
+    index = build(parts, entities, tmp_path / "index", shard=(1, 2))
+    assert sum(encoded) == 3  # 5 entities, of which a shard of 2 was there
+    monkeypatch.undo()
+    assert_same_index(index, build(parts, entities, None), parts)
+
+
+def test_parts_of_machines_that_share_nothing_are_merged(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path
+) -> None:
+    directories = [tmp_path / "a", tmp_path / "b"]
+    build(parts, knowledge_base(6), directories[0])
+    second = build(parts, knowledge_base(6, start=6), directories[1])
+    second.remove(["e7"])
+    index = EntityIndex.merge(directories, tmp_path / "index")
+    known = [entity for entity in knowledge_base(12) if entity["id"] != "e7"]
+    assert_same_index(index, build(parts, known, None), parts)
+    assert "e7" not in index
+    linked = next((tmp_path / "index").glob("shard-*.safetensors"))
+    assert os.stat(linked).st_nlink == 2  # nothing was copied
+    assert len(EntityIndex.from_pretrained(directories[0])) == 6  # the parts stay
+    index.compact()  # and are not changed by changes of the index
+    assert len(EntityIndex.from_pretrained(directories[1])) == 5
+
+    moved = EntityIndex.merge(directories, tmp_path / "moved", move=True)
+    assert len(moved) == 11
+    assert not any(directory.exists() for directory in directories)
+    moved.verify()
+
+
+def test_files_are_copied_where_they_cannot_be_linked(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(parts_mimic.os, "link", refuse)
+    one = build(parts, knowledge_base(4), tmp_path / "a")
+    assert_same_index(EntityIndex.merge([tmp_path / "a"], tmp_path / "index"), one, parts)
+
+
+def test_a_merge_that_fails_leaves_nothing(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk, when the second shard is copied, and when the list of files is written."""
+    build(parts, knowledge_base(6), tmp_path / "a")
+    for name in ("_linked", "publish"):
+        function, calls = getattr(parts_mimic, name), []
+
+        def full(*args: Any, function: Any = function, calls: list[int] = calls, name: str = name) -> Any:
+            calls.append(1)
+            if name == "publish" or len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return function(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(parts_mimic, name, full)
+            with pytest.raises((OSError, EntityIndexError)):
+                EntityIndex.merge([tmp_path / "a"], tmp_path / "index", move=True)
+        assert not list((tmp_path / "index").glob("shard-*"))
+        assert len(EntityIndex.from_pretrained(tmp_path / "a")) == 6
+    assert len(EntityIndex.merge([tmp_path / "a"], tmp_path / "index", move=True)) == 6
+
+
+def test_parts_that_do_not_fit_are_refused(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
+    build(parts, knowledge_base(4), tmp_path / "a")
+    build(parts, knowledge_base(4, start=3), tmp_path / "common")
+    build(parts, knowledge_base(4, start=4), tmp_path / "int8", dtype="int8")
+    other = tiny_model(seed=1)
+    build((other, tiny_processor(other)), knowledge_base(4, start=4), tmp_path / "other")
+    shutil.copytree(tmp_path / "a", tmp_path / "cut")
+    next((tmp_path / "cut").glob("shard-*.jsonl")).unlink()
+    for name, message in (
+        ("common", "both have the entity 'e3'"),
+        ("int8", "is stored in int8, the part .* in float16"),
+        ("other", "was made by another model or processor"),
+        ("cut", "lacks its file"),
+        ("nothing", "There is no entity index in"),
+        ("a", "is named twice"),
+    ):
+        with pytest.raises(EntityIndexError, match=message):
+            EntityIndex.merge([tmp_path / "a", tmp_path / name], tmp_path / "index")
+        assert not list((tmp_path / "index").glob("shard-*"))
+    with pytest.raises(EntityIndexError, match="There are no parts to merge"):
+        EntityIndex.merge([], tmp_path / "index")
+    with pytest.raises(ValueError, match="must be a list of directories"):
+        EntityIndex.merge(str(tmp_path / "a"), tmp_path / "index")
+    with pytest.raises(EntityIndexError, match="already holds an index"):
+        EntityIndex.merge([tmp_path / "common"], tmp_path / "a")
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 3, "1/2", (True, 2), (0.0, 2)])
+def test_a_shard_that_is_none(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, shard: Any) -> None:
+    with pytest.raises(ValueError, match="`shard` must be the number of a part"):
+        build(parts, knowledge_base(4), tmp_path / "index", shard=shard)
+
+
+def test_entities_that_cannot_be_cut_into_parts(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 entities cannot be built in 3 parts"):
+        build(parts, knowledge_base(2), tmp_path / "index", shard=(0, 3))
+    with pytest.raises(ValueError, match="not a stream or generator"):
+        build(parts, once(knowledge_base(4)), tmp_path / "index", shard=(0, 2))
+    with pytest.raises(ValueError, match="needs an `output_dir`"):
+        build(parts, knowledge_base(4), None, shard=(0, 2))
