@@ -143,6 +143,11 @@ class EntityIndex:
         return store.feature_bytes / max(1, len(store))
 
     @property
+    def made_by(self) -> Mapping[str, Any]:
+        """What is noted of the model and processor that made the index."""
+        return self._contents.manifest["model"]
+
+    @property
     def directory(self) -> Path | None:
         """Where the index is stored; `None` if it is in memory."""
         return self._contents.directory

@@ -7,6 +7,7 @@ not searches.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from .errors_mimic import EntityIndexError
 from .files_mimic import locked, no_space_told
 from .identity_mimic import same_model
 from .matching_mimic import Matcher
-from .records_mimic import Records
+from .records_mimic import Records, Span
 from .store_mimic import Store, read_shard, shard_files
 
 
@@ -74,13 +75,16 @@ def checked_part(shard: Any) -> tuple[int, int]:
     return index, parts
 
 
-def records_of_part(entities: Any, index: int, parts: int) -> Any:
+def records_of_part(entities: Any, index: int, parts: int, **places: Any) -> Span:
     """The entities of the `index`-th of so many parts, in their order; the sizes of parts differ by one at most.
+
+    Args:
+        **places: `allow_urls` and `image_root`, as of `Records`.
 
     Raises:
         ValueError: if they cannot be counted, or are fewer than parts.
     """
-    records = Records(entities)
+    records = Records(entities, **places)
     if records.total is None or not records.again:
         raise ValueError(
             "`shard` needs entities that can be counted and read by number: a data set, a DataFrame or a list, not a "
@@ -108,7 +112,11 @@ def build_part(builder: Builder, entities: Any, directory: Path, index: int, par
         raise EntityIndexError(
             f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
         )
-    records = records_of_part(entities, index, parts)
+    records = records_of_part(entities, index, parts, allow_urls=builder.allow_urls, image_root=builder.image_root)
+    # Where images are read from was told by what the records are from.
+    places = records.places
+    builder = dataclasses.replace(builder, allow_urls=places.allow_urls, image_root=places.image_root)
+    records = Span(records.records, records.start, records.stop)
     if not (own / MANIFEST).exists() or overwrite:
         build_in_directory(builder, records, own, overwrite)
     every = [part_directory(directory, number, parts) for number in range(parts)]

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from tiny import encode_mentions, knowledge_base, mentions_of, once, tiny_processor
 from tiny_clip import tiny_model
 
 from mimic_el import building_mimic, parts_mimic
-from mimic_el.errors_mimic import EntityIndexError
+from mimic_el.errors_mimic import EntityIndexError, MimicImageError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
@@ -67,7 +68,8 @@ def test_a_part_that_was_interrupted_goes_on(
     """Only what it had not finished is encoded again; the other part is not touched."""
     entities = knowledge_base(ENTITIES)
     build(parts, entities, tmp_path / "index", shard=(0, 2))
-    write_shard, written = building_mimic.write_shard, []
+    write_shard = building_mimic.write_shard
+    written: list[str] = []
 
     def killed(directory: Path, shard: Any) -> Any:
         if len(written) == 1:
@@ -133,7 +135,8 @@ def test_a_merge_that_fails_leaves_nothing(
     """As on a full disk, when the second shard is copied, and when the list of files is written."""
     build(parts, knowledge_base(6), tmp_path / "a")
     for name in ("_linked", "publish"):
-        function, calls = getattr(parts_mimic, name), []
+        function = getattr(parts_mimic, name)
+        calls: list[int] = []
 
         def full(*args: Any, function: Any = function, calls: list[int] = calls, name: str = name) -> Any:
             calls.append(1)
@@ -190,3 +193,19 @@ def test_entities_that_cannot_be_cut_into_parts(parts: tuple[MimicModel, MimicPr
         build(parts, once(knowledge_base(4)), tmp_path / "index", shard=(0, 2))
     with pytest.raises(ValueError, match="needs an `output_dir`"):
         build(parts, knowledge_base(4), None, shard=(0, 2))
+
+
+def test_parts_of_a_data_set_read_no_files_that_it_names(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path
+) -> None:
+    """As a whole build: the rows of a data set may be somebody else's."""
+    secret = tmp_path / "secret.png"
+    next(iter(knowledge_base(1)[0]["images"])).save(secret)
+    rows = [{"id": f"e{row}", "name": f"E{row}", "description": "", "images": [str(secret)]} for row in range(4)]
+    with pytest.raises(MimicImageError):
+        build(parts, datasets.Dataset.from_list(rows), tmp_path / "a", shard=(1, 2), on_image_error="raise")
+    allowed = build(
+        parts, datasets.Dataset.from_list(rows), tmp_path / "b", shard=(1, 2), on_image_error="raise", image_root=True
+    )
+    assert list(allowed) == ["e2", "e3"]
+    assert len(build(parts, rows, tmp_path / "c", shard=(1, 2), on_image_error="raise")) == 2

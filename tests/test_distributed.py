@@ -1,0 +1,212 @@
+"""Tests of distributed.py on a local Ray cluster of two nodes: the answers are those of one index, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import (
+    encode_mentions,
+    index_of,
+    knowledge_base,
+    mention_features,
+    mentions_of,
+    random_encoded,
+    tiny_processor,
+)
+from tiny_clip import tiny_model
+
+from mimic_el.distributed import RayEntityIndex, _check_facts, _in_order
+from mimic_el.errors_mimic import EntityIndexError, UnknownEntityError
+from mimic_el.identity_mimic import model_facts
+from mimic_el.index_mimic import EntityIndex
+from mimic_el.matching_mimic import EntityFeatures
+from mimic_el.modeling_mimic import MentionFeatures, MimicModel
+from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
+from mimic_el.processing_mimic import MimicProcessor
+
+ray = pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+# Deprecations within Ray are no fault of ours.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"
+)
+
+ENTITIES, MENTIONS, PARTS = 90, 12, 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes on this machine, of which the second has the resource `second`."""
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    node = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(num_cpus=4, object_store_memory=80 * 2**20, resources={"second": 4})
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(cluster.address, runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[MimicModel, EntityIndex, MentionFeatures]:
+    """An index in which each entity is there three times, so that equal scores are in different parts."""
+    model = tiny_model()
+    encoded, mask = random_encoded(model.config, ENTITIES // 3, 1, clusters=10)
+    mentions, mention_mask = random_encoded(model.config, MENTIONS, 2, clusters=10)
+    return model, index_of(model, encoded, mask, repeat=3), mention_features(model, mentions, mention_mask)
+
+
+@pytest.fixture(scope="module")
+def directories(whole: tuple[MimicModel, EntityIndex, MentionFeatures], tmp_path_factory: Any) -> list[str]:
+    model, index, _ = whole
+    store, paths = index._contents.store, []
+    for number in range(PARTS):
+        rows = slice(number * ENTITIES // PARTS, (number + 1) * ENTITIES // PARTS)
+        features = EntityFeatures(store.full(rows, torch.device("cpu")).tensors)
+        records = [store.record(row) for row in range(rows.start, rows.stop)]
+        paths.append(str(tmp_path_factory.mktemp("part") / f"part-{number}"))
+        EntityIndex.from_features(features, records, model, dtype="float32").save_pretrained(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def parts(cluster: Any, directories: list[str]) -> Iterator[RayEntityIndex]:
+    options: list[dict[str, Any]] = [{}, {"resources": {"second": 1}}]
+    with RayEntityIndex(directories, actor_options=options) as index:
+        yield index
+
+
+def assert_same_answers(found: Any, wanted: Any) -> None:
+    assert found.entity_ids == wanted.entity_ids
+    for name in ("scores", "text_scores", "image_scores", "cross_modal_scores"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, MENTIONS])
+@pytest.mark.parametrize("top_k", [1, 7, 200])
+def test_answers_are_those_of_one_index(parts: Any, whole: Any, count: int, top_k: int) -> None:
+    _, index, mentions = whole
+    assert_same_answers(parts.search(mentions[:count], top_k), index.search(mentions[:count], top_k))
+
+
+def test_candidates_floors_and_ranks(parts: Any, whole: Any) -> None:
+    _, index, mentions = whole
+    allowed = [None if row % 3 == 0 else [f"e{(row + 7 * i) % ENTITIES}" for i in range(9)] for row in range(MENTIONS)]
+    assert_same_answers(parts.search(mentions, 4, candidates=allowed), index.search(mentions, 4, candidates=allowed))
+    floors = index.search(mentions, 5).scores[:, 3] - 1e-3
+    found, wanted = parts.search(mentions, 9, min_score=floors), index.search(mentions, 9, min_score=floors)
+    assert found.entity_ids == wanted.entity_ids
+    answers = [None if row == 2 else f"e{(11 * row) % ENTITIES}" for row in range(MENTIONS)]
+    np.testing.assert_array_equal(parts.rank(mentions, answers).ranks, index.rank(mentions, answers).ranks)
+
+
+def test_the_bounds_of_one_part_prune_the_others(parts: Any, whole: Any) -> None:
+    mentions = whole[2]
+    apart = sum(EntityIndex.from_pretrained(place).search(mentions, 5).stats.exact_pairs for place in parts.parts)
+    assert parts.search(mentions, 5).stats.exact_pairs < apart
+
+
+def test_what_it_holds(parts: Any, whole: Any) -> None:
+    model, index, _ = whole
+    assert len(parts) == ENTITIES
+    assert "e45" in parts
+    assert "e90" not in parts
+    assert list(parts) == list(index)
+    assert parts.entity("e45") == index.entity("e45")
+    with pytest.raises(UnknownEntityError, match="'nothere'"):
+        parts.entity("nothere")
+    parts.check_model(model)
+    with pytest.raises(EntityIndexError, match="made by"):
+        parts.check_model(tiny_model(seed=3))
+
+
+def test_what_is_refused(parts: Any, whole: Any, directories: list[str], tmp_path: Path) -> None:
+    mentions = whole[2]
+    with pytest.raises(ValueError, match="candidates for 1"):
+        parts.search(mentions, candidates=[None])
+    with pytest.raises(UnknownEntityError, match="'nothere'"):
+        parts.search(mentions, candidates=[["nothere"]] * MENTIONS)
+    with pytest.raises(ValueError, match="`method` must be one of"):
+        parts.search(mentions, method="guess")
+    with pytest.raises(EntityIndexError, match="named twice"):
+        RayEntityIndex([directories[0], directories[0]])
+    with pytest.raises(EntityIndexError, match=r"part-none \(1 of 1\) cannot be reached: .*EntityIndexError"):
+        RayEntityIndex([tmp_path / "part-none"], local_files_only=True)
+    facts = [{"dtype": "float32", "model": model_facts(model)} for model in (whole[0], tiny_model(seed=3))]
+    with pytest.raises(EntityIndexError, match="made by another model or processor than the part a"):
+        _check_facts(["a", "b"], facts)
+    with pytest.raises(EntityIndexError, match="The part b is stored in int8"):
+        _check_facts(["a", "b"], [facts[0], {**facts[0], "dtype": "int8"}])
+
+
+def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cluster: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    processor: MimicProcessor = tiny_processor(model)
+    options: dict[str, Any] = {"dtype": "float32", "show_progress": False}
+    known = knowledge_base(8)
+    for number in range(2):
+        EntityIndex.build(model, processor, known[4 * number : 4 * number + 4], tmp_path / f"p{number}", **options)
+    whole = EntityIndex.build(model, processor, known, **options)
+    mentions = [{"mention": m["mention"], "text": m["text"], "image": m["image"]} for m in mentions_of(known[:3])]
+    with RayEntityIndex([tmp_path / "p0", tmp_path / "p1"], max_restarts=0) as index:
+        linker = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=index)
+        alone = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=whole)
+
+        def same() -> None:
+            for one, other in zip(linker(mentions, top_k=4), alone(mentions, top_k=4), strict=True):
+                assert [item["entity_id"] for item in one] == [item["entity_id"] for item in other]
+                assert [item["name"] for item in one] == [item["name"] for item in other]
+                np.testing.assert_allclose([i["score"] for i in one], [i["score"] for i in other], rtol=1e-4)
+
+        same()
+        more = knowledge_base(3, start=8)
+        index.add(model, processor, more, show_progress=False)
+        whole.add(model, processor, more, show_progress=False)
+        assert len(index) == 11
+        same()
+        index.remove(["e0", "e9", "e5"])
+        whole.remove(["e0", "e9", "e5"])
+        assert len(index) == 8
+        same()
+        with pytest.raises(ValueError, match="'e10' is already in the index"):
+            index.add(model, processor, knowledge_base(1, start=10), show_progress=False)
+        with pytest.raises(UnknownEntityError, match="'e0'"):
+            index.remove(["e1", "e0"])
+        assert "e1" in index
+        features = encode_mentions(model, processor, mentions_of(known[:1]))
+        ray.kill(index._actors[1])
+        with pytest.raises(EntityIndexError, match=r"p1 \(2 of 2\) cannot be reached"):
+            index.search(features, 3)
+    with pytest.raises(EntityIndexError, match="was closed"):
+        index.search(features)
+
+
+def test_actors_killed_while_questions_are_asked(parts: Any, whole: Any) -> None:
+    """None is answered wrong, and none is lost."""
+    _, index, mentions = whole
+    wanted = index.search(mentions[:4], 3)
+    threads = []
+    for number in range(40):
+        if number in (5, 20):
+            # Both are killed, one after the other, while they search or before.
+            part = parts._actors[number % PARTS]
+            threads.append(threading.Timer(0.002, lambda part=part: ray.kill(part, no_restart=False)))
+            threads[-1].start()
+        assert_same_answers(parts.search(mentions[:4], 3), wanted)
+    for thread in threads:
+        thread.join()
+    assert len(threads) == 2
+
+
+def test_equal_scores_are_in_the_order_of_parts() -> None:
+    found = [(1.0, 1, 0, "c", ()), (1.0 + 1e-7, 2, 0, "d", ()), (3.0, 2, 1, "a", ()), (1.0, 0, 5, "b", ())]
+    assert [item[3] for item in _in_order(found)] == ["a", "b", "c", "d"]
