@@ -6,6 +6,7 @@ its actor can open it, in a directory or a Hub repository.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
@@ -16,16 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from .contents_mimic import BY_NAME
 from .errors_mimic import EntityIndexError, UnknownEntityError
 from .identity_mimic import check_made_by, same_model
 from .index_mimic import EntityIndex, RankResult, SearchResult, SearchStats
 from .matching_mimic import MentionFeatures
-from .mentions_mimic import encoded_mentions
+from .pairs_mimic import TIE, best_order
 from .records_mimic import entity_id_of
 
-# A pair's score may differ by so much, relative to it, with the pairs that it is scored with. Scores that are closer
-# count as equal, and equal ones are in the order of the parts and of the entities in each.
-_TIE = 1e-6
 _RECORDS_AT_ONCE = 4096
 _CLOSED = "This index was closed."
 # A part is told from one that only takes long by asking it this often whether it is there.
@@ -75,9 +74,12 @@ class _Part:
         return np.stack(self._index.count_better(some, scores, answers, method=method))
 
     def find(self, name: str, max_distance: int) -> list[str]:
-        if not hasattr(self._index, "find"):
-            raise EntityIndexError("This version's indexes are not searched by name.")
         return self._index.find(name, max_distance=max_distance)
+
+    def bearers(self, name: str) -> list[str]:
+        contents = self._index._contents
+        rows = contents.bearers(name)
+        return [] if rows is None else [contents.store.record(row)["id"] for row in rows.tolist()]
 
     def change(self, name: str, *args: Any, **kwargs: Any) -> int:
         """Changes the part and gives the number of its entities."""
@@ -230,28 +232,40 @@ class RayEntityIndex:
 
     # --- Search
 
-    def link(
+    def link_encoded(
         self,
-        model: Any,
-        processor: Any,
-        mentions: Iterable[Mapping[str, Any]],
+        mentions: MentionFeatures,
         top_k: int = 5,
         *,
-        batch_size: int = 32,
-        on_image_error: str = "raise",
-        show_progress: bool = False,
+        candidates: Sequence[Sequence[str] | str | None] | str | None = None,
+        names: Sequence[str] | None = None,
         **options: Any,
     ) -> list[list[dict[str, Any]]]:
-        """Finds the entities that fit each mention best, as [`EntityIndex.link`] does."""
-        self.check_model(model, processor)
-        features = encoded_mentions(model, processor, mentions, batch_size, on_image_error, show_progress)
-        return [] if features is None else self.link_encoded(features, top_k, **options)
+        """Finds the entities that fit each mention best, as [`EntityIndex.link_encoded`] does."""
+        given = [candidates] * len(mentions) if candidates is None or isinstance(candidates, str) else list(candidates)
+        allowed: list[Any] = list(given)
+        added: dict[int, list[str]] = {}
+        for row, wanted in enumerate(given):
+            if isinstance(wanted, str) and wanted in BY_NAME:
+                if names is None or len(names) != len(given):
+                    raise ValueError(f'For candidates="{wanted}" the names must be given: what each mention says.')
+                bearers = [entity_id for part in self._all("bearers", names[row]) for entity_id in part]
+                allowed[row] = bearers or None if wanted == "names" else None
+                if wanted != "names" and bearers:
+                    added[row] = bearers
+        linked = self._linked(mentions, top_k, allowed, **options)
+        if added:
+            rows = list(added)
+            named = self._linked(mentions[torch.tensor(rows)], top_k, list(added.values()), **options)
+            for row, entities in zip(rows, named, strict=True):
+                both = {found["entity_id"]: found for found in [*entities, *linked[row]]}
+                linked[row] = sorted(both.values(), key=lambda found: -found["score"])
+        return linked
 
-    def link_encoded(
-        self, mentions: MentionFeatures, top_k: int = 5, *, names: Any = None, **options: Any
+    def _linked(
+        self, mentions: MentionFeatures, top_k: int, candidates: Sequence[Any], **options: Any
     ) -> list[list[dict[str, Any]]]:
-        """As [`link`], of mentions that were encoded before; arguments as of [`search`]."""
-        found, owners = self._search(mentions, top_k, **options)
+        found, owners = self._search(mentions, top_k, candidates=candidates, **options)
         wanted: list[list[str]] = [[] for _ in self._actors]
         for ids, parts in zip(found.entity_ids, owners, strict=True):
             for entity_id, part in zip(ids, parts, strict=True):
@@ -332,7 +346,7 @@ class RayEntityIndex:
         ask(lambda part: np.flatnonzero(first == part).tolist())
         if parts > 1:
             best = merged.kth_scores()
-            floor = np.maximum(floor, best - 2 * _TIE * (1 + np.abs(np.where(np.isneginf(best), 0, best))))
+            floor = np.maximum(floor, best - 2 * TIE * (1 + np.abs(np.where(np.isneginf(best), 0, best))))
             ask(lambda part: np.flatnonzero(first != part).tolist())
         return merged.result()
 
@@ -373,7 +387,9 @@ class RayEntityIndex:
         stats = SearchStats(pairs=len(known) * len(self))
         if len(known):
             gold = np.nanmax(scores[:, known], axis=0)
-            counts = self._all("count_better", shared, known.tolist(), gold, [answers[row] for row in known], method)
+            counts = self._all(
+                "count_better", shared, known.tolist(), gold, [answers[row] for row in known.tolist()], method
+            )
             above, equal = np.sum(counts, axis=0)
             ranks[known] = 1 + above + equal / 2
         return RankResult(ranks, stats)
@@ -407,7 +423,7 @@ class RayEntityIndex:
             raise ValueError(f"`remove` takes a list of entity ids, got the string {entity_ids!r}.")
         ids = list(dict.fromkeys(entity_ids))
         has = np.array(self._all("has", ids), dtype=bool).reshape(len(self._actors), len(ids))
-        if missing := [entity_id for entity_id, there in zip(ids, has.any(axis=0), strict=True) if not there]:
+        if missing := [entity_id for place, entity_id in enumerate(ids) if not has[:, place].any()]:
             raise UnknownEntityError(
                 f"{len(missing)} of the entities are not in this index of {len(self):,}: {missing[0]!r}"
             )
@@ -421,7 +437,9 @@ class RayEntityIndex:
         for last in (False, True):
             method = self._actors[part].change.options(max_task_retries=0)
             try:
-                self._counts[part] = self._get(part, lambda m=method: m.remote(name, *args, **kwargs), retry=False)
+                self._counts[part] = self._get(
+                    part, functools.partial(method.remote, name, *args, **kwargs), retry=False
+                )
                 return
             except _PartGoneError as error:
                 found = self._one(part, "has", ids)
@@ -550,29 +568,25 @@ class _Merged:
         return np.array([item[-1] if len(item) == self._top_k else -np.inf for item in best], dtype=np.float32)
 
     def result(self) -> tuple[SearchResult, list[list[int]]]:
-        width = min(self._top_k, max((len(found) for found in self._found), default=0))
-        scores = np.full((4, len(self._found), width), np.nan, dtype=np.float32)
+        """What is found, and the part of each entity; equal scores in the order of parts, and of each part's own."""
+        most = max((len(found) for found in self._found), default=0)
+        totals = torch.full((len(self._found), most), -torch.inf)
+        rows = torch.full((len(self._found), most), torch.iinfo(torch.long).max)
+        for row, found in enumerate(self._found):
+            totals[row, : len(found)] = torch.tensor([item[0] for item in found])
+            rows[row, : len(found)] = torch.tensor([item[1] * 2**40 + item[2] for item in found], dtype=torch.long)
+        order = best_order(totals, rows)[:, : self._top_k].tolist() if most else [[] for _ in self._found]
+        scores = np.full((4, len(self._found), min(self._top_k, most)), np.nan, dtype=np.float32)
         ids: list[list[str]] = []
         owners: list[list[int]] = []
-        for row, found in enumerate(self._found):
-            best = _in_order(found)[: self._top_k]
+        for row, (found, places) in enumerate(zip(self._found, order, strict=True)):
+            best = [found[place] for place in places if place < len(found)]
             ids.append([item[3] for item in best])
             owners.append([item[1] for item in best])
             for place, item in enumerate(best):
                 scores[:, row, place] = (item[0], *item[4])
-        return SearchResult(ids, *scores, self._stats), owners  # type: ignore[arg-type]
-
-
-def _in_order(found: list[Any]) -> list[Any]:
-    """Best first; scores that count as equal in the order of parts, and of each part's own order."""
-    found = sorted(found, key=lambda item: (-item[0], item[1], item[2]))
-    groups: list[list[Any]] = []
-    for item in found:
-        if groups and groups[-1][0][0] - item[0] <= _TIE * (1 + abs(item[0])):
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return [item for group in groups for item in sorted(group, key=lambda item: item[1:3])]
+        total, text, image, cross_modal = scores
+        return SearchResult(ids, total, text, image, cross_modal, self._stats), owners
 
 
 def _reason(error: Exception) -> str:

@@ -22,7 +22,7 @@ from tiny import (
 )
 from tiny_clip import tiny_model
 
-from mimic_el.distributed import RayEntityIndex, _check_facts, _in_order
+from mimic_el.distributed import RayEntityIndex, _check_facts
 from mimic_el.errors_mimic import EntityIndexError, UnknownEntityError
 from mimic_el.identity_mimic import model_facts
 from mimic_el.index_mimic import EntityIndex
@@ -158,7 +158,8 @@ def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cl
     whole = EntityIndex.build(model, processor, known, **options)
     mentions = [{"mention": m["mention"], "text": m["text"], "image": m["image"]} for m in mentions_of(known[:3])]
     with RayEntityIndex([tmp_path / "p0", tmp_path / "p1"], max_restarts=0) as index:
-        linker = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=index)
+        anything: Any = index
+        linker = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=anything)
         alone = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=whole)
 
         def same() -> None:
@@ -168,6 +169,14 @@ def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cl
                 np.testing.assert_allclose([i["score"] for i in one], [i["score"] for i in other], rtol=1e-4)
 
         same()
+        for candidates in ("names", "names+search"):
+            found = linker(mentions, candidates=candidates, top_k=2)
+            wanted = alone(mentions, candidates=candidates, top_k=2)
+            assert [[item["entity_id"] for item in one] for one in found] == [
+                [item["entity_id"] for item in one] for one in wanted
+            ]
+        assert index.find("orange 0") == whole.find("orange 0") == ["e0"]
+        assert index.find("Georgja 1") == whole.find("Georgja 1")
         more = knowledge_base(3, start=8)
         index.add(model, processor, more, show_progress=False)
         whole.add(model, processor, more, show_progress=False)
@@ -205,8 +214,3 @@ def test_actors_killed_while_questions_are_asked(parts: Any, whole: Any) -> None
     for thread in threads:
         thread.join()
     assert len(threads) == 2
-
-
-def test_equal_scores_are_in_the_order_of_parts() -> None:
-    found = [(1.0, 1, 0, "c", ()), (1.0 + 1e-7, 2, 0, "d", ()), (3.0, 2, 1, "a", ()), (1.0, 0, 5, "b", ())]
-    assert [item[3] for item in _in_order(found)] == ["a", "b", "c", "d"]

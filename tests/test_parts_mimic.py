@@ -82,16 +82,15 @@ def test_a_part_that_was_interrupted_goes_on(
         with pytest.raises(KeyboardInterrupt):
             build(parts, entities, tmp_path / "index", shard=(1, 2))
     encoded: list[int] = []
-    encode = MimicModel.encode_entities
 
-    def counted(self: MimicModel, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        encoded.append(len(input_ids))
-        return encode(self, input_ids, *args, **kwargs)
+    def counted(directory: Path, shard: Any) -> Any:
+        encoded.append(len(shard))
+        return write_shard(directory, shard)
 
-    monkeypatch.setattr(MimicModel, "encode_entities", counted)
-    index = build(parts, entities, tmp_path / "index", shard=(1, 2))
-    assert sum(encoded) == 3  # 5 entities, of which a shard of 2 was there
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(building_mimic, "write_shard", counted)
+        index = build(parts, entities, tmp_path / "index", shard=(1, 2))
+    assert encoded == [2, 1]  # 5 entities, of which a shard of 2 was there
     assert_same_index(index, build(parts, entities, None), parts)
 
 
