@@ -289,7 +289,7 @@ def accuracy(args: argparse.Namespace) -> None:
     root = Path(__file__).parent.parent
     settings: dict[str, list[str]] = {
         "batch 32": ["--per_device_train_batch_size", "32", "--learning_rate", "1e-3"],
-        "batch 128": [],
+        "batch 128 (published)": [],
         "batch 512 (GradCache)": ["--per_device_train_batch_size", "512", "--cached_batch_size", "128"],
         "batch 128, 1 hard negative": ["--hard_negatives", "1", "--hard_negatives_epochs", "2"],
     }
