@@ -12,6 +12,7 @@ Each part prints lines that docs/scale.md quotes. Processes are started by torch
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -272,8 +273,8 @@ def ray_parts(args: argparse.Namespace) -> None:
             with RayEntityIndex(places) as index:
                 found = index.search(mentions, 10)
                 same = found.entity_ids == wanted.entity_ids
-                one = seconds(lambda index=index: index.search(mentions[:1], 10), 15)
-                many = seconds(lambda index=index: index.search(mentions, 10), 3)
+                one = seconds(functools.partial(index.search, mentions[:1], 10), 15)
+                many = seconds(functools.partial(index.search, mentions, 10), 3)
             print(
                 f"{count:5}   {1000 * one:14.1f}  {args.mentions / many:18.0f}  {found.stats.exact_pairs:21,}   {same}",
                 flush=True,
