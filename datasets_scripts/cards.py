@@ -204,7 +204,7 @@ def _fields(config: str, facts: CardFacts) -> list[list[str]]:
         return "image" if isinstance(feature, datasets.Image) else feature.dtype
 
     return [
-        [f"**{escaped(name)}**", type_name(feature), _FIELDS[config].get(name, "")]
+        [f"**{escaped(name)}**", type_name(feature), _FIELDS[config].get(name, "of the source")]
         for name, feature in facts.features[config].items()
     ]
 

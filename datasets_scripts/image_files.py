@@ -156,6 +156,10 @@ def _in_places(paths: Iterable[str], places: list[str], fold: bool = False) -> l
     return []
 
 
+# Under which Pillow keeps what may say how a camera was held.
+_METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
+
+
 def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, str] | None:
     """Decode an image completely, to know that all its readers can: training and the pipeline, and `datasets`.
 
@@ -178,7 +182,7 @@ def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, str] 
         detail = str(error).replace("The image the given bytes", "it").replace("the given bytes", "it")
         return "oversized_image" if too_large else "unreadable_image", detail
     try:
-        if opened.info:  # a copy has not kept what came of reading it before
+        if _METADATA & opened.info.keys():  # a copy has not kept what came of reading it before
             ImageOps.exif_transpose(opened.copy())
     except Exception as error:  # its readers raise many kinds, SyntaxError among them
         return "broken_metadata", f"{type(error).__name__}: {error}"

@@ -382,7 +382,7 @@ def snippet(model: str | None, index: str | None, default: bool, datasets: Seque
 def _size(size: float) -> str:
     if size < 1000:
         return f"{size:.0f} B"  # which tqdm would give two decimals
-    return tqdm.format_sizeof(size, "B")
+    return re.sub(r"(?<=\d)(?=[kMGT])", " ", tqdm.format_sizeof(size, "B"))
 
 
 def _first_line(error: Exception) -> str:
