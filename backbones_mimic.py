@@ -152,6 +152,10 @@ class Backbone:
                 settings[name] = {default: edge} if default else {"height": edge, "width": edge}
         return settings
 
+    def unused(self, model: Any, pooling: str | None = None) -> list[nn.Parameter]:
+        """Parameters that no feature depends on: by default the scale of the backbone's own similarities."""
+        return list(model.parameters(recurse=False))
+
     def token_embedding(self, model: Any) -> nn.Module:
         return model.text_model.get_input_embeddings()
 
@@ -352,6 +356,14 @@ class _TwoTowers(Backbone):
                 f"MimicConfig: the backbone's text tower (a {config.text_config.model_type!r}) is an encoder with a "
                 "decoder; MIMIC needs an encoder alone."
             )
+
+    def unused(self, model: Any, pooling: str | None = None) -> list[nn.Parameter]:
+        found = super().unused(model)
+        pooler = getattr(model.text_model, "pooler", None)
+        if pooling is not None and pooler is not None:
+            found += pooler.parameters()
+        # What stands for patches that pretraining hides.
+        return found + [part for name, part in model.named_parameters() if name.endswith("mask_token")]
 
     def columns(self, config: Any, input_ids: Tensor, attention_mask: Tensor) -> int:
         tower = _TOWERS.get(config.text_config.model_type)

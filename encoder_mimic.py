@@ -44,9 +44,8 @@ class Encoder(nn.Module):
         self.freeze_unused()
 
     def freeze_unused(self) -> None:
-        """Leaves out of training what no gradient reaches, which is an error where several processes train: what the
-        backbone scales its own similarities with."""
-        for parameter in self.backbone.parameters(recurse=False):
+        """Leaves out of training what no gradient reaches, which is an error where several processes train."""
+        for parameter in self.adapter.unused(self.backbone, self.pooling):
             parameter.requires_grad_(False)
 
     def no_split_modules(self) -> set[str]:

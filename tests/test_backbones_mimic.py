@@ -187,6 +187,19 @@ def test_training_decreases_the_loss(family: Family, model: MimicModel, inputs: 
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
+    # Where several processes train, one that no gradient reaches is an error.
+    assert not [name for name, part in model.named_parameters() if part.requires_grad and part.grad is None]
+
+
+def test_a_pooling_layer_that_is_not_used_is_not_trained(checkpoints: dict[str, Path]) -> None:
+    model = MimicModel.from_backbone(checkpoints["bert and vit"], text_pooling="first", **SIZES)
+    model.encode(torch.tensor([[0, 5, 2]])).text_embeds.sum().backward()
+    text = dict(model.encoder.backbone.text_model.named_parameters())
+    assert {name for name, part in text.items() if not part.requires_grad} == {
+        "pooler.dense.weight",
+        "pooler.dense.bias",
+    }
+    assert all(part.grad is not None for part in text.values() if part.requires_grad)
 
 
 def test_index_and_pipeline(family: Family, model: MimicModel, processor: MimicProcessor) -> None:
