@@ -101,7 +101,7 @@ def load_image(
         check_size(*resize, where, max_pixels)
     try:
         if resize and reduce_jpeg and opened is not source:  # a caller's own image stays as it is
-            opened.draft(None, (2 * resize[0], 2 * resize[1]))  # type: ignore[arg-type]  # None keeps the mode
+            opened.draft(None, (2 * resize[0], 2 * resize[1]))  # None keeps the mode
         if resize and not correct:
             return opened.resize(resize, Image.Resampling(resample)).convert("RGB")
         image = _to_rgb(opened, correct)

@@ -147,7 +147,7 @@ def decoding(rows: list[dict[str, Any]]) -> dict[str, Any]:
     times: dict[bool, list[float]] = {False: [], True: []}
     off, worst = [], 0
     for row in rows[:16]:
-        pixels = {}
+        pixels: dict[bool, Any] = {}
         for reduce in (False, True):
             processor.reduce_jpeg = reduce
             runs = []

@@ -78,7 +78,7 @@ def test_jpeg_files_can_be_decoded_at_a_fraction_of_their_size(tmp_path: Path) -
         return np.asarray(image).astype(int)
 
     with Image.open(tmp_path / "a.jpg") as opened:
-        opened.draft(None, (48, 48))  # type: ignore[arg-type]
+        opened.draft(None, (48, 48))
         assert opened.size == (100, 75)
         expected = np.asarray(opened.convert("RGB").resize((24, 24), Image.Resampling.LANCZOS))
     whole, reduced = (loaded(tmp_path / "a.jpg", reduce) for reduce in (False, True))
