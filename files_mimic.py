@@ -100,6 +100,14 @@ def regular(path: Path) -> Path:
     return path
 
 
+def is_there(path: str | os.PathLike[str], directory: bool = False) -> bool:
+    """Whether there is anything of that name, or a directory; `False` too for what can be no name."""
+    try:
+        return Path(path).is_dir() if directory else Path(path).exists()
+    except (OSError, ValueError):  # too long, or with a zero
+        return False
+
+
 def size_of(path: Path) -> int | None:
     """The bytes of a regular file; `None` where there is none, be it since a moment ago."""
     try:
@@ -259,6 +267,7 @@ __all__ = [
     "LOCK",
     "file_facts",
     "is_small",
+    "is_there",
     "json_text",
     "locked",
     "mapped",

@@ -206,6 +206,7 @@ def _processor_facts(processor: Any) -> dict[str, Any]:
     return {
         "text_max_length": processor.text_max_length,
         "correct_images": processor.correct_images,
+        "reduce_jpeg": processor.reduce_jpeg,
         "separator": processor.separator,
         "image_processor": {name: value for name, value in settings.items() if name not in _NOT_IN_PIXELS},
         "tokenizer": {"vocabulary": _vocabulary(processor.tokenizer), "texts": _tokens(processor)},

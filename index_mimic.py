@@ -24,7 +24,7 @@ from .building_mimic import Builder, build_in_directory, build_in_memory, shards
 from .contents_mimic import Contents
 from .directory_mimic import new_manifest, open_directory, save_copy, shortlist_path, verify_files
 from .errors_mimic import EntityIndexError, MimicError
-from .files_mimic import no_space_told
+from .files_mimic import is_there, no_space_told
 from .identity_mimic import check_made_by, copy_of_matcher, model_facts
 from .index_hub_mimic import download_index, files_for_hub, upload_index
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures, PairScores
@@ -842,15 +842,35 @@ class EntityIndex:
             huggingface_hub.errors.HfHubHTTPError: if the Hub does not give it: the token is wrong, the repository is
                 gated, or there is no such revision.
         """
-        directory = Path(name_or_path)
-        read_only = not directory.exists()
-        if read_only:
-            options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-            directory = download_index(
-                str(name_or_path), repo_type, subfolder, revision, force_download=force_download, **options
-            )
-        else:
-            directory = directory / subfolder
+        if is_there(name_or_path):
+            return cls._opened(Path(name_or_path) / subfolder, read_only=False)
+        return cls.from_hub(
+            str(name_or_path),
+            subfolder=subfolder,
+            repo_type=repo_type,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        subfolder: str = "",
+        repo_type: str = "dataset",
+        revision: str | None = None,
+        **options: Any,
+    ) -> EntityIndex:
+        """Opens an index of the Hub, whatever directories of that name this machine has. Arguments, and what is
+        raised, as of [`from_pretrained`]."""
+        return cls._opened(download_index(repo_id, repo_type, subfolder, revision, **options), read_only=True)
+
+    @classmethod
+    def _opened(cls, directory: Path, read_only: bool) -> EntityIndex:
         manifest, store, matcher = open_directory(directory)
         return cls(matcher, Contents(manifest, store, directory, read_only))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from .contents_mimic import BY_NAME
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
 from .errors_mimic import EntityIndexError, MentionError, MimicError
 from .explain_mimic import Explainer
+from .files_mimic import is_there, no_space_told
 from .image_sources_mimic import ImagePlaces
+from .index_card_mimic import hub_id
 from .index_mimic import EntityIndex
 from .mentions_mimic import Mention, answer_of_error, check_on_error, features_of, tokens_of
 from .modeling_mimic import MimicModel
@@ -39,6 +42,11 @@ _CALL = (
     *("top_k", "candidates", "method", "min_probability", "coverage", "context_window", "mention_detector"),
     *("reranker", "rerank_top_k", "on_error", "on_image_error"),
 )
+
+
+_COMPUTING = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a forked process has no thread that would give the lock back
+    os.register_at_fork(after_in_child=lambda: _COMPUTING._at_fork_reinit())  # type: ignore[attr-defined]
 
 
 class MultimodalEntityLinkingPipeline(Pipeline):
@@ -389,6 +397,11 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         for (answer, number), entities in zip(tasks, found, strict=True):
             answer.found[number] = entities
 
+    def forward(self, model_inputs: dict[str, Any], **forward_params: Any) -> Any:
+        # Of calls in several threads one computes at a time, with all of the machine; together they would be slower.
+        with _COMPUTING:
+            return super().forward(model_inputs, **forward_params)
+
     def _forward(
         self,
         input_tensors: dict[str, Any],
@@ -502,12 +515,13 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             save_index: whether the index is saved in its folder `index`, and made the default.
             **kwargs: as of any pipeline.
         """
-        if save_index:
-            self.index.save_pretrained(Path(save_directory) / "index")
-            self._config.default_index = "index"
-            self._config.default_index_revision = None
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory, **kwargs)
+        with no_space_told(Path(save_directory)):
+            if save_index:
+                self.index.save_pretrained(Path(save_directory) / "index")
+                self._config.default_index = "index"
+                self._config.default_index_revision = None
+            self.model.save_pretrained(save_directory, **kwargs)
+            self.processor.save_pretrained(save_directory, **kwargs)
 
 
 @dataclass
@@ -568,23 +582,30 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _default_index(config: MimicConfig, index_kwargs: dict[str, Any]) -> EntityIndex:
-    """The index that a checkpoint names: in a folder of its own, or else a directory or repository elsewhere."""
-    name, checkpoint = str(config.default_index), str(config.name_or_path or "")
-    place, options = name, index_kwargs
-    # A configuration is input from outside: it may name a folder of its checkpoint, not any on this machine.
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    """The index that a checkpoint names: in a folder of its own, or a repository of the Hub.
+
+    A configuration is input from outside: nothing else on this machine is opened.
+    """
+    name, revision, checkpoint = config.default_index, config.default_index_revision, str(config.name_or_path or "")
+    if not isinstance(name, str) or not (revision is None or isinstance(revision, str)):
         raise EntityIndexError(
-            f"The checkpoint {checkpoint!r} names {name!r} as its default index, a place that is not in the checkpoint "
-            "and no Hub repository. If you want that index, or another, pass `index=` or `entities=`."
+            f"The checkpoint {checkpoint!r} names {name!r}, of the revision {revision!r}, as its default index: these "
+            "must be strings. Pass `index=` or `entities=`."
         )
-    if checkpoint and Path(checkpoint, name).is_dir():
-        place = os.path.join(checkpoint, name)
-    elif "/" not in name and checkpoint and not Path(checkpoint).exists():
-        place, options = checkpoint, {"repo_type": "model", "subfolder": name, **index_kwargs}
-    elif config.default_index_revision and not Path(name).is_dir():
-        options = {"revision": config.default_index_revision, **index_kwargs}
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    own_folder = inside and bool(checkpoint) and is_there(Path(checkpoint, name), directory=True)
+    of_repository = inside and "/" not in name and bool(checkpoint) and not is_there(checkpoint)
+    if not own_folder and not of_repository and (not inside or hub_id(name) is None):
+        raise EntityIndexError(
+            f"The checkpoint {checkpoint!r} names {name[:200]!r} as its default index, a place that is not in the "
+            "checkpoint and no Hub repository. If you want that index, or another, pass `index=` or `entities=`."
+        )
     try:
-        return EntityIndex.from_pretrained(place, **options)
+        if own_folder:
+            return EntityIndex.from_pretrained(Path(checkpoint, name), **index_kwargs)
+        if of_repository:
+            return EntityIndex.from_hub(checkpoint, **{"repo_type": "model", "subfolder": name, **index_kwargs})
+        return EntityIndex.from_hub(name, **{"revision": revision, **index_kwargs})
     except (EntityIndexError, OSError) as error:  # without a network, or none of that name
         raise EntityIndexError(
             f"{error} The checkpoint {checkpoint!r} names {name!r} as its default index; to use another knowledge "

@@ -253,6 +253,8 @@ def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"Entity {kept['id']!r}: {error}") from error
             if aliases:
                 kept[name] = aliases
+        elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+            kept[name] = str(value)  # no reader of tables has such a number
         elif isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
             kept[name] = value
     for name, value in kept.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.server
 import io
 import json
@@ -458,6 +459,32 @@ def test_a_checkpoint_names_no_index_outside_of_it(
         linked(TASK, model=str(place), trust_remote_code=True)
     chosen = linked(TASK, model=str(place), trust_remote_code=True, index=tmp_path / "secret")
     assert len(chosen(mentions[0])) == 5
+
+
+@pytest.mark.parametrize("name", ["secret/index", "secret", "./secret", "~/secret", "x" * 5000, "http://a/b", "a\0b"])
+def test_a_default_index_is_no_folder_of_the_working_directory(
+    name: str, linker: Linker, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The index is there, so that it would be opened; the Hub, which is asked for a name that may be one, has none."""
+    for place in ("secret", "secret/index"):
+        shutil.copytree(checkpoint / "index", tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    config = copy.deepcopy(linker.model.config)
+    config.name_or_path, config.default_index = str(checkpoint), name
+    monkeypatch.setattr(linker.model, "config", config)
+    with pytest.raises(EntityIndexError, match=r"pass `index=` or `entities=`"):
+        make(linker.model, linker.processor, index_kwargs={"local_files_only": True})
+
+
+@pytest.mark.parametrize(("name", "revision"), [(5, None), (["index"], None), ("a/b", 5)])
+def test_a_default_index_that_is_no_name(
+    name: Any, revision: Any, linker: Linker, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = copy.deepcopy(linker.model.config)
+    config.name_or_path, config.default_index, config.default_index_revision = str(checkpoint), name, revision
+    monkeypatch.setattr(linker.model, "config", config)
+    with pytest.raises(EntityIndexError, match="must be strings"):
+        make(linker.model, linker.processor)
 
 
 def test_a_default_index_of_another_model(checkpoint: Path, kb: list[dict[str, Any]], tmp_path: Path):
