@@ -43,10 +43,17 @@ def code_block(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of cells that are Markdown already; columns of numbers alone stand to the right."""
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], right: bool = False) -> str:
+    """A table of cells that are Markdown already.
+
+    Args:
+        head: the names of the columns.
+        rows: of strings and integers, which get commas.
+        right: whether all columns but the first stand to the right; else those of integers alone do.
+    """
     lines = [list(row) for row in rows]
     numbers = [bool(lines) and all(isinstance(row[place], int) for row in lines) for place in range(len(head))]
+    numbers = [number or (right and place > 0) for place, number in enumerate(numbers)]
     cells = [[f"{value:,}" if isinstance(value, int) else str(value) for value in row] for row in lines]
     rule = ["---:" if number else "---" for number in numbers]
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(head), rule, *cells])

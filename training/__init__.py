@@ -24,5 +24,4 @@ __all__ = [
     "mel_ranking",
     "rank_mentions",
     "require_columns",
-    "undecoded",
 ]

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import Trainer
 from ..datasets_scripts.cards import EVAL_TASKS
 from ..explanation_mimic import Explanation
 from ..hub_files_mimic import EVAL_RESULTS_FOLDER
-from ..markdown_mimic import code, code_block, escaped, plain_line
+from ..markdown_mimic import code, code_block, escaped, plain_line, table
 from .reliability import COVERAGES, CalibrationReport
 
 TASK = "multimodal-entity-linking"
@@ -201,19 +202,38 @@ class TrainingRun:
             eval_results=self._eval_results() or None,
             metrics=None,
         )
-        parts = [
-            f"# {escaped(model_name.rpartition('/')[2])}",
-            self._summary(),
-            self._usage(model_name),
-            self._results(with_curves),
-            self._sureness(with_reliability),
-            self._why() if with_explanation else "",
-            self._training(),
-            self._limits(),
-            f"## Citation\n\n```bibtex\n{_CITATION}\n```",
-        ]
-        text = "\n\n".join(part for part in parts if part)
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+        missing = {split: int(metrics.get("missing_answers", 0)) for split, metrics in self.metrics.items()}
+        card = ModelCard.from_template(
+            data,
+            template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+            escaped=escaped,
+            code=code,
+            table=table,
+            title=model_name.rpartition("/")[2],
+            start="random weights" if self.base_model is None else _linked("", self.base_model),
+            data=_linked("datasets/", self.dataset) if self.dataset else "",
+            usage=self._usage(model_name),
+            example=self.example,
+            results=self._results(),
+            labels=[_LABELS[name] for name in _SHOWN],
+            entities=self.entities,
+            missing=" and ".join(f"{count:,} {split}" for split, count in missing.items() if count),
+            missing_rule=(
+                "They count as misses."
+                if str(self.arguments.get("missing_answers")) == "miss"
+                else "They are not part of the figures."
+            ),
+            curves=CURVES if with_curves else "",
+            calibration=self.calibration,
+            sureness=self._sureness(),
+            reliability=RELIABILITY if with_reliability else "",
+            explanation=EXPLANATION if with_explanation else "",
+            facts=self._facts(),
+            arguments=[code(f"{name}={value}") for name, value in self.arguments.items()],
+            libraries=[escaped(f"{name} {version}") for name, version in self.versions.items()],
+            citation=_CITATION,
+        )
+        return ModelCard(re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n")
 
     def _eval_results(self) -> list[EvalResult]:
         results = []
@@ -248,17 +268,8 @@ class TrainingRun:
             return None
         return eval_results_yaml(self.dataset_id, measured, self.dataset_revision)
 
-    def _summary(self) -> str:
-        start = "random weights" if self.base_model is None else _linked("", self.base_model)
-        trained = f", trained on {_linked('datasets/', self.dataset)}" if self.dataset else ""
-        return (
-            "This model links mentions to the entities they mean: given a mention, its sentence and its image, it "
-            "scores every entity of a knowledge base by name, description and image. It is MIMIC "
-            "([Luo et al., KDD 2023](https://arxiv.org/abs/2307.09721)) on a CLIP encoder, started from "
-            f"{start}{trained}."
-        )
-
     def _usage(self, model_name: str) -> str:
+        """The block of Python that links a mention of the data set."""
         dataset = self.dataset_id or self.dataset_title or "path/to/a/data-set"
         lines = ["from datasets import load_dataset", "from transformers import pipeline", ""]
         if self.has_index:
@@ -280,16 +291,10 @@ class TrainingRun:
             lines += [
                 f"# {'[' if n == 0 else ' '}{row}{']' if n == len(rows) - 1 else ','}" for n, row in enumerate(rows)
             ]
-        text = "## Use\n\n" + code_block("\n".join(lines), "python")
-        if self.example is not None:
-            text += f"\n\nThe mention's answer is {code(self.example['answer'])}."
-        return text + (
-            " A mention is a dict with `mention`, `text` (or `sentence`) and, if there is one, `image`: a path, a URL, "
-            "a PIL image or the bytes of a file. For a knowledge base of your own, pass `entities=` a data set or list "
-            "of dicts with `id`, `name`, `description` and `images`, or `index=` an `EntityIndex` of it."
-        )
+        return code_block("\n".join(lines), "python")
 
-    def _results(self, with_curves: bool) -> str:
+    def _results(self) -> list[list[str]]:
+        """The rows of the table of figures."""
         rows = []
         for split, metrics in self.metrics.items():
             rows.append((f"This model, {split}", metrics, 100.0))
@@ -298,44 +303,25 @@ class TrainingRun:
                 names = [name for name in (*_SHOWN, "mentions") if f"{kind}_{name}" in metrics]
                 own = {name: metrics[f"{kind}_{name}"] for name in names}
                 rows.append((f"This model, {split}, kind {escaped(kind)}", own, 100.0))
-        if not rows:
-            return ""
-        if self.benchmark is not None:
+        if rows and self.benchmark is not None:
             rows.append(("Published MIMIC, test", PUBLISHED[self.benchmark], 1.0))
-        lines = [
-            "| | Mentions | " + " | ".join(_LABELS[name] for name in _SHOWN) + " |",
-            "|---|" + "---:|" * (len(_SHOWN) + 1),
-        ]
-        for label, metrics, factor in rows:
-            count = f"{int(metrics['mentions']):,}" if "mentions" in metrics else ""
-            values = [
-                f"{metrics[name] * (1.0 if name == 'mean_rank' else factor):.2f}" if name in metrics else ""
-                for name in _SHOWN
+        return [
+            [
+                label,
+                f"{int(metrics['mentions']):,}" if "mentions" in metrics else "",
+                *(
+                    f"{metrics[name] * (1.0 if name == 'mean_rank' else factor):.2f}" if name in metrics else ""
+                    for name in _SHOWN
+                ),
             ]
-            lines.append(f"| {label} | {count} | " + " | ".join(values) + " |")
-        among = f" among {self.entities:,} entities" if self.entities else ""
-        text = (
-            f"## Results\n\nEach mention's answer is ranked{among}; equal scores share the mean of their places. "
-            "Hits and MRR in percent.\n\n" + "\n".join(lines)
-        )
-        missing = {split: int(metrics.get("missing_answers", 0)) for split, metrics in self.metrics.items()}
-        if any(missing.values()):
-            counts = " and ".join(f"{count:,} {split}" for split, count in missing.items() if count)
-            rule = {"miss": "They count as misses."}.get(
-                str(self.arguments.get("missing_answers")), "They are not part of the figures."
-            )
-            text += f"\n\nThe answers of {counts} mentions are not in the knowledge base. {rule}"
-        if with_curves:
-            text += f"\n\n![Training loss, and validation MRR and Hits@1, against epochs]({CURVES})"
-        return text
+            for label, metrics, factor in rows
+        ]
 
-    def _sureness(self, with_reliability: bool) -> str:
-        report = self.calibration
-        if report is None:
-            return ""
-        figures = report.figures
-        rows = [
-            (label, f"{figures[name]:.3f}")
+    def _sureness(self) -> list[list[str]]:
+        """The rows of the table of what the probabilities are worth."""
+        figures = {} if self.calibration is None else self.calibration.figures
+        return [
+            [label, f"{figures[name]:.3f}"]
             for label, name in (
                 ("Answers that are right, NIL among them", "accuracy"),
                 ("Expected calibration error of the answer given (15 bins)", "ece"),
@@ -352,31 +338,9 @@ class TrainingRun:
             )
             if name in figures
         ]
-        table = "\n".join(f"| {label} | {value} |" for label, value in rows)
-        text = (
-            "## How sure it is\n\nEach answer has a `probability`, and so has NIL, the answer that the entity is not "
-            "in the knowledge base; all of them add up to one. They were fitted on the validation split. Measured on "
-            f"{int(figures['mentions']):,} test mentions, for {100 * report.nil_rate:.0f}% of which the entity was "
-            f"taken out of the knowledge base:\n\n| | |\n|---|---:|\n{table}\n\n"
-            "`linker(mention, min_probability=0.5)` gives only what is so probable, `linker(mention, coverage=0.9)` "
-            "the smallest set that holds the right answer of 90% of such mentions. For another knowledge base, "
-            "calibrate again: `mimic-el calibrate`."
-        )
-        if with_reliability:
-            text += (
-                f"\n\n![Probabilities against the share that is right; accuracy against the share kept]({RELIABILITY})"
-            )
-        return text
 
-    def _why(self) -> str:
-        """The section with an explained link."""
-        return (
-            "## Why\n\nWhat each word, each patch of an image and each unit adds to a link, here to the lead over the "
-            "runner-up; `linker.explain(mention)` gives it for any.\n\n"
-            f"![A mention, its entity and the runner-up, with what their words and images add]({EXPLANATION})"
-        )
-
-    def _training(self) -> str:
+    def _facts(self) -> list[tuple[str, str]]:
+        """The rows of the table of how it was trained."""
         facts = []
         if self.dataset is not None:
             revision = f", revision {code(self.dataset_revision)}" if self.dataset_revision else ""
@@ -395,40 +359,7 @@ class TrainingRun:
         if self.hardware:
             facts.append(("Hardware", escaped(self.hardware)))
         facts += [(escaped(name.capitalize()), escaped(_plain(value))) for name, value in self.model.items()]
-        if not facts:
-            return ""
-        table = "\n".join(f"| {name} | {value} |" for name, value in facts)
-        text = f"## Training\n\n| | |\n|---|---|\n{table}"
-        if self.arguments:
-            text += (
-                "\n\nArguments: " + ", ".join(code(f"{name}={value}") for name, value in self.arguments.items()) + "."
-            )
-        if self.versions:
-            text += (
-                "\n\nMade with "
-                + ", ".join(escaped(f"{name} {version}") for name, version in self.versions.items())
-                + "."
-            )
-        return text
-
-    def _limits(self) -> str:
-        sure = (
-            "Scores tell entities of one mention apart; how sure an answer is, and whether the entity is missing, say "
-            "the probabilities, for mentions and a knowledge base like those that they were fitted on. "
-            if self.calibration is not None
-            else "Every mention is given its best entities, whether or not any is right: scores tell entities of one "
-            "mention apart, they are no probabilities and do not say that the right entity is missing. "
-        )
-        return (
-            "## Intended use, limits and bias\n\n"
-            "For linking mentions in text with images to the entities of a knowledge base that has names, "
-            f"descriptions and, best, images. {sure}Figures hold for the data set above; other languages, kinds of "
-            "entities and images, and larger knowledge bases, must be measured anew. Texts are cut at the number of "
-            "tokens above.\n\n"
-            "The model repeats what its encoder and its training data associate, stereotypes included, and links well "
-            "known entities better than others. Do not use it to identify people in images, and have a person check "
-            "links on which something depends."
-        )
+        return facts
 
     def write(self, directory: str | os.PathLike[str], model_name: str | None = None) -> ModelCard:
         """Writes README.md, [`eval_results`], and the images of training curves and calibration if matplotlib is
