@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Folders of the repository that are not part of the package.
-_NOT_PACKAGED = {"tests", "benchmarks", "docs", "build", "dist", "runs", "space"}
+_NOT_PACKAGED = {"tests", "benchmarks", "docs", "build", "dist", "runs"}
 
 
 @pytest.fixture(scope="module")
