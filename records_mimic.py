@@ -155,12 +155,16 @@ class _StoredRecords(Sequence[Mapping[str, Any]]):
 
 
 def undecoded(dataset: Any, column: str) -> Any:
-    """A data set with its images as bytes: they are decoded by our own reader, with its limits.
+    """A data set with its images as bytes: they are decoded by our own reader, with its limits. Its rows are dicts of
+    plain values, whatever library's it was to give them as (`with_format`).
 
     Of a `datasets.Dataset` whose column holds lists of images this is a sequence of its records: a cast of such a
     column would write all of them anew.
     """
     features = getattr(dataset, "features", None)
+    form = getattr(dataset, "format", None)
+    if isinstance(form, Mapping) and form.get("type") not in (None, "custom"):  # a custom one is the caller's transform
+        dataset = dataset.with_format(None)
     if features is None or column not in features or not hasattr(dataset, "cast_column"):
         return dataset
     wrapped = features[column]

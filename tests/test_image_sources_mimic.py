@@ -304,6 +304,21 @@ def test_mentions_of_a_data_set_and_those_of_a_caller(
     assert len(list(switched(table))) == 1
 
 
+def test_a_service_reads_nothing_that_a_request_names(
+    model: MimicModel, processor: MimicProcessor, folder: Path
+) -> None:
+    linker = MultimodalEntityLinkingPipeline(
+        model=model, processor=processor, entities=rows(PNG), allow_urls=False, image_root=False
+    )
+    for image in (str(folder / "photo.png"), folder / "photo.png", "/etc/none", "http://127.0.0.1:9/a.png"):
+        mention = {"mention": "a", "text": "b", "image": image}
+        for call in (mention, [mention], iter([mention])):
+            with pytest.raises(MimicImageError, match=r"no file is read for it|URLs are not fetched here"):
+                list(linker(call))
+    for given in (PNG, f"data:image/png;base64,{TEXT}", IMAGE, io.BytesIO(PNG)):
+        assert linker({"mention": "a", "text": "b", "image": given})
+
+
 def test_training_reads_what_building_reads(processor: MimicProcessor, folder: Path) -> None:
     entities = rows("photo.png", str(folder / "photo.png"))
     mentions: list[dict[str, Any]] = [
@@ -329,6 +344,21 @@ def test_training_reads_what_building_reads(processor: MimicProcessor, folder: P
     assert has_image(KnowledgeBase(table, image_root=folder)) == [True, True, True, True]
     with pytest.raises(ValueError, match="set them where it is made"):
         MentionEntityCollator(processor, KnowledgeBase(table), image_root=folder)
+
+
+@pytest.mark.parametrize("library", ["numpy", "pandas", "torch", "arrow"])
+def test_whatever_library_gives_the_rows(
+    library: str, model: MimicModel, processor: MimicProcessor, folder: Path
+) -> None:
+    table = datasets.Dataset.from_list(rows("photo.png", str(folder / "photo.png"))).with_format(library)
+    assert seen(model, processor, table, image_root=folder) == ([True, True], [])
+    columns = datasets.Dataset.from_list(rows("a")).features
+    features = datasets.Features({**columns, "images": datasets.List(datasets.Image())})
+    images = datasets.Dataset.from_list(rows({"bytes": PNG, "path": None}), features=features)
+    assert seen(model, processor, images.with_format(library)) == ([True], [])
+    if library == "pandas":
+        frame = datasets.Dataset.from_list(rows(str(folder / "photo.png"))).to_pandas()
+        assert seen(model, processor, frame) == seen(model, processor, frame.to_dict("records")) == ([True], [])
 
 
 # --- Addresses ----------------------------------------------------------------------------------------------------

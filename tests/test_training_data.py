@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -60,7 +61,7 @@ def test_a_folder_of_data_names_images_in_it_and_nothing_else(tmp_path: Path) ->
     )
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
 
-    def read(**switches: str) -> list[bool]:
+    def read(**switches: Any) -> list[bool]:
         loaded, knowledge_base = load_data(DataArguments(dataset_name=str(folder), **switches), str(tmp_path / "cache"))
         collator = MentionEntityCollator(tiny_processor(tiny_model()), knowledge_base)
         with warnings.catch_warnings():

@@ -92,7 +92,10 @@ class ModelTest(ModelTesterMixin, unittest.TestCase):
         return inputs
 
 
-class ScoresWithClipsName(MimicModel):
+_Mimic: Any = MimicModel
+
+
+class ScoresWithClipsName(_Mimic):
     """MIMIC, whose score is in the output under the name that CLIP has for its own, too."""
 
     _auto_class = None
