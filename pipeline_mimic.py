@@ -80,8 +80,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         build_kwargs (`dict`, *optional*): with `entities`, arguments of [`EntityIndex.build`] (`dtype`,
             `batch_size`, ...).
         allow_urls, image_root (*optional*): where images that are named by a string are read from, in `entities` and
-            in a data set of mentions; see [`EntityIndex.build`]. Where they are given, mentions that a caller passes are
-            held to them, too: a service for strangers says `allow_urls=False, image_root=False`.
+            in a data set of mentions; see [`EntityIndex.build`]. Where they are given, they hold for mentions that a
+            caller passes, too: a service for strangers says `allow_urls=False, image_root=False`.
         top_k (`int`, defaults to 5): number of entities for each mention. Also an argument of the call, as all that
             follow.
         min_probability (`float`, *optional*): of a calibrated model, only answers that are at least so probable.
