@@ -280,7 +280,7 @@ def _encoder_facts(model: MimicModel) -> dict[str, Any]:
         return known[1]
     digest, kinds = hashlib.sha256(), set()
     for tensor in state:
-        kinds.add(str(tensor.dtype).removeprefix("torch."))
+        kinds |= _kinds(tensor)
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         for piece in _bytes_of(tensor):
             digest.update(piece)
@@ -296,6 +296,13 @@ def _encoder_facts(model: MimicModel) -> dict[str, Any]:
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _kinds(tensor: Tensor) -> set[str]:
+    """Names of the types of the numbers that a tensor is stored in."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return set().union(*(_kinds(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]))
+    return {str(tensor.dtype).removeprefix("torch.")}
 
 
 def _bytes_of(tensor: Tensor) -> Iterator[Any]:

@@ -182,6 +182,16 @@ class MimicModel(MimicPreTrainedModel):
             layer.to(dual.dtype)
         return model
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: where the first weight is or, if Accelerate offloaded it, is fetched to."""
+        device = super().device
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            fetched_to = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(place) for place in fetched_to if place is not None), device)
+        return device
+
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_input_embeddings()
 

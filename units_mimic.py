@@ -21,11 +21,13 @@ from .layers_mimic import (
     UnitLayerNorm,
     UnitLinear,
     at_least_float32,
+    called,
     centered,
     dot,
     is_traced,
     linear_part,
     offset,
+    scaled,
 )
 
 # Expanded squares lose digits where the terms of a sum nearly cancel. Where a square is below this fraction of its
@@ -61,7 +63,7 @@ class TextGlobalLocalUnit(nn.Module):
         features = {
             "text_embed": embeds,
             "text_query": queries,
-            "text_local": centered(self.layer_norm(local, only_scale=True)),
+            "text_local": centered(scaled(self.layer_norm, local)),
             "text_bias": local @ offset(self.layer_norm, local),
         }
         if self.mask_padding:
@@ -167,11 +169,11 @@ class VisionDualDirection(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """`A_x` of a centred x."""
-        return linear_part(self.fc, self.add_layer_norm(x, only_scale=True))
+        return linear_part(self.fc, scaled(self.add_layer_norm, x))
 
     def _h0(self, like: Tensor) -> Tensor:
         """`h0`, (d,), on the device and in the precision of a tensor of width d."""
-        return self.fc(offset(self.add_layer_norm, like))
+        return called(self.fc, offset(self.add_layer_norm, like))
 
     def _gate(self, x: Tensor) -> Tensor:
         """`w . x`, without the bias."""
@@ -196,7 +198,7 @@ class VisionDualDirection(nn.Module):
         q = centered(query)
         projected = self._project(q)
         n = self.layer_norm(query)
-        m = centered(self.layer_norm(n, only_scale=True))
+        m = centered(scaled(self.layer_norm, n))
         vectors = {"q": q, "a": centered(projected), "m": m}
         bias = n @ offset(self.layer_norm, n)
         return {**vectors, "stats": self.query_stats(vectors, self._gate(projected), bias)}

@@ -36,8 +36,12 @@ def matcher_shape(config: Any) -> Matcher:
 
 
 def state_at_hand(model: nn.Module) -> dict[str, Any]:
-    """The state of a model, with the values of weights that Accelerate offloaded."""
+    """The state of a model, with the values of weights that Accelerate offloaded; without what bitsandbytes casts when
+    a layer of 4 bits is first called."""
     state = model.state_dict()
+    for path in [name.partition(".weight.quant_state")[0] for name in state if ".weight.quant_state" in name]:
+        for name in [name for name in state if name.startswith(f"{path}.") and name != f"{path}.weight"]:
+            del state[name]
     if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
         for path, part in model.named_modules():
             kept = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
