@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .backbones_mimic import backbone_of
 from .configuration_mimic import HUB_KWARGS, MimicConfig
@@ -38,6 +38,8 @@ from .matching_mimic import (
     at_least_float32,
     is_traced,
 )
+
+logger = logging.get_logger(__name__)
 
 # What a CPU's cache holds is twice as fast as what it does not; a GPU wants more at a time.
 _SCORE_BLOCK_BYTES, _SCORE_BLOCK_BYTES_GPU = 16 * 2**20, 256 * 2**20
@@ -376,6 +378,7 @@ class MimicModel(MimicPreTrainedModel):
             ValueError: if the shapes do not fit each other.
         """
         entity_labels: Tensor | None = kwargs.pop("entity_labels", None)
+        self._check_trained_well(labels is not None, return_loss is None and return_scores)
         kwargs |= {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         if not return_scores:
             output = MimicOutput()
@@ -407,6 +410,21 @@ class MimicModel(MimicPreTrainedModel):
             output = MimicOutput(**output, mention_encoder_output=mention, entity_encoder_output=entity)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _check_trained_well(self, has_labels: bool, asks_for_nothing: bool) -> None:
+        """Refuses, or warns of, two ways in which a Trainer that knows nothing of the loss would spoil it."""
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "torch.nn.DataParallel, which a Trainer uses where it sees several GPUs, cuts a batch into parts that "
+                "MIMIC's labels and negatives do not fit. Start one process a GPU (`torchrun --nproc-per-node GPUS "
+                "...`), or show one GPU alone (`CUDA_VISIBLE_DEVICES=0`)."
+            )
+        if self.training and not has_labels and asks_for_nothing and torch.is_grad_enabled() and not is_traced():
+            logger.warning_once(
+                "MimicModel was called in training without `labels`: it returns no loss, and a loss of its `logits` "
+                "trains the total score alone, without the units. A Trainer's `label_smoothing_factor` and "
+                "`compute_loss_func` take the labels away: leave them out."
+            )
 
     def contrastive_loss(
         self, output: MimicOutput, labels: Tensor | None = None, entity_labels: Tensor | None = None
