@@ -195,11 +195,15 @@ def _wrong_part(manifest: Mapping[str, Any]) -> str | None:
         return "removed"
     if manifest["removed"] is not None:
         shard_files(manifest["removed"])
-    if manifest.get("names") is not None:  # an older index has none
-        shard_files(manifest["names"])
+    if manifest.get("names") is not None and not _is_part_entry(manifest["names"]):  # an older index has none
+        return "names"
     if not _are_file_facts(manifest.get("files", {}), ()):
         return "files"
     return None
+
+
+def _is_part_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and _are_file_facts(entry.get("files"), shard_files(entry.get("name"))[:1])
 
 
 def _is_count(value: Any) -> bool:
@@ -228,7 +232,7 @@ def files_of(manifest: Mapping[str, Any]) -> list[str]:
     if manifest["removed"]:
         files.append(shard_files(manifest["removed"])[0])
     if manifest.get("names"):
-        files.append(shard_files(manifest["names"])[0])
+        files.append(shard_files(manifest["names"]["name"])[0])
     return files
 
 
@@ -244,7 +248,7 @@ def verify_files(directory: Path, manifest: Mapping[str, Any]) -> None:
         EntityIndexError: if a file differs or is missing.
     """
     files = dict(manifest.get("files", {}))
-    for entry in manifest["shards"]:
+    for entry in [*manifest["shards"], *filter(None, [manifest.get("names")])]:
         files |= entry["files"]
     for file, expected in files.items():
         path = directory / file
@@ -294,7 +298,7 @@ def publish(directory: Path, manifest: Manifest, store: Store, matcher: Matcher 
     )
     manifest["entities"] = len(store) - store.removed_count
     manifest["names"] = _write_names(directory, store)
-    own = [shard_files(manifest[part])[0] for part in ("matcher", "removed", "names") if manifest[part]]
+    own = [shard_files(name)[0] for name in (manifest["matcher"], manifest["removed"]) if name]
     manifest["files"] = {file: file_facts(directory / file) for file in own}
     manifest["digest"] = sealed(manifest)["digest"]
     write_text(directory / "README.md", card_of_index(directory.resolve().name, manifest, store))
@@ -411,12 +415,13 @@ def _read_removed(directory: Path, name: str | None, count: int) -> Tensor | Non
 
 def names_path(directory: Path, manifest: Mapping[str, Any]) -> Path | None:
     """Where the names of an index are stored; `None` for one that was made without."""
-    name = manifest.get("names")
-    return None if name is None else directory / shard_files(name)[0]
+    entry = manifest.get("names")
+    return None if entry is None else directory / shard_files(entry["name"])[0]
 
 
-def _write_names(directory: Path, store: Store) -> str:
-    """Writes the names of all rows, and gives the file's name. Those of shards that were there are not read again."""
+def _write_names(directory: Path, store: Store) -> dict[str, Any]:
+    """Writes the names of all rows, and gives their entry of the manifest, where versions that know of no names pass
+    over it. Names of shards that were there are not read again."""
     shards = [shard.name for shard in store.shards]
     before, known, names = _names_before(directory)
     if before is not None and known == shards:
@@ -427,17 +432,17 @@ def _write_names(directory: Path, store: Store) -> str:
     rest = NameTable.of((record for shard in store.shards[same:] for record in shard.table), store.starts[same])
     made = rest if names is None or not same else names.up_to(store.starts[same]).followed_by(rest)
     name = f"names-{secrets.token_hex(6)}"
-    write_atomically(directory / shard_files(name)[0], lambda path: made.save(path, shards))
-    return name
+    path = directory / shard_files(name)[0]
+    write_atomically(path, lambda temporary: made.save(temporary, shards))
+    return {"name": name, "files": {path.name: file_facts(path)}}
 
 
-def _names_before(directory: Path) -> tuple[str | None, list[str], NameTable | None]:
-    """The file of names that lies in a directory, the shards that it is of, and what it holds."""
+def _names_before(directory: Path) -> tuple[dict[str, Any] | None, list[str], NameTable | None]:
+    """The names that lie in a directory: their entry of the manifest, the shards that they are of, and themselves."""
     with suppress(EntityIndexError):
         manifest = read_manifest(directory)
-        if manifest.get("names"):
-            count = sum(entry["count"] for entry in manifest["shards"])
-            names, known = NameTable.load(directory / shard_files(manifest["names"])[0], count)
+        if path := names_path(directory, manifest):
+            names, known = NameTable.load(path, sum(entry["count"] for entry in manifest["shards"]))
             return manifest["names"], known, names
     return None, [], None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ Span = tuple[int, int]
 
 ALIASES = "aliases"
 _SEPARATOR = "|"
+_TOLD_APART = re.compile(r"\s+\([^()]*\)\s*$")
 # A name that ends after more possible ends of words than this is found by `find`, but not in texts.
 _LONGEST = 24
 _BEGINS_AT_ONCE = 8192
@@ -55,11 +57,13 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 
 def names_of(record: Mapping[str, Any]) -> list[str]:
-    """An entity's name and aliases, each once, without those that are empty."""
+    """An entity's name and aliases, each once, without those that are empty. A title as Wikipedia has it is one with
+    what tells it from others of the name, and without: "Georgia (country)", "Georgia"."""
     aliases = record.get(ALIASES) or []
     if isinstance(aliases, str):
         aliases = aliases.split(_SEPARATOR)
     names = [record.get("name") or "", *(alias for alias in aliases if isinstance(alias, str))]
+    names += [name[: told.start()] for name in names if (told := _TOLD_APART.search(name))]
     return list(dict.fromkeys(name for name in names if name.strip()))
 
 

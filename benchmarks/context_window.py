@@ -8,7 +8,8 @@ for the others both read the same. MELBench's texts are single sentences; so eac
 paragraph, between two real sentences before it and two behind it, as a user's document would have it, and the same
 models rank those.
 
-Prints Hits@1 and MRR in percent as a Markdown table. Takes about six minutes on two cores.
+Prints Hits@1 and MRR in percent as a Markdown table, and leaves the models in `--work_dir`, for benchmarks/names.py.
+Takes about six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ def main() -> None:
     for window in CONTEXT_WINDOWS:
         model.load_state_dict(start)
         train(model, processor, batches, window)
+        model.save_pretrained(args.work_dir / f"text-{window}")
+        processor.save_pretrained(args.work_dir / f"text-{window}")
         index = EntityIndex.build(model, processor, knowledge, dtype="float32", show_progress=False)
         collator = MentionEntityCollator(processor, KnowledgeBase(knowledge))
         for name, mentions in sets.items():

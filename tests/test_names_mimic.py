@@ -131,6 +131,11 @@ def test_aliases_in_any_form():
     assert names_of({"name": "A", "aliases": ["B", "A", "", " "]}) == ["A", "B"]
     assert names_of({"name": "A", "aliases": "B|C"}) == ["A", "B", "C"]
     assert names_of({"name": None}) == []
+    assert names_of({"name": "Georgia (country)", "aliases": ["(500) Days"]}) == [
+        "Georgia (country)",
+        "(500) Days",
+        "Georgia",
+    ]
     assert listed_aliases("a| b |") == ["a", "b"]
     assert listed_aliases(("a", "b", "a")) == listed_aliases(np.array(["a", "b"])) == ["a", "b"]
     for wrong in (5, ["a", 5], {"a": "b"}):
