@@ -227,7 +227,7 @@ def features_of(
     model: MimicModel, input_ids: Tensor, attention_mask: Tensor, images: Sequence[MentionImage]
 ) -> MentionFeatures:
     """Features of M mentions. An image that several of them have is encoded once, in this call and those after it."""
-    device, dtype = input_ids.device, images[0].pixels.dtype
+    device = input_ids.device
     numbers: dict[int, int] = {}
     distinct: list[MentionImage] = []
     for image in images:
@@ -238,15 +238,15 @@ def features_of(
         encoded = model.encode(input_ids, attention_mask, pixels)
     else:
         new = [image for image in distinct if image.encoded is None]
-        # Where all are known already, a blank image is encoded in their place.
-        pixels = torch.stack([image.pixels for image in new] or [torch.zeros_like(images[0].pixels)])
-        encoded = model.encoder(input_ids, attention_mask, pixels.to(device, dtype))
-        for row, image in enumerate(new):
-            image.encoded = encoded.image_embeds[row], encoded.image_tokens[row]
+        if new:
+            embeds, tokens = model.encoder.encode_images(torch.stack([image.pixels for image in new]).to(device))[:2]
+            for row, image in enumerate(new):
+                image.encoded = embeds[row], tokens[row]
+        text_embeds, text_tokens = model.encoder.encode_texts(input_ids, attention_mask)[:2]
         known: list[Any] = [image.encoded for image in images]
         encoded = MimicEncoderOutput(
-            text_embeds=encoded.text_embeds,
-            text_tokens=encoded.text_tokens,
+            text_embeds=text_embeds,
+            text_tokens=text_tokens,
             image_embeds=torch.stack([embeds for embeds, _ in known]),
             image_tokens=torch.stack([tokens for _, tokens in known]),
         )

@@ -91,9 +91,9 @@ def one_each(records: Sequence[Record], count: int, draw: random.Random) -> list
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--batch_size", type=int, default=24)
-    arguments.add_argument("--mentions", type=int, default=1000, help="test mentions of each kind, at most")
-    arguments.add_argument("--entities", type=int, default=4000)
-    arguments.set_defaults(train_steps=300)
+    arguments.add_argument("--mentions", type=int, default=800, help="test mentions of each kind, at most")
+    arguments.add_argument("--entities", type=int, default=3000)
+    arguments.set_defaults(train_steps=200)
     args: argparse.Namespace = arguments.parse_args()
     torch.set_num_threads(args.threads)
     world = World(read_records(args.data_dir))

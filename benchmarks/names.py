@@ -2,8 +2,8 @@
 
 - `detector`: how well the names of the knowledge base find the mentions of MELBench's real sentences. Gold are the
   mentions that their authors marked; a sentence has other names besides, so that precision is a lower bound.
-- `speed`: a table of 10^6 names, opened (times of the processor) and looked for in a text of 1,000 words, beside a dict of the same names that
-  is asked for every part of the text.
+- `speed`: a table of 10^6 names, opened and looked for in a text of 1,000 words (times of the processor), beside a dict
+  of the same names that is asked for every part of the text.
 - `sample`, `text`: `candidates="names"` and `"names+search"` beside the search of all: Hits@1, whether the answer is
   among the candidates, and time; on the sample's test mentions with the demo's model (`--sample_model`), and on
   MELBench's text with the model that benchmarks/context_window.py leaves in `--work_dir`.

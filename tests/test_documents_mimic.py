@@ -156,13 +156,13 @@ def test_an_image_is_read_and_encoded_once(
         return load(source, *args, **options)
 
     monkeypatch.setattr(processing_mimic, "load_image", counted_reading)
-    encode = linker.model.encoder._encode_images
+    encode = linker.model.encoder.encode_images
 
     def counted(pixel_values: torch.Tensor, *args: Any, **options: Any) -> Any:
         encoded.append(int(pixel_values.flatten(1).any(dim=1).sum()))
         return encode(pixel_values, *args, **options)
 
-    monkeypatch.setattr(linker.model.encoder, "_encode_images", counted)
+    monkeypatch.setattr(linker.model.encoder, "encode_images", counted)
     document = {"text": "Apple " * mentions, "image": picture(5)}
     expected = linker({"mention": "Apple", "text": "Apple " * mentions, "image": picture(5)}, context_window="mention")
     for inputs in (document, [document]):
