@@ -322,7 +322,8 @@ def shards_of_features(
         raise ValueError(f"There are features of {len(features)} entities, but {len(kept)} records or more.")
     with torch.no_grad():
         stored = quantized(features, model.matcher, STORED_DTYPES[dtype], [record["id"] for record in kept])
-    seen, shards, start = _SeenIds((), None), [], 0
+    seen, start = _SeenIds((), None), 0
+    shards: list[Shard] = []
     while start < len(kept):
         rows = slice(start, start + (shard_entities or shard_size(start)))
         shard = make_shard(new_shard_name(len(shards)), {name: t[rows] for name, t in stored.items()}, kept[rows])
@@ -465,7 +466,8 @@ class _SeenIds:
     """Refuses an id that was there before, in shards or in a store."""
 
     def __init__(self, shards: Sequence[Shard], store: Store | None) -> None:
-        self._rows, self._shards, self._starts, self._store = IdRows(), [], [0], store
+        self._rows, self._starts, self._store = IdRows(), [0], store
+        self._shards: list[Shard] = []
         for shard in shards:
             self.add(shard)
 

@@ -150,7 +150,8 @@ def mapped(path: Path, size: int) -> memoryview | bytes:
     """
     if is_small(size):
         return path.read_bytes()[:size]
-    return memoryview(torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8).numpy())
+    numbers: Any = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    return memoryview(numbers)
 
 
 # --- Locking --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import encode_mentions, knowledge_base, mentions_of, small_shards, tiny_processor
@@ -26,7 +27,8 @@ def test_readers_while_a_writer_removes_adds_and_compacts(tmp_path: Path, monkey
     answers = [entity["id"] for entity in real]
     expected = index.search(mentions, 3, candidates=candidates)
     ranks = EntityIndex.build(model, processor, real, show_progress=False).rank(mentions, answers).ranks
-    stop, wrong, count = threading.Event(), [], [0]
+    stop, count = threading.Event(), [0]
+    wrong: list[Any] = []
 
     def reader() -> None:
         while not stop.is_set():

@@ -191,7 +191,6 @@ def changed_processor(model: MimicModel, change: Callable[[Any], Any]) -> MimicP
         (lambda p: setattr(p.image_processor, "size", {"height": 8, "width": 8}), "size"),
         (lambda p: setattr(p, "text_max_length", 9), "text_max_length"),
         (lambda p: setattr(p, "correct_images", False), "correct_images"),
-        (lambda p: setattr(p, "reduce_jpeg", True), "reduce_jpeg"),
         (lambda p: p.tokenizer.add_tokens(["Orange"]), "vocabulary"),
         (lambda p: setattr(p.tokenizer, "pad_token", "a</w>"), "texts"),
         (lambda p: setattr(p.tokenizer, "padding_side", "left"), "texts"),
