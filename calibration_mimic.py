@@ -126,11 +126,11 @@ class Calibration:
         Raises:
             CalibrationError: if a score is infinite, or NaN before a number.
         """
-        scores, count = checked_scores(scores, count)
+        scores, counts = checked_scores(scores, count)
         best = scores[:, : self.depth]
         standard = self.standardized(evidence_of(best, name_fits))
         known = (~np.isnan(best)).sum(axis=1)
-        left = np.maximum(count - known, 0.0)
+        left = np.maximum(counts - known, 0.0)
         log_nil, log_in = _log_sigmoids(self._line("nil", standard))
         # A mention without any candidate has no entity.
         log_nil, log_in = np.where(known > 0, log_nil, 0.0), np.where(known > 0, log_in, -np.inf)
@@ -145,7 +145,7 @@ class Calibration:
         log_most, _ = _log_sigmoids(most_odds)
         log_last = np.where(known > 0, log_in + log_best - log_sum, -np.inf)
         rest, most = np.exp(log_in + log_rest), np.exp(log_in + log_most)
-        fall = _rest_sharpness(best, known, count, np.exp(np.minimum(log_odds + log_sum, 700.0)))
+        fall = _rest_sharpness(best, known, counts, np.exp(np.minimum(log_odds + log_sum, 700.0)))
         found = Probabilities(scores, np.exp(log_nil), rest, most, last, log_last, sharpness, fall)
         return dataclasses.replace(found, entities=found.at(scores))
 
@@ -284,8 +284,8 @@ def checked_scores(scores: Any, count: int | np.ndarray) -> tuple[np.ndarray, np
     bad = np.isinf(scores).any(axis=1) | (there[:, 1:] & ~there[:, :-1]).any(axis=1)
     if bad.any():
         raise CalibrationError(f"The scores of mention {int(bad.argmax())} are not finite: they have no probabilities.")
-    count = np.maximum(np.broadcast_to(np.asarray(count, dtype=np.float64), len(scores)), there.sum(axis=1))
-    return scores, count
+    counts = np.broadcast_to(np.asarray(count, dtype=np.float64), len(scores))
+    return scores, np.maximum(counts, there.sum(axis=1))
 
 
 def evidence_of(scores: np.ndarray, name_fits: Any = None) -> dict[str, np.ndarray]:

@@ -152,7 +152,7 @@ def draw_links(
             x = left + place * cell
             if found["entity_id"] is None:
                 _paste(sheet, None, (x, top), side, "none of them")
-                draw.text((x, top + side + 4), _latin(found["name"])[:24], font=small, fill="black")
+                draw.text((x, top + side + 4), _latin(found["name"]), font=small, fill="black")
                 draw.text((x + side + 6, top), sureness(found).strip(), font=small, fill="#555555")
                 continue
             entity = knowledge_base.entity(found["entity_id"])
