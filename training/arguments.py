@@ -217,8 +217,8 @@ class MimicTrainingArguments(TrainingArguments):
             entities of all of them: so n processes train as one does with the whole batch. Without, they are those of
             its own process.
         cached_batch_size (`int`, *optional*): encode at most so many mentions and entities at a time (GradCache): a
-            batch of any size then takes the memory of a small one, for a third more time. Loss and gradients are
-            those of the plain step.
+            batch of any size then takes the memory of a small one, and encodes and scores once more. Loss and
+            gradients are those of the plain step.
         hard_negatives (`int`, defaults to 0): so many wrong entities join a batch for each of its mentions, drawn from
             those that the model thinks best of the mention. The published batches have none.
         hard_negatives_epochs (`int`, defaults to 2): after every so many epochs the model's best wrong entities are
@@ -288,7 +288,7 @@ class MimicTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Encode at most so many mentions and entities at a time (GradCache): a batch of any size in the "
-            "memory of a small one, with the same loss and gradients, for a third more time."
+            "memory of a small one, with the same loss and gradients; all is encoded and scored once more."
         },
     )
     hard_negatives: int = field(

@@ -25,8 +25,8 @@ from ..modeling_mimic import MimicModel
 from .gather import SharedBatch, gathered, packed, summed_rows, unpacked
 
 _ENTITY = "entity_"
-# Pairs whose scores have a graph at a time, by the bytes of their attention.
-_BLOCK_BYTES = 64 * 2**20
+# Pairs whose scores have a graph at a time, by the bytes of their attention; a graph holds several times as much.
+_BLOCK_BYTES, _BLOCK_BYTES_GPU = 16 * 2**20, 128 * 2**20
 
 
 @dataclass
@@ -165,7 +165,8 @@ def _gradients_of_features(
 
     device = loss.device
     length = mentions.tensors["text_key"].shape[1] * entities.tensors["text_query"].shape[1]
-    side = max(1, int((_BLOCK_BYTES // (4 * length)) ** 0.5))
+    block_bytes = _BLOCK_BYTES if device.type == "cpu" else _BLOCK_BYTES_GPU
+    side = max(1, int((block_bytes // (4 * length)) ** 0.5))
     own = torch.arange(len(mentions), device=device)
     for rows in own.split(side):
         for places in torch.arange(len(batch.columns), device=device).split(side):
