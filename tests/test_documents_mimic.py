@@ -13,7 +13,8 @@ import pytest
 import torch
 from tiny import picture, tiny_processor
 from tiny_clip import tiny_model
-from transformers import pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast, pipeline
 
 from mimic_el import (
     EntityIndex,
@@ -371,6 +372,40 @@ def test_a_detector_that_raises(linker: Linker):
         linker({"text": TEXT}, mention_detector=broken)
     with pytest.raises(TypeError, match=r"`mention_detector` must be .* got int"):
         linker({"text": TEXT}, mention_detector=5)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Any:
+    """A token-classification pipeline that reads 16 tokens and takes every "Apple" and "Java" for a place."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "Apple", "Java", "word"]
+    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
+    size = {"hidden_size": 8, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 8}
+    labels: dict[str, Any] = {"id2label": {0: "O", 1: "B-LOC"}, "label2id": {"O": 0, "B-LOC": 1}}
+    model = BertForTokenClassification(BertConfig(vocab_size=len(words), max_position_embeddings=16, **size, **labels))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        embeddings = model.bert.embeddings
+        embeddings.LayerNorm.weight.fill_(1)
+        embeddings.word_embeddings.weight[4:6, 0] = 5
+        model.classifier.weight[1, 0] = 5
+        model.classifier.bias[0] = 1
+    return linked("token-classification", model=model.eval(), tokenizer=fast)
+
+
+def test_a_token_classifier_finds_mentions(linker: Linker, classifier: Any, tmp_path: Path):
+    """The pipeline itself, or its directory; in a text that is longer than it reads, too."""
+    text = "word Apple word " + "word " * 40 + "Java"
+    expected = [(5, 10), (text.index("Java"), len(text))]
+    classifier.save_pretrained(tmp_path)
+    for detector in (classifier, str(tmp_path), tmp_path):
+        assert places(linker({"text": text}, mention_detector=detector, top_k=1)) == expected
+        assert (
+            linker({"text": ""}, mention_detector=detector) == linker({"text": "word"}, mention_detector=detector) == []
+        )
 
 
 # --- What is wrong with an item

@@ -100,7 +100,7 @@ def test_texts_without_names(text: str):
 # --- Who bears a name
 
 
-RECORDS = [
+RECORDS: list[dict[str, Any]] = [
     {"name": "Orange", "aliases": ["France Télécom"]},
     {"name": "orange"},
     {"name": "Apple", "aliases": ["ORANGE", "Apple"]},
