@@ -305,20 +305,18 @@ def table(lower: LowerLayers, world: World, args: argparse.Namespace, until: flo
             runs[f"{name}/{seed}"] = run(name, seed, lower, world, args)
             print(name, seed, runs[f"{name}/{seed}"], flush=True)
             kept.write_text(json.dumps(runs, indent=1))
-    print(f"\n| {len(world.test)} mentions, {len(world.entities):,} entities | Hits@1 | MRR | mean rank |")
-    print("| --- | --- | --- | --- |")
-    print(
-        "| cosine of the encoder, no training | "
-        + " | ".join(f"{runs['cosine'][k]:.1f}" for k in runs["cosine"])
-        + " |"
-    )
+    print(f"\n| {len(world.test)} mentions, {len(world.entities):,} entities | trainings | Hits@1 | MRR | mean rank |")
+    print("| --- | --- | --- | --- | --- |")
+    cells = " | ".join(f"{value:.1f}" for value in runs["cosine"].values())
+    print(f"| the encoder's cosine, no training | | {cells} |")
     for name in VARIANTS:
-        cells = []
-        for key in ("Hits@1", "MRR", "mean rank"):
-            values = [runs[f"{name}/{seed}"][key] for seed in range(args.seeds)]
-            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.1f}{spread}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        of_seeds = [runs[f"{name}/{seed}"] for seed in range(args.seeds)]
+        columns = ([one[key] for one in of_seeds] for key in ("Hits@1", "MRR", "mean rank"))
+        cells = " | ".join(
+            f"{np.mean(column):.1f}" + (f" ± {np.std(column, ddof=1):.1f}" if len(column) > 1 else "")
+            for column in columns
+        )
+        print(f"| {name} | {len(of_seeds)} | {cells} |")
 
 
 def search(lower: LowerLayers, world: World, args: argparse.Namespace, until: float) -> None:
