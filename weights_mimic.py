@@ -44,7 +44,7 @@ def state_at_hand(model: nn.Module) -> dict[str, Any]:
             del state[name]
     if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
         for path, part in model.named_modules():
-            kept = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
+            kept: Any = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
             for name in (*part._parameters, *part._buffers) if kept is not None else ():
                 whole = f"{path}.{name}".lstrip(".")
                 if isinstance(state.get(whole), Tensor) and state[whole].is_meta:

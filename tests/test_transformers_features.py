@@ -197,7 +197,7 @@ def wide_model() -> MimicModel:
     backbone = CLIPConfig(
         text_config=text, vision_config={"image_size": 24, "patch_size": 8, **sizes}, projection_dim=64
     )
-    widths = {f"{unit}_hidden_size": 64 for unit in ("image", "tglu", "vdlu", "cmfu")}
+    widths: dict[str, Any] = {f"{unit}_hidden_size": 64 for unit in ("image", "tglu", "vdlu", "cmfu")}
     torch.manual_seed(0)
     return MimicModel(MimicConfig(backbone_config=backbone, text_max_length=12, **widths)).eval()
 
@@ -246,7 +246,7 @@ def test_quantized(kind: str, tmp_path: Path) -> None:
             own = {name: inputs[prefix + name] for name in ("input_ids", "attention_mask", "pixel_values")}
             encoded = model.encode(**own)
             sides.append({name: encoded[name].double() for name in ENCODED})
-        exact = oracle.scores(weights, *sides)
+        exact = oracle.scores(weights, sides[0], sides[1])
         for name in LOGITS:
             torch.testing.assert_close(output[name].double(), exact[name], rtol=1e-3, atol=1e-3)
         error = (output.logits - plain(**inputs).logits).abs().max() / output.logits.abs().max()
@@ -343,11 +343,11 @@ def test_what_a_trainer_would_spoil(tmp_path: Path, caplog: pytest.LogCaptureFix
     smoothing = trainer(tmp_path, model, label_smoothing_factor=0.1)
     logger = logging.get_logger("transformers")
     logger.addHandler(caplog.handler)
-    own = logging.get_logger("mimic_el.modeling_mimic")
+    own: Any = logging.get_logger("mimic_el.modeling_mimic")
     own.addHandler(caplog.handler)
     own.warning_once.cache_clear()
     try:
-        batch = smoothing.data_collator([0] * 4)
+        batch = smoothing.data_collator([{}] * 4)
         smoothing.compute_loss(model, batch)
     finally:
         logger.removeHandler(caplog.handler)

@@ -97,10 +97,10 @@ def test_a_layer_of_unknown_make() -> None:
     model = tiny_model()
     fc = model.matcher.vdlu.dual_ent2men.fc
     expected = 2 * fc.weight.detach()
-    model.matcher.vdlu.dual_ent2men.fc = Doubled(fc)  # type: ignore[assignment]
+    model.matcher.vdlu.dual_ent2men.fc = Doubled(fc)
     torch.testing.assert_close(matcher_weights(model)["vdlu.dual_ent2men.fc.weight"], expected)
     assert_its_scores(model)
-    model.matcher.tglu.layer_norm = Doubled(model.matcher.tglu.layer_norm)  # type: ignore[assignment]
+    model.matcher.tglu.layer_norm = Doubled(model.matcher.tglu.layer_norm)
     with pytest.raises(TypeError, match="Of a Doubled in the matcher it is not known what it computes"):
         matcher_weights(model)
 
