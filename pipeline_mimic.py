@@ -242,7 +242,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         if on_image_error not in (None, "raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
         reading = {"on_image_error": on_image_error, "keep_source": None if reranker is None else True}
-        forward = {"top_k": top_k, "method": method, "candidates": candidates}
+        forward: dict[str, Any] = {"top_k": top_k, "method": method, "candidates": candidates}
         forward |= {"reranker": reranker, "rerank_top_k": rerank_top_k}
         forward |= {"min_probability": min_probability, "coverage": coverage}
         answering = {

@@ -163,7 +163,7 @@ def _decision_pipeline(model: str) -> Any:
 def _marked(mention: Mapping[str, Any]) -> str:
     """The text around a mention, which is marked with **; the mention and its text, where its place is not known."""
     text, start, end = mention["text"], mention.get("start"), mention.get("end")
-    if start is None:
+    if start is None or end is None:
         return f"**{mention['mention']}**: {text[: 2 * _CHARACTERS_AROUND]}"
     before, behind = text[max(0, start - _CHARACTERS_AROUND) : start], text[end : end + _CHARACTERS_AROUND]
     return f"{before}**{text[start:end]}**{behind}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import functools
 import random
 import tempfile
 import time
@@ -151,7 +152,7 @@ def ways(index: EntityIndex, model: Any, processor: Any, mentions: list[dict[str
     base = 0.0
     for way in (None, "names", "names+search"):
         options: dict[str, Any] = {} if way is None else {"candidates": way, "names": said}
-        took, linked = seconds(lambda options=options: index.link_encoded(features, TOP_K, **options), times=3)
+        took, linked = seconds(functools.partial(index.link_encoded, features, TOP_K, **options), times=3)
         base = base or took
         first = sum(bool(found) and found[0]["entity_id"] == a for found, a in zip(linked, answers, strict=True))
         bearers = [index._contents.bearers(name) for name in said]

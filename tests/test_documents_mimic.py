@@ -382,7 +382,7 @@ def classifier() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
-    size = {"hidden_size": 8, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 8}
+    size: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 8}
     labels: dict[str, Any] = {"id2label": {0: "O", 1: "B-LOC"}, "label2id": {"O": 0, "B-LOC": 1}}
     model = BertForTokenClassification(BertConfig(vocab_size=len(words), max_position_embeddings=16, **size, **labels))
     with torch.no_grad():

@@ -33,7 +33,7 @@ def linker() -> Linker:
     return linked("multimodal-entity-linking", model=model, processor=tiny_processor(model), entities=ENTITIES)
 
 
-def backwards(mention: dict[str, Any], entities: list[dict[str, Any]]) -> Sequence[float]:
+def backwards(mention: dict[str, Any], entities: list[dict[str, Any]]) -> Any:
     """The worst first."""
     return np.arange(len(entities))
 
@@ -176,7 +176,7 @@ def decide() -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]")
     fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     torch.manual_seed(0)
-    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 512}
+    size: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 512}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(words) + 2, bos_token_id=0, eos_token_id=0, **size))
     return linked(task, model=model.eval(), tokenizer=fast)
 

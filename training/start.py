@@ -49,7 +49,7 @@ def build_model(
     model = MimicModel._from_config(config, **kwargs)
     image_processor = MimicProcessor.image_processor_for(config.backbone_config)
     texts: dict[str, Any] = {"text_max_length": config.text_max_length, "context_window": config.context_window}
-    return model, MimicProcessor(image_processor, tokenizer, **texts, **images)
+    return model, MimicProcessor(image_processor, tokenizer, **{**texts, **images})
 
 
 def load_model(path: str, model_args: ModelArguments, **kwargs: Any) -> tuple[MimicModel, MimicProcessor]:
