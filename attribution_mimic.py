@@ -88,7 +88,8 @@ class Attribution:
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
         """Encodes one mention or entity: `input_ids`, `attention_mask` and `pixel_values`, each of shape (1, ...)."""
-        model, first = self._model, {}
+        model = self._model
+        first: dict[str, Tensor] = {}
         given = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         encoder: Any = model.encoder
         with (
@@ -141,15 +142,15 @@ class Attribution:
         difference = float(scores.total - baseline.total)
         points = _POINTS
         while True:
-            gradients = self.mean_gradients(mention, entity, stored, points)
-            found = [self._amounts(item, of) for item, of in zip((mention, entity), gradients, strict=False)]
-            missing = difference - sum(sum(amounts.values()) for amounts in found) - gradients[2]
+            by_mention, by_entity, whole = self.mean_gradients(mention, entity, stored, points)
+            found = self._amounts(mention, by_mention), self._amounts(entity, by_entity)
+            missing = difference - sum(sum(amounts.values()) for amounts in found) - whole
             if abs(missing) <= _TOLERANCE * max(1.0, abs(difference)) or points >= _MOST_POINTS:
                 break
             points *= 2
-        of_mention = self._passed_on(mention, gradients[0], found[0])
-        of_entity = self._passed_on(entity, gradients[1], found[1])
-        of_entity.whole_image = gradients[2]
+        of_mention = self._passed_on(mention, by_mention, found[0])
+        of_entity = self._passed_on(entity, by_entity, found[1])
+        of_entity.whole_image = whole
         return of_mention, of_entity
 
     def _scores(

@@ -339,7 +339,7 @@ class _Sheet:
         """Writes a text in lines, its words shaded; returns where the next line would begin."""
         font = font or self.font
         height = round(font.size * 1.45)
-        x, lines = left, 1
+        x, lines = float(left), 1
         for piece, contribution in _pieces(text, words):
             length = draw.textlength(piece, font=font)
             if x > left and x + length > left + width:

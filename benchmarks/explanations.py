@@ -144,7 +144,7 @@ def main() -> None:
                 continue
             for order in ORDERS:
                 by = {"explanation": amounts, "attention": attended[part], "random": random.random(len(amounts))}[order]
-                area = delete(why, np.argsort(-np.asarray(by), kind="stable"), inputs["pixel_values"], ids)
+                area = delete(why, np.argsort(-np.asarray(by), kind="stable").tolist(), inputs["pixel_values"], ids)
                 areas[part, kind, order].append(area)
                 areas[part, "all", order].append(area)
     report(areas, largest, seconds, args.output)

@@ -7,7 +7,7 @@ import torch
 from tiny import picture, tiny_processor
 from tiny_clip import tiny_model
 
-from mimic_el.attribution_mimic import Attribution, adjusted
+from mimic_el.attribution_mimic import Attribution, Encoded, adjusted
 from mimic_el.matching_mimic import MimicEncoderOutput
 from mimic_el.modeling_mimic import MimicModel
 
@@ -26,7 +26,7 @@ def attribution(model: MimicModel) -> Attribution:
     return Attribution(model, tiny_processor(model).process_mentions(*EMPTY))
 
 
-def encoded(attribution: Attribution, model: MimicModel, item: tuple) -> object:
+def encoded(attribution: Attribution, model: MimicModel, item: tuple) -> Encoded:
     return attribution.encode(tiny_processor(model).process_mentions(*item))
 
 

@@ -373,7 +373,11 @@ def test_every_form_of_a_table(tmp_path: Path, name: str, data: bytes) -> None:
 
 def test_columns_of_paths_on_this_machine_are_not_published(tmp_path: Path) -> None:
     base = {"mention": "Ann", "sentence": "Ann", "answer": "e1", "page": "/m/0abc"}
-    rows = [{**base, "img": "/home/ann/a.png"}, {**base, "img": None}, {**base, "place": "C:\\Users\\ann"}]
+    rows: list[dict[str, Any]] = [
+        {**base, "img": "/home/ann/a.png"},
+        {**base, "img": None},
+        {**base, "place": "C:\\Users\\ann"},
+    ]
     source, report = own(tmp_path, {"train.jsonl": own_lines(*rows)})
     assert source.extra_columns == {"source_id": "string", "page": "string"}
     assert report.counts["local_path"] == 2

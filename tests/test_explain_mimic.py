@@ -47,7 +47,7 @@ def test_contributions_add_up_to_the_score_or_the_lead_that_the_index_gives(made
     assert total(why) == pytest.approx(expected, abs=1e-3)
     assert sum(unit.score for unit in why.units.values()) == pytest.approx(scores["e0"], abs=1e-3)
     if versus:
-        assert sum(unit.lead for unit in why.units.values()) == pytest.approx(expected, abs=1e-3)
+        assert sum(unit.lead or 0 for unit in why.units.values()) == pytest.approx(expected, abs=1e-3)
     assert abs(why.rounding) < {"float32": 1e-3, "float16": 0.05, "int8": 0.3}[dtype]
 
 
@@ -72,7 +72,10 @@ def test_patches_are_laid_out_in_rows(made):
     vision = model.config.backbone_config.vision_config
     across = vision.image_size // vision.patch_size
     why = explainer(made).explain(MENTION, "e0", "e2")
+    assert why.mention_image is not None
+    assert why.entity_image is not None
     assert why.mention_image.shape == why.entity_image.shape == (across, across)
+    assert why.versus_side is not None
     assert why.versus_side.patches is None  # e2 has no image
     assert why.mention_side.box == (0, 0, 1, 1)
 

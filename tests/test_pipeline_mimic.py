@@ -583,7 +583,8 @@ def test_places_that_were_given_hold_for_every_form_of_input(linker, tmp_path, f
     place = tmp_path / "image.png"
     picture(1).save(place)
     model, processor = linker.model, linker.processor
-    careful = pipeline(TASK, model=model, processor=processor, index=linker.index, image_root=False, allow_urls=False)
+    load: Any = pipeline
+    careful = load(TASK, model=model, processor=processor, index=linker.index, image_root=False, allow_urls=False)
     for source, message in [(str(place), "no file is read"), ("http://127.0.0.1:9/a.png", "fetched")]:
         mention = {"mention": "Orange", "text": "Orange here.", "image": source}
         inputs = mention if form is dict else form([mention])

@@ -37,7 +37,7 @@ SECONDS = 60_000
 def served(linking: Linking, settings: Settings) -> tuple[Any, str]:
     blocks = app.page(linking, settings)
     blocks.queue(default_concurrency_limit=1)
-    look = {"theme": app.theme(), "css": app.CSS}
+    look: Any = {"theme": app.theme(), "css": app.CSS}
     _, address, _ = blocks.launch(
         server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_error=True, **look
     )
