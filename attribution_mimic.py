@@ -81,7 +81,7 @@ class Attribution:
         points: how often the encoder runs, forward and back, for each text and each image. The more, the more faithful.
     """
 
-    def __init__(self, model: MimicModel, empty: Mapping[str, Tensor], points: int = 4) -> None:
+    def __init__(self, model: MimicModel, empty: Mapping[str, Tensor], points: int = 2) -> None:
         self._model = model
         self._points = points
         self._baseline = self.encode(empty)

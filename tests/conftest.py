@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Several workers with a thread for each core would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 sys.path.insert(0, str(Path(__file__).parent))  # lets test files import hub_server
 
 from hub_server import HUB_VARIABLES, Hub

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mimic_el import EntityIndex, EntityIndexError, MentionFeatures, MimicConfig
+from mimic_el import EntityIndex, EntityIndexError, MentionFeatures, MimicConfig, identity_mimic
 from mimic_el.contents_mimic import Contents
 from mimic_el.index_mimic import Store
 from mimic_el.matching_mimic import Matcher, MimicEncoderOutput
@@ -39,7 +39,9 @@ def index() -> EntityIndex:
         features = matcher.entity_features(encoded(ENTITIES, config), torch.ones(ENTITIES, 6))
         stored = quantized(features, matcher, torch.float32)
     shard = make_shard("shard-0", stored, [{"id": f"e{row}", "name": ""} for row in range(ENTITIES)])
-    model = {"name": "m", "fingerprint": "", "probe": [], "config": config.to_dict()}
+    # As the first version noted it: no whole model is needed for that.
+    fingerprint = identity_mimic._first_fingerprint(config, matcher)
+    model = {"name": "m", "fingerprint": fingerprint, "probe": [], "config": config.to_dict()}
     manifest = {"format": "mimic-entity-index", "version": 1, "generation": 1, "dtype": "float32", "model": model}
     return EntityIndex(matcher, Contents({**manifest, "removed": None}, Store([shard])))
 
