@@ -24,6 +24,8 @@ from .modeling_mimic import MimicModel
 
 # Points of the Gauss-Legendre rule through the matcher: doubled until the contributions add up.
 _POINTS, _MOST_POINTS = 16, 512
+# Points through each tower of the encoder.
+POINTS = 4
 # By how much they may miss, of the scores' difference or of one, whichever is more.
 _TOLERANCE = 1e-4
 
@@ -81,7 +83,7 @@ class Attribution:
         points: how often the encoder runs, forward and back, for each text and each image. The more, the more faithful.
     """
 
-    def __init__(self, model: MimicModel, empty: Mapping[str, Tensor], points: int = 2) -> None:
+    def __init__(self, model: MimicModel, empty: Mapping[str, Tensor], points: int = POINTS) -> None:
         self._model = model
         self._points = points
         self._baseline = self.encode(empty)
@@ -289,4 +291,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-__all__ = ["Attribution", "Contributions", "Encoded", "adjusted"]
+__all__ = ["POINTS", "Attribution", "Contributions", "Encoded", "adjusted"]

@@ -6,14 +6,14 @@ It reads the mention and the entities again, gives them to attribution_mimic, an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .attribution_mimic import Attribution, Contributions, Encoded, adjusted
+from .attribution_mimic import POINTS, Attribution, Contributions, Encoded, adjusted
 from .explanation_mimic import ExplainedSide, Explanation, UnitContribution, WordContribution
 from .features_mimic import PairScores
 from .images_mimic import first_image, load_image
@@ -36,12 +36,15 @@ class Explainer:
         model, processor, index: as of the pipeline.
         images: images of entities, which an index does not hold: a mapping of ids, or records with `id` and `images`
             (a list of dicts, a data set). Where an entity's image is not at hand, what it adds is not divided.
+        points: as of [`Attribution`]: more are more faithful, and take longer.
     """
 
-    def __init__(self, model: MimicModel, processor: MimicProcessor, index: EntityIndex, images: Any = None) -> None:
+    def __init__(
+        self, model: MimicModel, processor: MimicProcessor, index: EntityIndex, images: Any = None, points: int = POINTS
+    ) -> None:
         self._model, self._processor, self._index = model, processor, index
         self._images = images if isinstance(images, EntityImages) else EntityImages(images)
-        self._attribution = Attribution(model, processor.process_mentions([""], [""], [None]))
+        self._attribution = Attribution(model, processor.process_mentions([""], [""], [None]), points)
 
     def explain(
         self,
@@ -222,7 +225,9 @@ class EntityImages:
         self._source: Any = {} if source is None else undecoded(source, "images")
         self._rows: dict[str, int] | None = None
         if not hasattr(self._source, "get"):
-            ids: Iterable[Any] = source["id"] if hasattr(source, "column_names") else (one["id"] for one in source)
+            # A column of a data set is read without its images.
+            is_dataset = hasattr(source, "column_names") and not isinstance(source, Sequence)
+            ids: Iterable[Any] = source["id"] if is_dataset else (one["id"] for one in source)
             self._rows = {entity_id_of(entity_id): row for row, entity_id in enumerate(ids)}
 
     def get(self, entity_id: str) -> Any:

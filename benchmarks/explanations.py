@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig
 
 from mimic_el import EntityIndex, MimicConfig, MimicModel, MimicProcessor, train
-from mimic_el.attribution_mimic import Attribution, Contributions
+from mimic_el.attribution_mimic import POINTS, Attribution, Contributions
 from mimic_el.explain_mimic import Explainer
 from mimic_el.explanation_mimic import Explanation
 from mimic_el.images_mimic import load_image
@@ -102,20 +102,21 @@ def main() -> None:
         "--dataset", default="datasets_scripts/sample", help="a data set with entities and a test split"
     )
     parser.add_argument("--mentions", type=int, default=None, help="so many of the test mentions (default: all)")
+    parser.add_argument("--points", type=int, default=POINTS, help="of the integrated gradients through the encoder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--time_only", action="store_true", help="time one link of a CLIP ViT-B/32 with random weights")
     parser.add_argument("--output", type=Path, default=None, help="a JSON file of what is printed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.time_only:
-        time_of_one()
+        time_of_one(args.points)
         return
     splits, knowledge_base = train.load_data(train.DataArguments(dataset_name=args.dataset))
     # Attention that can be looked at.
     model = MimicModel.from_pretrained(args.model, attn_implementation="eager").eval()
     processor = MimicProcessor.from_pretrained(args.model)
     index = EntityIndex.from_pretrained(Path(args.model, "index"))
-    explainer = Explainer(model, processor, index, knowledge_base.entities())
+    explainer = Explainer(model, processor, index, knowledge_base.entities(), args.points)
     deletion = Deletion(model, processor, index)
     mentions = list(splits["test"])[: args.mentions]
     random = np.random.default_rng(0)
@@ -150,7 +151,7 @@ def main() -> None:
     report(areas, largest, seconds, args.output)
 
 
-def time_of_one() -> None:
+def time_of_one(points: int) -> None:
     """How long the contributions to one score take, beside encoding its mention alone."""
     model = MimicModel(MimicConfig(backbone_config=CLIPConfig())).eval()
     eos = model.config.backbone_config.text_config.eos_token_id
@@ -162,7 +163,7 @@ def time_of_one() -> None:
         pixels = torch.randn(1, 3, 224, 224, generator=generator) * shown
         return {"input_ids": ids, "attention_mask": (torch.arange(40) <= tokens).long()[None], "pixel_values": pixels}
 
-    attribution = Attribution(model, item(0, 3, shown=False))
+    attribution = Attribution(model, item(0, 3, shown=False), points)
     times: dict[str, list[float]] = defaultdict(list)
     for seed in range(1, 8):
         start = time.perf_counter()

@@ -69,7 +69,7 @@ def _connected(client: Any, address: str) -> Any:
 
 def _ask(client: Any, question: tuple[Any, ...]) -> list[tuple[str, float]]:
     linked = client.predict(*question, 5, api_name="/link")
-    return [(one["entity_id"], round(one["score"], 3)) for one in linked[0]["entities"]]
+    return [(one["entity_id"], round(one["score"] or 0.0, 3)) for one in linked[0]["entities"]]
 
 
 def _load(

@@ -40,9 +40,10 @@ CSS = """
 .mel-card .score { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .mel-card .units { font-size: 11px; color: var(--body-text-color-subdued); }
 .mel-hint { color: var(--body-text-color-subdued); }
+#marked span { color: var(--body-text-color) !important; }
 @media (max-width: 480px) {
   .mel-card { grid-template-columns: 56px 1fr; }
-  .mel-card .score { grid-column: 2; text-align: left; display: flex; gap: 12px; align-items: baseline; }
+  .mel-card .score { grid-column: 2; text-align: left; display: flex; flex-wrap: wrap; gap: 0 12px; align-items: baseline; }
   .mel-card .score br { display: none; }
 }
 """

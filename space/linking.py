@@ -305,15 +305,12 @@ def _entity_records(name: str | None) -> Any:
         return None
     import datasets
 
-    from mimic_el.records_mimic import undecoded
-
     try:
-        records = datasets.load_dataset(name, "entities", split="kb")
+        return datasets.load_dataset(name, "entities", split="kb")
     except (ValueError, OSError) as error:
         raise PageError(
             f"The entities' images cannot be had: the data set {name!r} cannot be loaded: {error}"
         ) from error
-    return undecoded(records, "images")
 
 
 __all__ = ["Linking", "OwnEntities", "PageError", "Settings", "image_of_request"]

@@ -153,7 +153,7 @@ def test_it_fits_the_screen(browser: Any, address: str, tmp_path: Path, name: st
     if TRAINED:
         settings = Settings(TRAINED, entities=str(ROOT / "datasets_scripts" / "sample"))
         blocks, address = served(Linking.of(settings), settings)
-        text = os.environ.get("MIMIC_PAGE_TEXT", "Look what Sara drew: an arm, next to the orange.")
+        text = os.environ.get("MIMIC_PAGE_TEXT", "Page 14 of Ines's scrapbook: Arm.")
         image = ROOT / "docs" / "photo.png"
     page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     page.set_default_timeout(SECONDS)

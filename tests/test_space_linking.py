@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from published import save_linker, tiny_linker
+from published import ROOT, save_linker, tiny_linker
 from tiny import knowledge_base, picture
 from transformers import pipeline
 
@@ -144,3 +144,7 @@ def test_settings_name_what_is_opened(tmp_path: Path):
     linking = Linking.of(Settings(str(tmp_path / "model")))
     assert len(linking.index) == 4
     assert linking.thumbnail("e0", None) is None
+    sample = Linking.of(Settings(str(tmp_path / "model"), entities=str(ROOT / "datasets_scripts" / "sample")))
+    shown = sample.thumbnail("brand:arm", None)
+    assert shown is not None
+    assert max(shown.size) <= 96
