@@ -43,7 +43,8 @@ CSS = """
 #marked span { color: var(--body-text-color) !important; }
 @media (max-width: 480px) {
   .mel-card { grid-template-columns: 56px 1fr; }
-  .mel-card .score { grid-column: 2; text-align: left; display: flex; flex-wrap: wrap; gap: 0 12px; align-items: baseline; }
+  .mel-card .score { grid-column: 2; text-align: left; display: flex; flex-wrap: wrap; gap: 0 12px; }
+  .mel-card .score { align-items: baseline; }
   .mel-card .score br { display: none; }
 }
 """
