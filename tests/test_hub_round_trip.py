@@ -278,7 +278,8 @@ def test_pushing_again_replaces_the_index(hub: Hub, api: HfApi, linker: Linker, 
 def test_interrupted_upload_goes_on(hub: Hub, api: HfApi, index: EntityIndex, empty_cache: Path):
     api.create_repo("alice/slow", repo_type="dataset")
     hub.fail_next("PUT", "/objects/", status=403, skip=3, times=None)
-    with pytest.raises(RuntimeError, match="Error while uploading 'shard-"):
+    # Files are sent by several threads: which of them is refused first is not determined.
+    with pytest.raises(RuntimeError, match=r"Error while uploading '(shard|names|matcher|removed)-"):
         index.push_to_hub("alice/slow", token=ALICE)
     assert set(hub.files("alice/slow", repo_type="dataset")) == {".gitattributes"}, "a half index must not be seen"
     with pytest.raises(EntityIndexError, match="no entity index"):
