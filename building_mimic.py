@@ -36,7 +36,7 @@ from .encoding_mimic import EntityEncoder, encoding_dtype, image_digest
 from .errors_mimic import EntityIndexError
 from .files_mimic import locked, write_json
 from .identity_mimic import copy_of_matcher, model_facts, same_model
-from .image_sources_mimic import ImagePlaces, PlacedImage, file_named
+from .image_sources_mimic import ImagePlaces, file_named, is_placed
 from .images_mimic import first_image
 from .matching_mimic import EntityFeatures
 from .modeling_mimic import MimicModel
@@ -373,7 +373,7 @@ def _image_seen(record: Mapping[str, Any]) -> tuple[str, str]:
     """In what form the image that is encoded of a record is given, and what tells whether it is still the same: of a
     file its size and time, of data in memory a checksum, of anything else its name."""
     image, places = first_image(record.get("images")), ImagePlaces()
-    if isinstance(image, PlacedImage):
+    if is_placed(image):
         image, places = image.source, image.places
     if isinstance(image, Mapping):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]

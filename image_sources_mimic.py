@@ -20,7 +20,7 @@ import urllib.request
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -76,6 +76,13 @@ class PlacedImage:
 
     source: Any
     places: ImagePlaces
+    # Told by this and not by the class: of a checkpoint's code there may be several copies, each with its own classes.
+    is_placed_image: ClassVar[bool] = True
+
+
+def is_placed(image: Any) -> bool:
+    """Whether an image carries the places it may be read from."""
+    return getattr(image, "is_placed_image", False) is True
 
 
 def placed(images: Any, places: ImagePlaces) -> Any:
@@ -302,4 +309,4 @@ def _limited(file: IO[bytes], name: str) -> bytes:
     return bytes(data)
 
 
-__all__ = ["NO_PLACES", "ImagePlaces", "PlacedImage", "file_named", "placed", "read_file", "read_named"]
+__all__ = ["NO_PLACES", "ImagePlaces", "PlacedImage", "file_named", "is_placed", "placed", "read_file", "read_named"]

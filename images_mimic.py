@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .errors_mimic import MimicImageError
-from .image_sources_mimic import ImagePlaces, PlacedImage, read_file, read_named
+from .image_sources_mimic import ImagePlaces, PlacedImage, is_placed, read_file, read_named
 from .texts_mimic import shortened
 
 
@@ -89,7 +89,7 @@ def load_image(
         MimicImageError: if there is no such file, it is no image, is broken, is too large, or is not read from there.
     """
     places = ImagePlaces(allow_urls, image_root)
-    if isinstance(source, PlacedImage):
+    if is_placed(source):
         places, source = source.places, source.source
     if isinstance(source, Mapping):
         source = _of_mapping(source)

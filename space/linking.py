@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -273,30 +271,16 @@ def image_of_request(value: str | None, allow_urls: bool) -> Image.Image | None:
     Never a path: a request must not read the server's files.
 
     Raises:
-        PageError: if it is none of these, or too large.
-        MimicImageError: if it is no image.
+        PageError: if it is no string, or too large.
+        MimicImageError: if it is none of these, or no image.
     """
     if value is None or value == "":
         return None
     if not isinstance(value, str):
         raise PageError(f"An image is a string of base64 or a data URI, not {type(value).__name__}.")
-    if value.lower().startswith(("http://", "https://")):
-        if not allow_urls:
-            raise PageError("Images are not fetched from addresses here. Send the image itself, as base64.")
-        return load_image(value)
     if len(value) > MAX_IMAGE_BYTES * 4 // 3 + 1024:
         raise PageError(f"The image is larger than the {MAX_IMAGE_BYTES // 2**20} MB that are taken here.")
-    head, comma, body = value.partition(",")
-    if head.lower().startswith("data:"):
-        if not comma or not head.lower().endswith(";base64"):
-            raise PageError("A data URI of an image begins with data:image/...;base64, followed by base64.")
-        value = body
-    try:
-        return load_image(base64.b64decode(value, validate=True))
-    except (binascii.Error, ValueError) as error:
-        if isinstance(error, MimicImageError):
-            raise
-        raise PageError("The image is not base64. Send the bytes of the file as base64, or a data URI.") from error
+    return load_image(value, allow_urls=allow_urls, image_root=False)
 
 
 def _entity_records(name: str | None) -> Any:

@@ -64,9 +64,9 @@ def test_it_answers_where_only_transformers_is_installed(clean: ForkingPython, c
     [
         ({"inputs": "Orange"}, "An input is an object such as"),
         ({}, "An input is an object such as"),
-        ({"inputs": {"mention": "a", "text": "a", "image": "/etc/passwd"}}, "`image` is not the base64 of an image"),
-        ({"inputs": {"mention": "a", "text": "a", "image": "photo.png"}}, "`image` is not the base64 of an image"),
-        ({"inputs": {"mention": "a", "text": "a", "image": "http://127.0.0.1/a.png"}}, "are not fetched here"),
+        ({"inputs": {"mention": "a", "text": "a", "image": "/etc/passwd"}}, "no file is read"),
+        ({"inputs": {"mention": "a", "text": "a", "image": "photo.png"}}, "no file is read"),
+        ({"inputs": {"mention": "a", "text": "a", "image": "http://127.0.0.1/a.png"}}, "fetched"),
         ({"inputs": {"mention": "a", "text": "a", "image": {"path": "/etc/passwd"}}}, "a string of base64"),
         ({"inputs": {"mention": "a", "text": "x" * 200_000}}, "at most 100,000 characters"),
         ({"inputs": [{"mention": "a", "text": "a"}] * 300}, "At most 256 inputs"),
