@@ -20,7 +20,7 @@ import urllib.request
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, TypeGuard
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class PlacedImage:
     is_placed_image: ClassVar[bool] = True
 
 
-def is_placed(image: Any) -> bool:
+def is_placed(image: Any) -> TypeGuard[PlacedImage]:
     """Whether an image carries the places it may be read from."""
     return getattr(image, "is_placed_image", False) is True
 
