@@ -121,6 +121,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
 
     model: MimicModel
     processor: MimicProcessor
+    _loaded_detector: tuple[str, Any] | None = None
 
     def __init__(
         self,
@@ -248,12 +249,21 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         answering = {
             "context_window": context_window,
             "on_error": on_error,
-            "detector": None if mention_detector is None else detector_of(mention_detector) or NAMES,
+            "detector": None if mention_detector is None else self._detector(mention_detector),
         }
         return tuple(  # type: ignore[return-value]
             {name: value for name, value in parameters.items() if value is not None}
             for parameters in (reading, forward, answering)
         )
+
+    def _detector(self, given: Any) -> Any:
+        """What finds mentions; one that is named by a directory or Hub id is loaded once, not in every call."""
+        if not isinstance(given, str | os.PathLike) or given == NAMES:
+            return detector_of(given) or NAMES
+        name, known = os.fspath(given), self._loaded_detector
+        if known is None or known[0] != name:
+            known = self._loaded_detector = name, detector_of(name)
+        return known[1]
 
     def _check_probabilities(
         self, min_probability: Any, coverage: Any, top_k: int | None, reranker: Reranker | None

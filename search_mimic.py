@@ -45,6 +45,8 @@ from .pruning_mimic import Block, ImagePlan, Pairs, Query, Stages
 
 METHODS = ("pruned", "exhaustive")
 _MENTION_BLOCK = 256
+# So many pairs of given candidates are scored in one go.
+_PAIRS_TOGETHER = 2**16
 # Of so many candidates, bounding their scores takes less time than scoring them all.
 _MANY_CANDIDATES = 2048
 _CANDIDATE_BYTES = 64 * 2**20
@@ -444,24 +446,24 @@ def best_entities(
             picked = torch.tensor(free[start : start + _MENTION_BLOCK], dtype=torch.long, device=device)
             own_floor = None if floor is None else floor[picked].unsqueeze(1)
             rows[picked] = searcher.top_k(mentions[picked], k, method == "exhaustive", advance, own_floor)
+        few: list[int] = []
         for row, wanted in enumerate(candidates):
             if wanted is None:
                 continue
-            if len(wanted) > max(_MANY_CANDIDATES, k):
-                among = dataclasses.replace(searcher, blocks=ChosenRows(entities, wanted))
-                own_floor = None if floor is None else floor[row : row + 1].unsqueeze(1)
-                found = among.top_k(mentions[row : row + 1], k, False, lambda _: None, own_floor)[0]
-                found = wanted[found[found >= 0].cpu()].to(device)
-            else:
-                wanted = wanted.to(device)
-                scores = score_pairs(
-                    matcher, mentions, torch.full_like(wanted, row), entities, wanted, _CANDIDATE_BYTES
-                )
-                searcher.stats.pairs += len(wanted)
-                searcher.stats.exact_pairs += len(wanted)
-                order = best_order(scores.total.unsqueeze(0), wanted.unsqueeze(0))[0, :k]
-                found = wanted[order if floor is None else order[scores.total[order] >= floor[row]]]
+            if len(wanted) <= max(_MANY_CANDIDATES, k):
+                few.append(row)
+                continue
+            among = dataclasses.replace(searcher, blocks=ChosenRows(entities, wanted))
+            own_floor = None if floor is None else floor[row : row + 1].unsqueeze(1)
+            found = among.top_k(mentions[row : row + 1], k, False, lambda _: None, own_floor)[0]
+            found = wanted[found[found >= 0].cpu()].to(device)
             rows[row, : len(found)] = found
+        for some in _together(few, candidates):
+            for row, found in _best_of_few(matcher, entities, mentions, k, some, candidates, floor):
+                rows[row, : len(found)] = found
+        pairs = sum(len(wanted) for row in few if (wanted := candidates[row]) is not None)
+        searcher.stats.pairs += pairs
+        searcher.stats.exact_pairs += pairs
         mention_rows, places = (rows >= 0).nonzero(as_tuple=True)
         scores = score_pairs(matcher, mentions, mention_rows, entities, rows[mention_rows, places], _CANDIDATE_BYTES)
         arrays = []
@@ -470,6 +472,42 @@ def best_entities(
             full[mention_rows, places] = part
             arrays.append(full)
     return FoundEntities(rows, PairScores(*arrays), searcher.stats)
+
+
+def _together(rows: Sequence[int], candidates: Sequence[Tensor | None]) -> Iterator[list[int]]:
+    """Mentions with few candidates each, so many together that their pairs can be held at once."""
+    some: list[int] = []
+    pairs = 0
+    for row in rows:
+        wanted = candidates[row]
+        assert wanted is not None
+        if some and pairs + len(wanted) > _PAIRS_TOGETHER:
+            yield some
+            some, pairs = [], 0
+        some.append(row)
+        pairs += len(wanted)
+    if some:
+        yield some
+
+
+def _best_of_few(
+    matcher: Matcher,
+    entities: EntityBlocks,
+    mentions: MentionFeatures,
+    k: int,
+    rows: Sequence[int],
+    candidates: Sequence[Tensor | None],
+    floor: Tensor | None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The k best candidates of some mentions, all of whose candidates are scored, in one go."""
+    device = mentions.device
+    lists = [wanted.to(device) for row in rows if (wanted := candidates[row]) is not None]
+    counts = [len(wanted) for wanted in lists]
+    owners = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(counts, device=device))
+    scores = score_pairs(matcher, mentions, owners, entities, torch.cat(lists), _CANDIDATE_BYTES)
+    for row, wanted, total in zip(rows, lists, scores.total.split(counts), strict=True):
+        order = best_order(total.unsqueeze(0), wanted.unsqueeze(0))[0, :k]
+        yield row, wanted[order if floor is None else order[total[order] >= floor[row]]]
 
 
 def answer_ranks(

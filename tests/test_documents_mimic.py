@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -406,6 +407,18 @@ def test_a_token_classifier_finds_mentions(linker: Linker, classifier: Any, tmp_
         assert (
             linker({"text": ""}, mention_detector=detector) == linker({"text": "word"}, mention_detector=detector) == []
         )
+
+
+def test_a_detector_that_is_named_is_loaded_once(linker: Linker, classifier: Any, tmp_path: Path):
+    classifier.save_pretrained(tmp_path / "one")
+    classifier.save_pretrained(tmp_path / "two")
+    text = "word Apple"
+    assert places(linker({"text": text}, mention_detector=tmp_path / "one")) == [(5, 10)]
+    shutil.rmtree(tmp_path / "one")
+    assert places(linker({"text": text}, mention_detector=str(tmp_path / "one"))) == [(5, 10)]
+    assert places(linker({"text": text}, mention_detector=tmp_path / "two")) == [(5, 10)]
+    with pytest.raises(OSError, match="one"):  # the last one is kept
+        linker({"text": text}, mention_detector=tmp_path / "one")
 
 
 # --- What is wrong with an item

@@ -381,9 +381,12 @@ def test_scores_of_the_units():
 # --- Candidates
 
 
-@pytest.mark.parametrize("many", [0, 10**6], ids=["bounded", "all-scored"])
-def test_candidates_restrict_the_answer(many: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("many", "together"), [(0, 1), (10**6, 10**6), (10**6, 50)], ids=["bounded", "all-scored", "all-scored-in-parts"]
+)
+def test_candidates_restrict_the_answer(many: int, together: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(search_mimic, "_MANY_CANDIDATES", many)
+    monkeypatch.setattr(search_mimic, "_PAIRS_TOGETHER", together)
     case = make_case(clusters=12, shards=3)
     candidates = [
         None if row % 3 == 0 else [f"e{(7 * row + step) % ENTITIES}" for step in range(11 * (row % 5))]
