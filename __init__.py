@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     )
     from .explain_mimic import EntityImages, Explainer
     from .explanation_mimic import Explanation
-    from .index_mimic import EntityIndex, RankResult, SearchResult
+    from .index_mimic import EntityIndex
     from .modeling_mimic import EntityFeatures, MentionFeatures, MimicModel, MimicOutput
     from .pipeline_mimic import MultimodalEntityLinkingPipeline
     from .processing_mimic import MimicProcessor
     from .rerank_mimic import CrossEncoderReranker, DecisionReranker
+    from .snapshot_mimic import RankResult, SearchResult
     from .training import (
         KnowledgeBase,
         MentionEntityCollator,
@@ -56,11 +57,12 @@ _HOMES = {
     ],
     "explain_mimic": ["EntityImages", "Explainer"],
     "explanation_mimic": ["Explanation"],
-    "index_mimic": ["EntityIndex", "RankResult", "SearchResult"],
+    "index_mimic": ["EntityIndex"],
     "modeling_mimic": ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput"],
     "pipeline_mimic": ["MultimodalEntityLinkingPipeline"],
     "processing_mimic": ["MimicProcessor"],
     "rerank_mimic": ["CrossEncoderReranker", "DecisionReranker"],
+    "snapshot_mimic": ["RankResult", "SearchResult"],
     "training": [
         "KnowledgeBase",
         "MentionEntityCollator",

@@ -26,6 +26,7 @@ from .directory_mimic import (
     new_shard_name,
     publish,
     shard_size,
+    verify_files,
 )
 from .errors_mimic import EntityIndexError, UnknownEntityError
 from .names_mimic import NameTable
@@ -89,6 +90,16 @@ class Contents:
             )
         return torch.tensor(sorted(set(self.rows(entity_ids))), dtype=torch.long)
 
+    def verify(self) -> None:
+        """Compares what is stored with its checksums, and looks whether every entity is whole.
+
+        Raises:
+            EntityIndexError: if something is wrong. Says what, and which entity's.
+        """
+        if self.directory is not None:
+            verify_files(self.directory, self.manifest)
+        self.store.check()
+
     # --- Names
 
     @functools.cached_property
@@ -139,30 +150,6 @@ class Contents:
         names, removed = self._known_names()
         rows = names.rows_of(name, removed)[1]
         return torch.tensor(sorted(rows), dtype=torch.long) if rows else None
-
-    def candidates_by_name(
-        self, candidates: Sequence[Any], names: Sequence[str] | None
-    ) -> tuple[list[Any], list[Tensor | None]]:
-        """Candidates with those that are found by name as rows, and for each mention rows that come in addition.
-
-        Args:
-            candidates: for each mention ids, "names", "names+search" or `None`.
-            names: what each mention says; not needed without candidates by name.
-
-        Raises:
-            ValueError: if there are candidates by name and no names.
-        """
-        allowed: list[Any] = list(candidates)
-        added: list[Tensor | None] = [None] * len(candidates)
-        for place, given in enumerate(candidates):
-            if not isinstance(given, str) or given not in BY_NAME:
-                continue
-            if names is None or len(names) != len(candidates):
-                raise ValueError(f'For candidates="{given}" the names must be given: what each mention says.')
-            rows: Any = self.bearers(names[place])
-            allowed[place] = rows if given == "names" else None
-            added[place] = rows if given != "names" else None
-        return allowed, added
 
     # --- Changes
 
@@ -283,10 +270,7 @@ class Contents:
         return dataclasses.replace(self, manifest=manifest, store=store)
 
 
-# Candidates that are found by a mention's name.
-BY_NAME = ("names", "names+search")
-
 # A shard and its entry of the manifest; without one in memory.
 _Entry = tuple[Shard, dict[str, Any] | None]
 
-__all__ = ["BY_NAME", "Contents"]
+__all__ = ["Contents"]

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .contents_mimic import BY_NAME
 from .errors_mimic import EntityIndexError, UnknownEntityError
-from .identity_mimic import check_made_by, same_model
-from .index_mimic import EntityIndex, RankResult, SearchResult, SearchStats
+from .identity_mimic import same_model
+from .index_mimic import EntityIndex
 from .matching_mimic import MentionFeatures
-from .pairs_mimic import TIE, best_order
+from .pairs_mimic import TIE, SearchStats, best_order
 from .records_mimic import entity_id_of
+from .searchable_mimic import SearchableIndex
+from .snapshot_mimic import RankResult, SearchResult
 
 _RECORDS_AT_ONCE = 4096
 _CLOSED = "This index was closed."
@@ -76,10 +77,9 @@ class _Part:
     def find(self, name: str, max_distance: int) -> list[str]:
         return self._index.find(name, max_distance=max_distance)
 
-    def bearers(self, name: str) -> list[str]:
-        contents = self._index._contents
-        rows = contents.bearers(name)
-        return [] if rows is None else [contents.store.record(row)["id"] for row in rows.tolist()]
+    def bearers(self, names: Sequence[str]) -> list[list[str]]:
+        state = self._index.state
+        return [state.bearer_ids(name) for name in names]
 
     def change(self, name: str, *args: Any, **kwargs: Any) -> int:
         """Changes the part and gives the number of its entities."""
@@ -87,7 +87,7 @@ class _Part:
         return len(self._index)
 
 
-class RayEntityIndex:
+class RayEntityIndex(SearchableIndex):
     """An index in parts, each held by a Ray actor; it answers as one [`EntityIndex`] of all parts in their order does.
 
     The k-th best score that one part has found for a mention is what the others' entities must reach, so they are
@@ -166,6 +166,11 @@ class RayEntityIndex:
 
     # --- What it holds
 
+    @property
+    def state(self) -> Any:
+        """What linking asks of the parts."""
+        return _Linking(self)
+
     def __len__(self) -> int:
         """The number of entities in all parts."""
         return sum(self._counts)
@@ -173,10 +178,6 @@ class RayEntityIndex:
     def __contains__(self, entity_id: object) -> bool:
         """Whether there is an entity of that id."""
         return any(found[0] for found in self._all("has", [entity_id]))
-
-    def __iter__(self) -> Iterator[str]:
-        """The ids of the entities."""
-        return (record["id"] for record in self.entities())
 
     def __repr__(self) -> str:
         return f"RayEntityIndex({len(self):,} entities, {self.dtype}, {len(self.parts)} parts)"
@@ -222,45 +223,7 @@ class RayEntityIndex:
                 return found
         return []
 
-    def check_model(self, model: Any, processor: Any = None) -> None:
-        """Makes sure that a model is the one whose features the parts hold.
-
-        Raises:
-            EntityIndexError: if it is another.
-        """
-        check_made_by(self.made_by, model, processor)
-
     # --- Search
-
-    def link_encoded(
-        self,
-        mentions: MentionFeatures,
-        top_k: int = 5,
-        *,
-        candidates: Sequence[Sequence[str] | str | None] | str | None = None,
-        names: Sequence[str] | None = None,
-        **options: Any,
-    ) -> list[list[dict[str, Any]]]:
-        """Finds the entities that fit each mention best, as [`EntityIndex.link_encoded`] does."""
-        given = [candidates] * len(mentions) if candidates is None or isinstance(candidates, str) else list(candidates)
-        allowed: list[Any] = list(given)
-        added: dict[int, list[str]] = {}
-        for row, wanted in enumerate(given):
-            if isinstance(wanted, str) and wanted in BY_NAME:
-                if names is None or len(names) != len(given):
-                    raise ValueError(f'For candidates="{wanted}" the names must be given: what each mention says.')
-                bearers = [entity_id for part in self._all("bearers", names[row]) for entity_id in part]
-                allowed[row] = bearers or None if wanted == "names" else None
-                if wanted != "names" and bearers:
-                    added[row] = bearers
-        linked = self._linked(mentions, top_k, allowed, **options)
-        if added:
-            rows = list(added)
-            named = self._linked(mentions[torch.tensor(rows)], top_k, list(added.values()), **options)
-            for row, entities in zip(rows, named, strict=True):
-                both = {found["entity_id"]: found for found in [*entities, *linked[row]]}
-                linked[row] = sorted(both.values(), key=lambda found: -found["score"])
-        return linked
 
     def _linked(
         self, mentions: MentionFeatures, top_k: int, candidates: Sequence[Any], **options: Any
@@ -273,17 +236,7 @@ class RayEntityIndex:
         records: dict[str, dict[str, Any]] = {}
         for part in self._each("records", [([*dict.fromkeys(ids)],) for ids in wanted]):
             records |= {record["id"]: record for record in part if record is not None}
-        keys = ("score", "text_score", "image_score", "cross_modal_score")
-        scores = (found.scores, found.text_scores, found.image_scores, found.cross_modal_scores)
-        return [
-            [
-                {"entity_id": i, "name": records[i]["name"], "description": records[i]["description"]}
-                | {key: float(part[row, place]) for key, part in zip(keys, scores, strict=True)}
-                for place, i in enumerate(ids)
-                if i in records  # removed since
-            ]
-            for row, ids in enumerate(found.entity_ids)
-        ]
+        return found.linked(records)
 
     def search(self, mentions: MentionFeatures, top_k: int = 10, **options: Any) -> SearchResult:
         """Finds the entities that fit each mention best, exactly.
@@ -543,6 +496,23 @@ def _check_facts(places: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> N
 
 class _PartGoneError(EntityIndexError):
     """A part that stays away."""
+
+
+class _Linking:
+    """The parts of an index, as linking asks them."""
+
+    def __init__(self, index: RayEntityIndex) -> None:
+        self._index = index
+
+    def check_candidates(self, entity_ids: Sequence[str] | None) -> None:
+        self._index._candidates_of_parts([entity_ids], 1)
+
+    def bearers(self, names: Sequence[str]) -> list[list[str] | None]:
+        parts = self._index._all("bearers", list(names))
+        return [list(itertools.chain(*found)) or None for found in zip(*parts, strict=True)]
+
+    def linked(self, *args: Any, **options: Any) -> list[list[dict[str, Any]]]:
+        return self._index._linked(*args, **options)
 
 
 class _Merged:

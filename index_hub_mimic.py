@@ -71,7 +71,12 @@ def files_for_hub(
         repo_id: the repository's id.
         from_cache: whether the directory is one of the Hub's cache.
         model_id, license, source: as of [`EntityIndex.push_to_hub`].
+
+    Raises:
+        EntityIndexError: if no entity is left.
     """
+    if len(store) == store.removed_count:
+        raise EntityIndexError("All entities of this index were removed: there is nothing to publish.")
     with tempfile.TemporaryDirectory() as scratch:
         if directory is None or store.removed_count:
             directory = Path(scratch)

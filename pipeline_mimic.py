@@ -17,7 +17,6 @@ from transformers.utils import logging
 from .answers_mimic import calibrated_links, calibration_for, needs_calibration
 from .calibration_mimic import Calibration, is_newer, proper_fraction
 from .configuration_mimic import PIPELINE_TASK, MimicConfig, check_context_window
-from .contents_mimic import BY_NAME
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
 from .errors_mimic import EntityIndexError, MentionError, MimicError
 from .explain_mimic import Explainer
@@ -31,6 +30,7 @@ from .processing_mimic import MimicProcessor
 from .records_mimic import placed_record, places_of, undecoded
 from .rerank_mimic import Reranker, reranked
 from .search_mimic import METHODS
+from .searchable_mimic import BY_NAME
 
 logger = logging.get_logger(__name__)
 

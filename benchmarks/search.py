@@ -60,7 +60,7 @@ def enlarged(args: Any, count: int) -> EntityIndex:
                 others = small._contents.store.full(other, torch.device("cpu")).tensors
                 for name, mean in means.items():
                     features[name] = mean + 0.8 * (features[name] - mean) + 0.6 * (others[name] - mean)
-            stored = quantized(EntityFeatures(features), small._matcher, getattr(torch, args.dtype))
+            stored = quantized(EntityFeatures(features), small.state.matcher, getattr(torch, args.dtype))
             records = [
                 {"id": str(made + row), "name": "", "description": ""}
                 if made >= len(small)
@@ -71,7 +71,7 @@ def enlarged(args: Any, count: int) -> EntityIndex:
             made += rows.stop - first
             progress.update(rows.stop - first)
     store = Store([read_shard(place, entry) for entry in manifest["shards"]])
-    publish(place, manifest, store, small._matcher)
+    publish(place, manifest, store, small.state.matcher)
     return EntityIndex.from_pretrained(place)
 
 

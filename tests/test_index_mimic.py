@@ -307,13 +307,13 @@ def test_the_model_is_left_as_it_was(linker: Linker, kb: list[dict[str, Any]]):
     finally:
         model.eval()
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
-    before = {name: tensor.clone() for name, tensor in index._matcher.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in index.state.matcher.state_dict().items()}
     changed = copy.deepcopy(model)
     index = build((changed, processor), kb)
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.zero_()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in index._matcher.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in index.state.matcher.state_dict().items())
 
 
 @pytest.mark.parametrize("empty", [[], (), iter([])], ids=["list", "tuple", "iterator"])
@@ -913,7 +913,7 @@ def test_files_of_others_are_left_alone(linker: Linker, kb: list[dict[str, Any]]
 
 def test_an_index_of_the_hubs_cache_is_not_changed(linker: Linker, kb: list[dict[str, Any]], tmp_path: Path):
     index = build(linker, kb, tmp_path / "cache")
-    index._contents = dataclasses.replace(index._contents, read_only=True)
+    index = EntityIndex(index.state.matcher, dataclasses.replace(index._contents, read_only=True))
     with pytest.raises(EntityIndexError, match="lies in the Hub's cache"):
         index.remove(["e1"])
     assert pickle.loads(pickle.dumps(index))._contents.read_only

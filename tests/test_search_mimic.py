@@ -321,7 +321,7 @@ def test_a_pair_scores_the_same_in_any_company():
     generator = torch.Generator().manual_seed(0)
     mention_rows = torch.arange(MENTIONS).repeat_interleave(ENTITIES)
     entity_rows = torch.arange(ENTITIES).repeat(MENTIONS)
-    matcher, store = case.index._matcher, case.index._contents.store
+    matcher, store = case.index.state.matcher, case.index._contents.store
     together = score_pairs(matcher, case.mentions, mention_rows, store, entity_rows, 2**30).total
     for size, block_bytes in ((1, 2**30), (7, 2**30), (300, 30_000)):
         some = torch.randperm(len(mention_rows), generator=generator)[:size]

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from mimic_el import EntityIndex, EntityIndexError, MentionFeatures, MimicConfig, identity_mimic
 from mimic_el.contents_mimic import Contents
-from mimic_el.index_mimic import Store
 from mimic_el.matching_mimic import Matcher, MimicEncoderOutput
 from mimic_el.shortlist_mimic import shortlist_vectors
-from mimic_el.store_mimic import make_shard, quantized
+from mimic_el.store_mimic import Store, make_shard, quantized
 
 ENTITIES, MENTIONS = 400, 6
 SIZES: dict[str, Any] = {"image_hidden_size": 8, "tglu_hidden_size": 8, "vdlu_hidden_size": 8, "cmfu_hidden_size": 8}
@@ -50,7 +49,7 @@ def index() -> EntityIndex:
 def mentions(index: EntityIndex) -> MentionFeatures:
     config = MimicConfig(**SIZES)
     with torch.inference_mode():
-        return index._matcher.mention_features(encoded(MENTIONS, config), torch.ones(MENTIONS, 6))
+        return index.state.matcher.mention_features(encoded(MENTIONS, config), torch.ones(MENTIONS, 6))
 
 
 def test_candidates_are_those_with_the_largest_dot_products(index: EntityIndex, mentions: MentionFeatures) -> None:
@@ -59,8 +58,7 @@ def test_candidates_are_those_with_the_largest_dot_products(index: EntityIndex, 
     mention = mentions.tensors
     # The text's dot product is half of one of three units, the cross-modal one a whole unit.
     products = mention["text_embed"] @ entity["text_embed"].T / 6 + mention["cross_modal"] @ entity["cross_modal"].T / 3
-    assert index._shortlist is not None
-    found = index._shortlist[1].candidates(mention, 20, nprobe=1)
+    found = index.state.shortlist.candidates(mention, 20, nprobe=1)
     for row in range(MENTIONS):
         assert set(found[row].tolist()) == set(products[row].topk(20).indices.tolist())
     together = shortlist_vectors(mention) @ shortlist_vectors(entity).T

@@ -23,11 +23,12 @@ from ..calibration_mimic import (
     proper_fraction,
 )
 from ..errors_mimic import CalibrationError
-from ..index_mimic import EntityIndex, SearchResult
+from ..index_mimic import EntityIndex
 from ..mentions_mimic import encoded_mentions
 from ..modeling_mimic import MentionFeatures, MimicModel
 from ..processing_mimic import MimicProcessor
 from ..records_mimic import entity_id_of, is_absent, undecoded
+from ..snapshot_mimic import SearchResult
 from .reliability import CalibrationReport, Outcomes, ScoredMentions
 
 LEAST_MENTIONS = 50

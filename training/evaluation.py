@@ -21,9 +21,10 @@ from transformers import (
 
 from ..answers_mimic import calibration_for
 from ..calibration_mimic import Calibration
-from ..index_mimic import EntityIndex, SearchResult
+from ..index_mimic import EntityIndex
 from ..modeling_mimic import MentionFeatures, MimicModel
 from ..records_mimic import entity_id_of, is_absent, undecoded
+from ..snapshot_mimic import SearchResult
 from .calibration import scored_of
 from .collator import MentionEntityCollator, length
 from .reliability import ScoredMentions
