@@ -6,16 +6,19 @@ What is finished is kept: a build that was interrupted goes on after its last wh
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
 import multiprocessing
 import os
 import secrets
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -126,6 +129,7 @@ class Builder:
         was_training = self.model.training
         self.model.eval()
         encoder = EntityEncoder(self.model, self.encoding_dtype)
+        collate = _Collate(self.processor, self.on_image_error)
         progress = tqdm(
             total=records.total,
             initial=finished,
@@ -136,7 +140,9 @@ class Builder:
         try:
             with progress:
                 stored = finished + (len(added_to) if added_to else 0)
-                while found := self._shard(records, new_shard_name(number), self._size(stored), encoder, progress):
+                while found := self._shard(
+                    records, new_shard_name(number), self._size(stored), encoder, collate, progress
+                ):
                     seen.check(found[0])
                     shard = keep(*found)
                     seen.add(shard)
@@ -150,20 +156,20 @@ class Builder:
         return self.shard_entities or shard_size(stored)
 
     def _shard(
-        self, records: Records, name: str, size: int, encoder: EntityEncoder, progress: Any
+        self, records: Records, name: str, size: int, encoder: EntityEncoder, collate: _Collate, progress: Any
     ) -> tuple[Shard, ImagesRead] | None:
         part = _Encoded()
         while left := size - len(part.kept):
             some = records.take(min(records.at_once or left, left))
             if not len(some):
                 break
-            self._encode(some, part, encoder, progress)
+            self._encode(some, part, encoder, collate, progress)
         if not part.kept:
             return None
         features = {key: torch.cat([batch[key] for batch in part.features]) for key in part.features[0]}
         return make_shard(name, features, part.kept), part.images
 
-    def _encode(self, records: Any, part: _Encoded, encoder: EntityEncoder, progress: Any) -> None:
+    def _encode(self, records: Any, part: _Encoded, encoder: EntityEncoder, collate: _Collate, progress: Any) -> None:
         """Appends what the table keeps of some records, and their features."""
         # In the order of length where the model can leave padding out: batches are then dense.
         order = in_order_of_length(records) if self.model.config.mask_text_padding else list(range(len(records)))
@@ -172,7 +178,7 @@ class Builder:
             batch_size=self.batch_size,
             sampler=order,
             num_workers=_workers(len(records)) if self.num_workers is None else self.num_workers,
-            collate_fn=_Collate(self.processor, self.on_image_error),
+            collate_fn=collate,
             worker_init_fn=_quiet_tokenizers,
         )
         encoded: list[tuple[dict[str, Any], tuple[str, str]]] = []
@@ -343,7 +349,8 @@ class _Collate:
     """Turns records into what the table keeps and what the model reads; runs in worker processes."""
 
     def __init__(self, processor: MimicProcessor, on_image_error: str) -> None:
-        self.processor, self.on_image_error = processor, on_image_error
+        self.processor, self.on_image_error = copy.copy(processor), on_image_error
+        setattr(self.processor, "resized", _Resized(processor))  # noqa: B010 (a method, to type checkers)
 
     def __call__(
         self, records: list[Mapping[str, Any]]
@@ -366,17 +373,68 @@ class _Collate:
         return kept, dict(inputs), digests, images, [str(warning.message) for warning in caught]
 
 
+class _Resized:
+    """Resizes images as a processor does, but one that comes again is not decoded again, as long as it is remembered.
+
+    One that cannot be read is not remembered: it is an error each time.
+    """
+
+    def __init__(self, processor: MimicProcessor) -> None:
+        self._processor = processor
+        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, image: Any, **kwargs: Any) -> np.ndarray | None:
+        digest = None if kwargs else _bytes_digest(image)
+        if digest is None:
+            return self._processor.resized(image, **kwargs)
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+            return self._kept[digest]
+        made = self._processor.resized(image)
+        if made is not None:
+            self._kept[digest] = made
+            self._bytes += made.nbytes
+            while self._bytes > _KEPT_BYTES:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return made
+
+
+def _bytes_digest(image: Any) -> bytes | None:
+    """What tells the image of a file, or of its bytes, from others; `None` where that cannot be told before it is
+    read."""
+    source, places = _source(image)
+    try:
+        if isinstance(source, bytes | bytearray | memoryview):
+            return hashlib.sha256(source).digest()
+        if isinstance(source, str | os.PathLike) and "::" not in os.fspath(source):  # a member's file is the archive
+            with open(file_named(source, places), "rb") as file:
+                small = os.fstat(file.fileno()).st_size <= _KEPT_BYTES
+                return hashlib.file_digest(file, "sha256").digest() if small else None
+    except (OSError, ValueError):  # reading it says what is wrong
+        pass
+    return None
+
+
+def _source(image: Any) -> tuple[Any, ImagePlaces]:
+    """What names or holds an image, out of its wrappings, and where it may be read from."""
+    places = ImagePlaces()
+    if is_placed(image):
+        image, places = image.source, image.places
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    return image, places
+
+
 _NO_IMAGE = "none"
+# What each process keeps of images that may come again.
+_KEPT_BYTES = 32 * 2**20
 
 
 def _image_seen(record: Mapping[str, Any]) -> tuple[str, str]:
     """In what form the image that is encoded of a record is given, and what tells whether it is still the same: of a
     file its size and time, of data in memory a checksum, of anything else its name."""
-    image, places = first_image(record.get("images")), ImagePlaces()
-    if is_placed(image):
-        image, places = image.source, image.places
-    if isinstance(image, Mapping):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    image, places = _source(first_image(record.get("images")))
     if is_absent(image):
         return _NO_IMAGE, ""
     if isinstance(image, str | os.PathLike):

@@ -74,7 +74,12 @@ def in_precision(model: MimicModel, dtype: torch.dtype | None) -> MimicModel:
         return model
     other = copy.copy(model)
     other._modules = dict(model._modules)
-    other.encoder = copy.deepcopy(model.encoder).to(dtype)
+    # Converted one by one: a copy of the encoder that is converted then would be there twice for a while.
+    converted: dict[int, Any] = {}
+    for parameter in model.encoder.parameters():
+        if type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
+            converted[id(parameter)] = torch.nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+    other.encoder = copy.deepcopy(model.encoder, converted).to(dtype)
     return other
 
 

@@ -6,10 +6,10 @@ An index holds features that mean something to one model only. It notes all that
 - all weights of the matcher, and all of the encoder, as they lie in memory, quantized ones too;
 - the processor: its settings, those of its images, its tokenizer's vocabulary and what it makes of some texts.
 
-What is not covered: `reduce_jpeg` of a processor, which an index may be built with for its speed; merges of a tokenizer
-that none of those texts uses; weights on a disk or nowhere ("meta"); a change by way of `.data` later on;
-and a change of a model in another precision than that which made the index, where a sample of each tensor does not show
-it.
+What is not covered: `reduce_jpeg` and `fast_resize` of a processor, which an index may be built with for their speed;
+merges of a tokenizer that none of those texts uses; weights on a disk or nowhere ("meta"); a change by way of `.data`
+later on; and a change of a model in another precision than that which made the index, where a sample of each tensor
+does not show it.
 """
 
 from __future__ import annotations

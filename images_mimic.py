@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from typing import IO, Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch.nn import functional
 
 from .errors_mimic import MimicImageError
 from .image_sources_mimic import ImagePlaces, PlacedImage, is_placed, read_file, read_named
@@ -60,6 +62,7 @@ def load_image(
     resample: int = Image.Resampling.LANCZOS,
     image_root: bool | str | os.PathLike[str] = True,
     reduce_jpeg: bool = False,
+    fast_resize: bool = False,
 ) -> Image.Image | None:
     """Reads an image into RGB.
 
@@ -81,6 +84,8 @@ def load_image(
             be in.
         reduce_jpeg: whether a JPEG that is to be resized is decoded at a half, a quarter or an eighth of its size,
             where that is still twice the size wanted: much faster, and off by a few of 255 levels in places.
+        fast_resize: whether torch resizes an image that becomes smaller, where it has the filter: many times as fast
+            as Pillow, and off by 1 of 255 levels in places.
 
     Returns:
         `PIL.Image.Image` of mode "RGB", or `None` for no source.
@@ -102,10 +107,12 @@ def load_image(
     try:
         if resize and reduce_jpeg and opened is not source:  # a caller's own image stays as it is
             opened.draft(None, (2 * resize[0], 2 * resize[1]))  # None keeps the mode
-        if resize and not correct:
-            return opened.resize(resize, Image.Resampling(resample)).convert("RGB")
-        image = _to_rgb(opened, correct)
-        return image.resize(resize, Image.Resampling(resample)) if resize else image
+        if not resize:
+            made = _to_rgb(opened, correct)
+            return made.copy() if made is opened else made  # a caller's own image stays apart
+        if not correct:
+            return _resize(opened, resize, resample, fast_resize).convert("RGB")
+        return _resize(_to_rgb(opened, correct), resize, resample, fast_resize)
     except MemoryError as error:
         raise MimicImageError(f"The image {where} needs more memory than there is.") from error
     except Exception as error:  # decoders raise many kinds for broken files
@@ -254,7 +261,28 @@ def _known_formats() -> list[str]:
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
+# Pillow's filters under the names that torch has for the same ones. Lanczos is new there: older versions lack it.
+_FAST_FILTERS = {
+    Image.Resampling.BILINEAR: "bilinear",
+    Image.Resampling.BICUBIC: "bicubic",
+    Image.Resampling.LANCZOS: "lanczos",
+}
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: int, fast: bool) -> Image.Image:
+    """A new image of another width and height."""
+    # What is enlarged would be off by more, and takes little time.
+    fast &= image.mode == "RGB" and image.size != size and image.width >= size[0] and image.height >= size[1]
+    name = _FAST_FILTERS.get(Image.Resampling(resample)) if fast else None
+    if name is None or not hasattr(torch._C._nn, f"_upsample_{name}2d_aa"):
+        return image.resize(size, Image.Resampling(resample))
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    made = functional.interpolate(values, size=size[::-1], mode=name, antialias=True)
+    return Image.fromarray(made[0].permute(1, 2, 0).contiguous().numpy())
+
+
 def _to_rgb(image: Image.Image, correct: bool) -> Image.Image:
+    """The image in RGB: itself, where it is."""
     if not correct:
         return image.convert("RGB")
     image.load()
@@ -277,7 +305,7 @@ def _to_rgb(image: Image.Image, correct: bool) -> Image.Image:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(background, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 __all__ = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from tiny import picture, tiny_processor
 from tiny_clip import tiny_model
 
+from mimic_el import building_mimic
 from mimic_el.errors_mimic import EntityIndexError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.matching_mimic import EntityFeatures, Matcher
@@ -95,3 +98,93 @@ def test_features_that_are_not_finite_are_refused_by_the_entitys_name(
     for place in (None, tmp_path / "index"):
         with pytest.raises(EntityIndexError, match=r"`text_local` values that are not finite, of entity 'P[0-9]'"):
             EntityIndex.build(model, processor, kb, place, show_progress=False)
+
+
+# --- Images that come again
+
+
+def watched_decoding(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is resized from now on."""
+    seen: list[Any] = []
+    original = MimicProcessor.resized
+
+    def resized(self: MimicProcessor, image: Any, **kwargs: Any) -> Any:
+        seen.append(image)
+        return original(self, image, **kwargs)
+
+    monkeypatch.setattr(MimicProcessor, "resized", resized)
+    return seen
+
+
+def images_that_come_again(folder: Path) -> tuple[list[Any], int]:
+    """Images in many forms, and how many of them are of other bytes than all before, or cannot be told before they are
+    read."""
+    one, copy_of_one, other, broken = (folder / name for name in ("1.png", "copy.png", "2.png", "broken.png"))
+    picture(1).save(one)
+    picture(2).save(other)
+    copy_of_one.write_bytes(one.read_bytes())
+    broken.write_bytes(b"no image")
+    archive = folder / "images.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(one, "1.png")
+        file.write(other, "2.png")
+    new = [str(one), other, f"zip://1.png::{archive}", f"zip://2.png::{archive}", picture(3), picture(3)]
+    again = [one, str(copy_of_one), one.read_bytes(), {"bytes": other.read_bytes(), "path": None}, {"path": str(one)}]
+    # One that cannot be read is tried, and told of, each time.
+    return [*new, *again, str(broken), None, broken, *again], len(new) + 2 + 1
+
+
+def records_of(images: list[Any]) -> list[dict[str, Any]]:
+    return [{"id": f"P{row}", "name": f"P {row}", "images": [image]} for row, image in enumerate(images)]
+
+
+def features_of(index: EntityIndex) -> dict[str, torch.Tensor]:
+    return index._contents.store.full(slice(0, len(index)), torch.device("cpu")).tensors
+
+
+def test_equal_images_are_decoded_once(
+    model: MimicModel, processor: MimicProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    images, count = images_that_come_again(tmp_path)
+    options: dict[str, Any] = {"dtype": "float32", "batch_size": 4, "show_progress": False, "shard_entities": 9}
+    built, warned, seen = {}, {}, []
+    for kept in (building_mimic._KEPT_BYTES, 0):
+        monkeypatch.setattr(building_mimic, "_KEPT_BYTES", kept)
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            decoded = watched_decoding(patch)
+            built[kept] = EntityIndex.build(model, processor, records_of(images), **options)
+        seen.append(len(decoded))
+        warned[kept] = [str(warning.message) for warning in caught]
+    assert seen == [count, len(images)]  # in other shards too
+    first, other = (features_of(index) for index in built.values())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+    one, again = warned.values()
+    assert one == again
+    assert sum("It is encoded without an image" in text for text in one) == 2
+    assert "resized" not in vars(processor)
+
+
+def test_only_so_many_images_are_remembered(
+    model: MimicModel, processor: MimicProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    side = processor.image_processor.size["height"]
+    monkeypatch.setattr(building_mimic, "_KEPT_BYTES", 2 * 3 * side * side)  # two of them
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        picture(number).save(path)
+    seen = watched_decoding(monkeypatch)
+    order = [0, 1, 0, 2, 0, 1]  # 1 was forgotten when 2 came
+    EntityIndex.build(model, processor, records_of([paths[row] for row in order]), show_progress=False)
+    assert seen == [paths[row] for row in (0, 1, 2, 1)]
+
+
+def test_what_workers_do_can_be_sent_to_them(processor: MimicProcessor, tmp_path: Path):
+    """As it is where processes are not forked."""
+    picture(1).save(tmp_path / "1.png")
+    records = records_of([tmp_path / "1.png", None, tmp_path / "1.png"])
+    collate = building_mimic._Collate(processor, "warn")
+    here, there = collate(records), pickle.loads(pickle.dumps(collate))(records)
+    assert here[0] == there[0]
+    assert torch.equal(here[1]["pixel_values"], there[1]["pixel_values"])
+    assert here[2:] == there[2:]

@@ -103,6 +103,21 @@ def test_links_as_the_pipeline_does(made: Path, tmp_path: Path, capsys: pytest.C
     assert "is whole" in capsys.readouterr().out
 
 
+def test_options_of_a_build_are_handed_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def build(model: Any, processor: Any, entities: Any, output_dir: Path, **options: Any) -> list[Any]:
+        calls.append((processor.fast_resize, options["encoding_dtype"], options["num_workers"]))
+        return []
+
+    monkeypatch.setattr(EntityIndex, "build", build)
+    common = ("index", "build", "--model", made / "linker", "--entities", made / "tables" / "entities.jsonl")
+    common += ("--output_dir", tmp_path / "index")
+    assert run(*common) == 0
+    assert run(*common, "--fast_resize", "--encoding_dtype", "bfloat16", "--num_workers", 1) == 0
+    assert calls == [(False, None, None), (True, "bfloat16", 1)]
+
+
 def test_method_and_candidates_are_handed_on(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,11 @@ def test_another_precision_leaves_the_model_alone(model: MimicModel, batches: li
     assert {parameter.dtype for parameter in half.encoder.parameters()} == {torch.bfloat16}
     assert half.matcher is model.matcher
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    whole = copy.deepcopy(model.encoder).to(torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, whole.pop(name)) for name, tensor in half.encoder.state_dict().items())
+    assert not whole
+    pairs = zip(model.encoder.parameters(), half.encoder.parameters(), strict=True)
+    assert all(one.requires_grad == other.requires_grad for one, other in pairs)
     with torch.inference_mode():
         exact = model.encode_entities(**batches[0])
         rounded = EntityEncoder(half)(batches[0], digests(batches[0]))

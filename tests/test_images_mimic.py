@@ -89,3 +89,45 @@ def test_jpeg_files_can_be_decoded_at_a_fraction_of_their_size(tmp_path: Path) -
     with Image.open(tmp_path / "a.jpg") as opened:
         assert np.array_equal(loaded(opened, True), whole)
         assert opened.size == (400, 300)
+
+
+@pytest.mark.parametrize("resample", ["BILINEAR", "BICUBIC", "LANCZOS", "BOX"])
+@pytest.mark.parametrize("size", [(400, 300), (20, 300), (500, 9), (24, 24), (90, 24), (7, 5), (24, 30)])
+def test_torch_resizes_as_pillow_does_within_1_of_255(size: tuple[int, int], resample: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    before = image.tobytes()
+    for correct in (True, False):
+        made = load_image(
+            image, resize=(24, 30), resample=Image.Resampling[resample], correct=correct, fast_resize=True
+        )
+        assert made is not None
+        assert (made.mode, made.size) == ("RGB", (24, 30))
+        expected = np.asarray(image.resize((24, 30), Image.Resampling[resample]), dtype=int)
+        assert abs(np.asarray(made) - expected).max() <= 1
+    assert image.tobytes() == before
+
+
+def test_what_torch_cannot_resize_is_resized_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+
+    def loaded(source: Image.Image, resample: Image.Resampling, correct: bool = True, fast: bool = True) -> np.ndarray:
+        return np.asarray(load_image(source, resize=(16, 16), resample=resample, correct=correct, fast_resize=fast))
+
+    def same(*args: Any) -> bool:
+        return np.array_equal(loaded(*args), loaded(*args, fast=False))
+
+    assert same(image, Image.Resampling.NEAREST)  # a filter that torch has not
+    assert same(image.convert("P"), Image.Resampling.LANCZOS, False)  # indices of a palette are not mixed
+    assert not same(image.convert("P"), Image.Resampling.BICUBIC)  # it is RGB where images are corrected
+    monkeypatch.delattr("torch._C._nn._upsample_lanczos2d_aa", raising=False)  # as in older versions
+    assert same(image, Image.Resampling.LANCZOS)
+
+
+@pytest.mark.parametrize("resize", [None, (30, 20)])
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_callers_own_image_stays_apart(resize: tuple[int, int] | None, fast: bool) -> None:
+    image = Image.new("RGB", (30, 20))
+    made = load_image(image, resize=resize, fast_resize=fast)
+    assert made is not None
+    made.paste((255, 0, 0), (0, 0, 30, 20))
+    assert not np.asarray(image).any()

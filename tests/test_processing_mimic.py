@@ -665,3 +665,22 @@ def test_broken_metadata_of_sound_pixels() -> None:
             warnings.simplefilter("ignore")
             loaded = load_image(data[:33] + chunk + data[33:])
         np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image))
+
+
+def test_images_shrunk_by_torch(processor: MimicProcessor, tmp_path: Path) -> None:
+    """Off by 1 of 255 at most, of the images that are larger than the square; told by what is saved."""
+    side = processor.image_processor.size["height"]
+    large, small = picture(300, 200), picture(side - 1, side)
+    exact = processor.resized(large)
+    assert exact is not None
+    processor.fast_resize = True
+    fast = processor.resized(large)
+    assert fast is not None
+    assert fast.shape == exact.shape
+    assert 0 < abs(fast.astype(int) - exact).max() <= 1
+    processor.save_pretrained(tmp_path)
+    again = MimicProcessor.from_pretrained(tmp_path)
+    assert again.fast_resize
+    assert np.array_equal(again.resized(large), fast)
+    again.fast_resize = False
+    assert np.array_equal(again.resized(small), processor.resized(small))
