@@ -353,7 +353,7 @@ class _Collate:
         setattr(self.processor, "resized", _Resized(processor))  # noqa: B010 (a method, to type checkers)
 
     def __call__(
-        self, records: list[Mapping[str, Any]]
+        self, records: Sequence[Mapping[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, Tensor], list[bytes], list[tuple[str, str]], list[str]]:
         """The table's records, the model's inputs, the images' digests, what they were, and what is to be warned of."""
         kept = [table_record(record) for record in records]

@@ -111,8 +111,8 @@ def test_options_of_a_build_are_handed_on(made: Path, tmp_path: Path, monkeypatc
         return []
 
     monkeypatch.setattr(EntityIndex, "build", build)
-    common = ("index", "build", "--model", made / "linker", "--entities", made / "tables" / "entities.jsonl")
-    common += ("--output_dir", tmp_path / "index")
+    tables = ("--entities", made / "tables" / "entities.jsonl", "--output_dir", tmp_path / "index")
+    common = ("index", "build", "--model", made / "linker", *tables)
     assert run(*common) == 0
     assert run(*common, "--fast_resize", "--encoding_dtype", "bfloat16", "--num_workers", 1) == 0
     assert calls == [(False, None, None), (True, "bfloat16", 1)]
