@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -79,7 +80,8 @@ class MimicConfig(PreTrainedConfig):
     Raises:
         TypeError: if `backbone_config` is not the configuration of a supported dual encoder, or a `dict` of one.
         CalibrationError: if `calibration` is none.
-        ValueError: if a size is not a positive integer, or `text_max_length` is more than the backbone has positions.
+        ValueError: if a size is not a positive integer, `layer_norm_eps` not a positive number or a switch neither true
+            nor false, or `text_max_length` is more than the backbone has positions.
 
     Example:
 
@@ -181,14 +183,20 @@ class MimicConfig(PreTrainedConfig):
         """Side of the square image that the backbone sees, in pixels."""
         return backbone_of(self.backbone_config).image_size(self.backbone_config)
 
+    # Own code and not huggingface_hub's `strict`, whose errors are neither ValueError nor TypeError and would wrap
+    # CalibrationError, and which refuses a backbone that is given by position, and 1 where a float is expected.
     def _check(self) -> None:
         sizes = ("image_hidden_size", "tglu_hidden_size", "vdlu_hidden_size", "cmfu_hidden_size", "text_max_length")
         for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MimicConfig: `{name}` must be a positive integer, got {value!r}.")
-        if not self.layer_norm_eps > 0:
-            raise ValueError(f"MimicConfig: `layer_norm_eps` must be positive, got {self.layer_norm_eps!r}.")
+        epsilon = self.layer_norm_eps
+        if not isinstance(epsilon, int | float) or isinstance(epsilon, bool) or not 0 < epsilon < math.inf:
+            raise ValueError(f"MimicConfig: `layer_norm_eps` must be a positive number, got {epsilon!r}.")
+        for name in ("mask_text_padding", "ignore_duplicate_answers", "symmetric_loss"):
+            if not isinstance(value := getattr(self, name), bool):  # "false" would be true
+                raise ValueError(f"MimicConfig: `{name}` must be True or False, got {value!r}.")
         self._check_backbone()
 
     def _check_backbone(self) -> None:

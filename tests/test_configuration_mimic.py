@@ -92,6 +92,19 @@ def test_sizes_must_be_positive_integers(name: str, value: Any) -> None:
         MimicConfig(**{name: value})
 
 
+@pytest.mark.parametrize("value", [0, -1e-5, "1e-5", None, True, float("nan"), float("inf")])
+def test_the_epsilon_must_be_a_positive_number(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`layer_norm_eps` must be a positive number, got {value!r}"):
+        MimicConfig(layer_norm_eps=value)
+
+
+@pytest.mark.parametrize("name", ["mask_text_padding", "ignore_duplicate_answers", "symmetric_loss"])
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_switches_must_be_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be True or False, got {value!r}"):
+        MimicConfig(**{name: value})
+
+
 def clip_with(part: str, **changes: Any) -> CLIPConfig:
     clip = tiny_clip_config()
     for name, value in changes.items():
@@ -102,8 +115,6 @@ def clip_with(part: str, **changes: Any) -> CLIPConfig:
 def test_combinations_that_cannot_work() -> None:
     with pytest.raises(ValueError, match=r"`text_max_length` is 78, .* only 77 positions .* Use 77 or less"):
         MimicConfig(text_max_length=78)
-    with pytest.raises(ValueError, match="`layer_norm_eps` must be positive"):
-        MimicConfig(layer_norm_eps=0)
     with pytest.raises(ValueError, match=r"`image_size` \(24\) holds no patch of `patch_size` 32"):
         MimicConfig(clip_with("vision_config", patch_size=32))
     with pytest.raises(ValueError, match="must be integers"):

@@ -1,0 +1,80 @@
+"""`mimic-el calibrate`: a model learns how sure its answers are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .inputs import CommandError, load_model, read_mentions
+from .options import BatchOption, DeviceOption, ModelOption
+
+
+def calibrate_(
+    model: ModelOption,
+    mentions: Annotated[
+        str,
+        typer.Option(
+            "--mentions",
+            help="Mentions with known answers, which the model was not trained on: JSON Lines with mention, text, "
+            "answer (null where the entity is not in the knowledge base) and optionally image; or a data set (a "
+            "directory or a Hub id).",
+        ),
+    ],
+    split: Annotated[str, typer.Option("--split", help="Of a data set, the split.")] = "validation",
+    index: Annotated[
+        str | None,
+        typer.Option("--index", help="The knowledge base: an index (default: the one the model names)."),
+    ] = None,
+    nil_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--nil_rate",
+            help="Share of mentions to be expected whose entity is not there (default: as in the mentions).",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is left to chance.")] = 0,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output_dir", help="Where the calibrated model is saved (default: the model's directory)."),
+    ] = None,
+    batch_size: BatchOption = 32,
+    device: DeviceOption = None,
+) -> None:
+    """Learn from mentions with known answers how sure an answer is, so that the model's answers have probabilities."""
+    if output_dir is None and not Path(model).is_dir():
+        raise CommandError(f"{model} is no directory: say with --output_dir where the calibrated model is saved.")
+    from ..pipeline_mimic import MultimodalEntityLinkingPipeline
+    from ..training.calibration import calibrate
+
+    loaded, processor = load_model(model, device)
+    linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, index=index)
+    calibration = calibrate(
+        loaded,
+        linker.index,
+        read_mentions(mentions, split),
+        processor=processor,
+        nil_rate=nil_rate,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    if output_dir is not None:
+        loaded.save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+    else:
+        _write_calibration(Path(model) / "config.json", calibration.to_dict())
+    typer.echo(json.dumps(calibration.measured, indent=1))
+
+
+def _write_calibration(path: Path, block: dict[str, Any]) -> None:
+    """Puts a calibration into a config.json, and leaves the rest of it as it is."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["calibration"] = block
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+__all__ = ["calibrate_"]

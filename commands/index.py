@@ -1,0 +1,116 @@
+"""`mimic-el index`: an index is built, looked into, checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .inputs import image_places, load_model, read_entities
+from .options import (
+    AllowUrls,
+    AllowUrlsOption,
+    BatchOption,
+    DeviceOption,
+    Dtype,
+    EncodingDtype,
+    ImageRootOption,
+    ModelOption,
+    OnImageError,
+)
+
+index_app = typer.Typer(
+    help="Build an index of a knowledge base, show what is in one, check its files.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@index_app.command("build")
+def build(
+    model: ModelOption,
+    entities: Annotated[
+        str,
+        typer.Option(
+            "--entities",
+            help="A data set with the configuration `entities` (a directory or a Hub id), or JSON Lines or CSV with "
+            "id, name, description and images (paths as seen from the file, and in its folder unless --image_root says "
+            "another; in CSV separated by |).",
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the index is written.")],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What features are stored in.")] = Dtype.FLOAT16,
+    batch_size: BatchOption = 64,
+    num_workers: Annotated[
+        int | None,
+        typer.Option("--num_workers", min=0, help="Processes that read images; some for large ones unless told."),
+    ] = None,
+    on_image_error: Annotated[
+        OnImageError, typer.Option("--on_image_error", help="Go on without an image that cannot be read, or stop.")
+    ] = OnImageError.WARN,
+    encoding_dtype: Annotated[
+        EncodingDtype | None,
+        typer.Option("--encoding_dtype", help="What the encoder computes in; auto: bfloat16 where that is fast."),
+    ] = None,
+    fast_resize: Annotated[
+        bool,
+        typer.Option("--fast_resize", help="Shrink images by torch: much faster, off by 1 of 255 levels in places."),
+    ] = False,
+    image_root: ImageRootOption = None,
+    allow_urls: AllowUrlsOption = AllowUrls.NONE,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index that is there, once the new one is complete.")
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Encode a knowledge base. Run the same command again to go on after an interruption."""
+    rows = read_entities(entities)
+
+    from ..index_mimic import EntityIndex
+
+    loaded, processor = load_model(model, device)
+    processor.fast_resize |= fast_resize
+    index = EntityIndex.build(
+        loaded,
+        processor,
+        rows,
+        output_dir,
+        dtype=dtype.value,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        on_image_error=on_image_error.value,
+        overwrite=overwrite,
+        encoding_dtype=encoding_dtype.value if encoding_dtype else None,
+        **image_places(entities, image_root, allow_urls),
+    )
+    typer.echo(f"Wrote {len(index):,} entities to {output_dir}.")
+
+
+@index_app.command("info")
+def info(index: Annotated[str, typer.Argument(help="An index: a directory or a Hub id.")]) -> None:
+    """Show what is in an index, as JSON."""
+    from ..index_mimic import EntityIndex
+
+    opened = EntityIndex.from_pretrained(index)
+    facts = {
+        "entities": len(opened),
+        "dtype": opened.dtype,
+        "bytes_per_entity": round(opened.bytes_per_entity),
+        "directory": str(opened.directory),
+    }
+    typer.echo(json.dumps(facts, indent=1))
+
+
+@index_app.command("verify")
+def verify(index: Annotated[str, typer.Argument(help="An index: a directory or a Hub id.")]) -> None:
+    """Compare every file of an index with the checksum that was taken when it was written."""
+    from ..index_mimic import EntityIndex
+
+    opened = EntityIndex.from_pretrained(index)
+    opened.verify()
+    typer.echo(f"{index} is whole: {len(opened):,} entities.")
+
+
+__all__ = ["index_app"]

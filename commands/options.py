@@ -1,0 +1,92 @@
+"""Options that several commands take, and the values that they choose among."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Method(str, Enum):  # noqa: UP042 - typer shows a StrEnum's values as it does these
+    """How an index is searched; both find the same entities."""
+
+    PRUNED = "pruned"
+    EXHAUSTIVE = "exhaustive"
+
+
+class EncodingDtype(str, Enum):  # noqa: UP042
+    """What the encoder computes in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Dtype(str, Enum):  # noqa: UP042
+    """What the features of an index are stored in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
+class AllowUrls(str, Enum):  # noqa: UP042
+    """Which addresses are fetched."""
+
+    NONE = "none"
+    PUBLIC = "public"
+    PRIVATE = "private"
+
+    @property
+    def switch(self) -> bool | str:
+        """The same as `EntityIndex.build` takes it."""
+        return {"none": False, "public": True}.get(self.value, self.value)
+
+
+class OnImageError(str, Enum):  # noqa: UP042
+    """What follows from an image that cannot be read."""
+
+    WARN = "warn"
+    RAISE = "raise"
+
+
+class OnError(str, Enum):  # noqa: UP042
+    """What follows from a line that cannot be linked."""
+
+    RAISE = "raise"
+    WARN = "warn"
+    RETURN = "return"
+
+
+class Window(str, Enum):  # noqa: UP042
+    """Which part of a long text is read."""
+
+    START = "start"
+    MENTION = "mention"
+
+
+class ByName(str, Enum):  # noqa: UP042
+    """Candidates that are found by the mention's name."""
+
+    NAMES = "names"
+    BOTH = "names+search"
+
+
+ModelOption = Annotated[str, typer.Option("--model", help="A MIMIC checkpoint: a directory or a Hub id.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda:0, ... (default: an accelerator if there is one)")
+]
+ImageRootOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image_root",
+        help="The folder that the entities' image files must be in (default: that of the table; of a data set none, "
+        "for it brings its images along).",
+    ),
+]
+AllowUrlsOption = Annotated[
+    AllowUrls, typer.Option("--allow_urls", help="Which addresses of entities' images are fetched.")
+]
+BatchOption = Annotated[int, typer.Option("--batch_size", min=1, help="Mentions or entities encoded at a time.")]
