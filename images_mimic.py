@@ -14,9 +14,7 @@ from collections.abc import Mapping
 from typing import IO, Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch.nn import functional
 
 from .errors_mimic import MimicImageError
 from .image_sources_mimic import ImagePlaces, PlacedImage, is_placed, read_file, read_named
@@ -274,11 +272,14 @@ def _resize(image: Image.Image, size: tuple[int, int], resample: int, fast: bool
     # What is enlarged would be off by more, and takes little time.
     fast &= image.mode == "RGB" and image.size != size and image.width >= size[0] and image.height >= size[1]
     name = _FAST_FILTERS.get(Image.Resampling(resample)) if fast else None
-    if name is None or not hasattr(torch._C._nn, f"_upsample_{name}2d_aa"):
-        return image.resize(size, Image.Resampling(resample))
-    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
-    made = functional.interpolate(values, size=size[::-1], mode=name, antialias=True)
-    return Image.fromarray(made[0].permute(1, 2, 0).contiguous().numpy())
+    if name is not None:
+        import torch  # those who make data sets read images without it
+
+        if hasattr(torch._C._nn, f"_upsample_{name}2d_aa"):
+            values = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+            made = torch.nn.functional.interpolate(values, size=size[::-1], mode=name, antialias=True)
+            return Image.fromarray(made[0].permute(1, 2, 0).contiguous().numpy())
+    return image.resize(size, Image.Resampling(resample))
 
 
 def _to_rgb(image: Image.Image, correct: bool) -> Image.Image:
