@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
-from transformers.image_processing_utils import get_size_dict
-from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from .backbones_mimic import backbone_of
 from .configuration_mimic import HUB_KWARGS, MimicConfig, check_context_window
-from .errors_mimic import MimicImageError
-from .images_mimic import ImageInput, check_size, first_image, listed, load_image
+from .images_mimic import ImageInput, first_image, listed
+from .preparation_mimic import ImagePreparation
 from .spans_mimic import CHARACTERS_A_TOKEN, around_mention, checked_place
 from .texts_mimic import check_unicode, needed_text
 
@@ -380,34 +377,7 @@ class MimicProcessor(ProcessorMixin):
             MimicImageError: if an image cannot be read and `on_image_error` is "raise".
             ValueError: if the images come out in different sizes, or no size says how large an absent one is.
         """
-        if on_image_error not in ("raise", "warn"):
-            raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
-        rows: list[np.ndarray | None] = []
-        for row, source in enumerate(images):
-            made = None
-            try:
-                # One at a time: an image may take a hundred times as much memory as its file.
-                resized = self.resized(source, **kwargs)
-                if resized is not None:
-                    made = self._normalized(resized, source, kwargs)
-            except MimicImageError as error:
-                message = f"{labels[row]}: {error}" if labels else str(error)
-                if on_image_error == "raise":
-                    raise MimicImageError(message) from error
-                warnings.warn(f"{message} It is encoded without an image.", stacklevel=2)
-            rows.append(made)
-        blank = np.zeros(self._made_shape(rows, kwargs), np.float32) if any(row is None for row in rows) else None
-        made_rows = [blank if row is None else row for row in rows]
-        if return_tensors is None:
-            return made_rows
-        if len({row.shape for row in made_rows if row is not None}) > 1:
-            raise ValueError(
-                "The images come out in different sizes, and make no tensor: leave `do_resize` on, give a `size` with "
-                "height and width, or pass return_tensors=None."
-            )
-        return BatchFeature({"pixel_values": np.stack(cast(Any, made_rows))}, tensor_type=return_tensors)[
-            "pixel_values"
-        ]
+        return self._preparation.pixels(images, on_image_error, labels, return_tensors, self.resized, kwargs)
 
     def resized(self, image: ImageInput, **kwargs: Any) -> np.ndarray | None:
         """An image in the backbone's size, uint8 of shape (3, height, width); `None` where there is none.
@@ -422,84 +392,19 @@ class MimicProcessor(ProcessorMixin):
         Raises:
             MimicImageError: if it cannot be read.
         """
-        if kwargs.get("input_data_format") == "channels_first" and getattr(image, "ndim", 0) == 3:
-            image = np.moveaxis(np.asarray(image), 0, -1)
-        size = self._size(kwargs)
-        square = (size["width"], size["height"]) if {"height", "width"} <= size.keys() else None
-        do_resize = self._setting(kwargs, "do_resize")
-        resample = self._setting(kwargs, "resample")
-        loaded = load_image(
-            image,
-            correct=self.correct_images,
-            resize=square if do_resize else None,
-            resample=int(PILImageResampling.BILINEAR if resample is None else resample),
-            reduce_jpeg=self.reduce_jpeg,
-            fast_resize=self.fast_resize,
-        )
-        if loaded is None:
-            return None
-        options = {name: value for name, value in kwargs.items() if name in _OF_RESIZING}
-        if square or not do_resize:
-            options["do_resize"] = False
-        else:
-            check_size(*_resized_size(loaded.size, size), "that is resized")
-        try:
-            # As an array: of a PIL image the image processor would look at the transparency once more.
-            array = np.asarray(loaded).transpose(2, 0, 1).copy()
-            del loaded
-            options |= {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_first"}
-            made = self.image_processor([array], **options, return_tensors="np")
-        except MemoryError as error:
-            raise MimicImageError("The image needs more memory than there is.") from error
-        return made["pixel_values"][0]
+        return self._preparation.resized(image, **kwargs)
 
     def normalized(self, resized: np.ndarray, **kwargs: Any) -> torch.Tensor:
         """What the model reads of a resized image: float32 of shape (3, height, width)."""
-        return torch.from_numpy(self._normalized(resized, None, kwargs))
-
-    def _normalized(self, resized: np.ndarray, source: Any, kwargs: Mapping[str, Any]) -> np.ndarray:
-        options = {name: value for name, value in kwargs.items() if name not in (*_OF_RESIZING, "input_data_format")}
-        if not self._setting(kwargs, "do_rescale") and _is_scaled(source):
-            options |= {"do_rescale": True, "rescale_factor": 1 / 255}  # resizing has made bytes of it
-        options |= {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}
-        made = self.image_processor([resized], **options, return_tensors="np")["pixel_values"][0]
-        return made.astype(np.float32, copy=False)
+        return torch.from_numpy(self._preparation.normalized(resized, None, kwargs))
 
     def blank_pixels(self, count: int) -> torch.Tensor:
         """What the model reads where there is no image: zeros of shape (count, 3, height, width)."""
-        return torch.zeros(count, *self._made_shape([], {}))
+        return torch.zeros(count, *self._preparation.shape_of_absent([], {}))
 
-    def _setting(self, kwargs: Mapping[str, Any], name: str) -> Any:
-        value = kwargs.get(name)
-        return getattr(self.image_processor, name, None) if value is None else value
-
-    def _size(self, kwargs: Mapping[str, Any], name: str = "size") -> dict[str, int]:
-        """A size of the call or of the image processor, with the sides that it has."""
-        size = self._setting(kwargs, name)
-        if size is None:
-            return {}
-        if not isinstance(size, Mapping) and not hasattr(size, "shortest_edge"):
-            square = self._setting(kwargs, "default_to_square")
-            size = get_size_dict(size, default_to_square=True if square is None else square, param_name=name)
-        sides = size if isinstance(size, Mapping) else vars(size)
-        return {side: value for side, value in sides.items() if value is not None}
-
-    def _made_shape(self, rows: Sequence[np.ndarray | None], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-        """The shape of an absent image: that of the others, or what the settings make of every image."""
-        for row in rows:
-            if row is not None:
-                return row.shape
-        size: dict[str, int] = {}
-        if self._setting(kwargs, "do_center_crop"):
-            size = self._size(kwargs, "crop_size")
-        elif self._setting(kwargs, "do_resize"):
-            size = self._size(kwargs)
-        if not {"height", "width"} <= size.keys():
-            raise ValueError(
-                "Nothing says how large an absent image is: give the image processor a `size` with height and width."
-            )
-        shape = (3, size["height"], size["width"])
-        return (*shape[1:], 3) if kwargs.get("data_format") == "channels_last" else shape
+    @property
+    def _preparation(self) -> ImagePreparation:
+        return ImagePreparation(self.image_processor, self.correct_images, self.reduce_jpeg, self.fast_resize)
 
     def __call__(
         self,
@@ -581,10 +486,6 @@ def image_size_of(image_processor: Any) -> tuple[int, int]:
         return 0, 0
 
 
-# What the image processor is told where it resizes; the rest where it normalizes.
-_OF_RESIZING = ("size", "resample", "do_resize", "do_center_crop", "crop_size", "default_to_square", "reducing_gap")
-
-
 def _check_texts(name: str, texts: Sequence[Any]) -> None:
     for row, text in enumerate(texts):
         if not isinstance(text, str):
@@ -614,25 +515,6 @@ def _flat(images: Any) -> list[Any]:
     for image in images:
         flat.extend(_flat(image) if isinstance(image, list | tuple) and image else [first_image(image)])
     return flat
-
-
-def _resized_size(given: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
-    """The width and height that a size without a fixed shape makes of an image, at most."""
-    width, height = given
-    scale = 1.0
-    if "shortest_edge" in size:
-        scale = size["shortest_edge"] / min(given)
-    if "longest_edge" in size:
-        limit = size["longest_edge"] / max(given)
-        scale = min(scale, limit) if "shortest_edge" in size else limit
-    return round(width * scale), round(height * scale)
-
-
-def _is_scaled(source: Any) -> bool:
-    """Whether an image is an array of floats from 0 to 1."""
-    if isinstance(source, torch.Tensor):
-        source = source.detach().cpu().numpy()
-    return isinstance(source, np.ndarray) and source.dtype.kind == "f" and bool(source.max(initial=0) <= 1)
 
 
 def _image_settings(image_processor: Any) -> dict[str, Any]:

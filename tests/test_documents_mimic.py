@@ -23,7 +23,7 @@ from mimic_el import (
     MentionError,
     MultimodalEntityLinkingPipeline,
     UnknownEntityError,
-    processing_mimic,
+    preparation_mimic,
 )
 from mimic_el.directory_mimic import read_manifest
 from mimic_el.files_mimic import write_json
@@ -151,13 +151,13 @@ def test_an_image_is_read_and_encoded_once(
 ):
     read: list[Any] = []
     encoded: list[int] = []
-    load = processing_mimic.load_image
+    load = preparation_mimic.load_image
 
     def counted_reading(source: Any, *args: Any, **options: Any) -> Any:
         read.append(source)
         return load(source, *args, **options)
 
-    monkeypatch.setattr(processing_mimic, "load_image", counted_reading)
+    monkeypatch.setattr(preparation_mimic, "load_image", counted_reading)
     encode = linker.model.encoder.encode_images
 
     def counted(pixel_values: torch.Tensor, *args: Any, **options: Any) -> Any:

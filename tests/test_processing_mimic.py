@@ -650,7 +650,7 @@ def test_images_are_decoded_one_at_a_time(processor: MimicProcessor, monkeypatch
         opened.append(weakref.ref(loaded))
         return loaded
 
-    monkeypatch.setattr("mimic_el.processing_mimic.load_image", remember)
+    monkeypatch.setattr("mimic_el.preparation_mimic.load_image", remember)
     processor.pixels([encoded(picture(seed=seed)) for seed in range(4)])
     assert len(opened) == 4
 
