@@ -25,11 +25,17 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith(HUB_VARIABLES)]:
         del os.environ[name]
     os.environ.update(hub.env())
-    import mimic_el
+    config.pluginmanager.register(_Root())
 
-    # pytest would import the repository's root, a package, a second time under its folder's name, and what that second
-    # copy registers with transformers would take the place of the first.
-    sys.modules.setdefault(Path(__file__).parent.parent.name, mimic_el)
+
+class _Root:
+    """The root's folder may have any name. It is `mimic_el`, and no package of that other name: pytest would import it
+    a second time, and what the second copy registers with transformers would take the place of the first."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        root = Path(__file__).parent.parent
+        return pytest.Dir.from_parent(parent, path=path) if path == root else None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
