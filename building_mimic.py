@@ -35,7 +35,7 @@ from .directory_mimic import (
     shard_size,
     unfinished_build,
 )
-from .encoding_mimic import EntityEncoder, encoding_dtype, image_digest
+from .encoding_mimic import EntityEncoder, check_compiles, encoding_dtype, image_digest
 from .errors_mimic import EntityIndexError
 from .files_mimic import locked, write_json
 from .identity_mimic import copy_of_matcher, model_facts, same_model
@@ -73,7 +73,8 @@ class Builder:
         allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
         shard_entities: entities in a shard; unless told 8,192, and more where an index has many shards.
         show_progress: whether to show a progress bar.
-        encoding_dtype: what the encoder computes in, as [`EntityEncoder`] has it.
+        encoding_dtype, compile_encoder: what the encoder computes in, and whether it is compiled, as
+            [`EntityEncoder`] has it.
 
     Raises:
         ValueError: if one of them is not valid.
@@ -90,6 +91,7 @@ class Builder:
     allow_urls: bool | str | None = None
     image_root: bool | str | os.PathLike[str] | None = None
     encoding_dtype: str | None = None
+    compile_encoder: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
@@ -101,6 +103,8 @@ class Builder:
         if self.on_image_error not in ("raise", "warn"):
             raise ValueError(f'`on_image_error` must be "raise" or "warn", got {self.on_image_error!r}.')
         encoding_dtype(self.encoding_dtype, self.model.device)
+        if self.compile_encoder:
+            check_compiles(self.model.device)
 
     def records(self, entities: Any) -> Records:
         """A knowledge base as it is read here."""
@@ -128,7 +132,7 @@ class Builder:
         finished = sum(len(shard) for shard in done)
         was_training = self.model.training
         self.model.eval()
-        encoder = EntityEncoder(self.model, self.encoding_dtype)
+        encoder = EntityEncoder(self.model, self.encoding_dtype, self.compile_encoder)
         collate = _Collate(self.processor, self.on_image_error)
         progress = tqdm(
             total=records.total,
@@ -274,6 +278,7 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
             "dtype": manifest["dtype"],
             "model": manifest["model"],
             "encoding_dtype": builder.encoding_dtype,
+            "compiled": builder.compile_encoder,
             "shards": [],
             "images": [],
         }
@@ -458,6 +463,7 @@ def _resumed(directory: Path, state: dict[str, Any], fresh: dict[str, Any], reco
     try:
         same = same_model(state["model"], fresh["model"]) and state["dtype"] == fresh["dtype"]
         same &= state.get("encoding_dtype") == fresh["encoding_dtype"]
+        same &= bool(state.get("compiled")) == fresh["compiled"]
         entries = [(entry, entry["files"][shard_files(entry["name"])[1]]["sha256"]) for entry in state["shards"]]
         counts = [int(entry["count"]) for entry in state["shards"]]
         # Builds of older versions have none.
@@ -484,7 +490,8 @@ def _resumed(directory: Path, state: dict[str, Any], fresh: dict[str, Any], reco
             unreadable += images[number][1]
     if not same:
         raise EntityIndexError(
-            f"{directory} holds an unfinished build of another model, of another precision, or of other entities. "
+            f"{directory} holds an unfinished build of another model, of another precision or compiled, where this one "
+            "is not (or the other way round), or of other entities. "
             "Build into another directory, or pass overwrite=True to give that build up."
         )
     if unreadable:

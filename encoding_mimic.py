@@ -1,4 +1,4 @@
-"""Encoding many entities: in the precision that the machine computes fastest, and equal images once.
+"""Encoding many entities: in the precision that the machine computes fastest, compiled if asked, equal images once.
 
 What a model is trained in is one thing, what its features are computed in another: features are stored in 16 bits or 8.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,9 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
+from .errors_mimic import EntityIndexError
 from .matching_mimic import EntityFeatures, MimicEncoderOutput
 from .modeling_mimic import MimicModel
+from .texts_mimic import shortened
 
 ENCODING_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What is kept of images that may come again.
@@ -83,6 +87,83 @@ def in_precision(model: MimicModel, dtype: torch.dtype | None) -> MimicModel:
     return other
 
 
+def check_compiles(device: torch.device | str) -> None:
+    """Makes sure that there is what `torch.compile` needs.
+
+    Raises:
+        ValueError: if there is not, with what is missing.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("`compile_encoder` needs the package triton on this GPU. Install it, or leave the option out.")
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise ValueError(
+            "`compile_encoder` needs a C++ compiler on a CPU, and none is found. Install g++ or clang++, name another "
+            "in the variable CXX, or leave the option out."
+        ) from error
+
+
+class _CompiledAdapter:
+    """A backbone's adapter, with both towers of one model compiled. Anything else is the adapter's own."""
+
+    def __init__(self, adapter: Any, backbone: torch.nn.Module) -> None:
+        self._adapter = adapter
+
+        def texts(input_ids: Tensor, mask: Tensor, pooling: str | None) -> tuple[Tensor, Tensor]:
+            pooled, output = adapter.encode_texts(backbone, input_ids, mask, pooling, return_dict=True)
+            return pooled, output.last_hidden_state
+
+        def images(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+            pooled, output = adapter.encode_images(backbone, pixel_values, return_dict=True)
+            return pooled, output.last_hidden_state
+
+        self._on_cpu = next(backbone.parameters()).device.type == "cpu"
+        # Batches are of any number, and texts of any length where their padding is left out.
+        self._texts, self._images = (torch.compile(tower, dynamic=True) for tower in (texts, images))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+    def encode_texts(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, pooling: str | None = None, **_: Any
+    ) -> tuple[Tensor, Any]:
+        return self._run(self._texts, input_ids, attention_mask, pooling)
+
+    def encode_images(self, model: Any, pixel_values: Tensor, **_: Any) -> tuple[Tensor, Any]:
+        return self._run(self._images, pixel_values)
+
+    def _run(self, tower: Any, *inputs: Any) -> tuple[Tensor, Any]:
+        from torch._inductor import config
+
+        try:
+            # Weights become constants, laid out as oneDNN wants them: on a CPU that is most of the gain.
+            with config.patch(freezing=self._on_cpu):
+                pooled, tokens = tower(*inputs)
+        except Exception as error:
+            raise EntityIndexError(
+                f"The compiled encoder does not run: {shortened(str(error), 200)}. Leave `compile_encoder` out."
+            ) from error
+        return pooled, BaseModelOutput(last_hidden_state=tokens)
+
+
+def compiled(model: MimicModel) -> MimicModel:
+    """A model that shares the matcher with this one, and has a copy of its encoder with compiled towers, for encoding
+    in the mode of evaluation. It is compiled when it is first called; weights that change later do not count."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    # A copy: what was compiled before is known by its module, whose weights may have changed since.
+    encoder: Any = copy.deepcopy(model.encoder)
+    encoder.adapter = _CompiledAdapter(encoder.adapter, encoder.backbone)
+    other.encoder = encoder
+    return other
+
+
 def image_digest(pixels: Tensor) -> bytes:
     """What tells equal images apart from others, of one that is prepared for the model."""
     return hashlib.blake2b(pixels.contiguous().numpy().data, digest_size=16).digest()
@@ -94,11 +175,14 @@ class EntityEncoder:
     Args:
         model: in the mode of evaluation.
         dtype: a name of `ENCODING_DTYPES`, or `None` for the model's own precision.
+        compile_encoder: whether its two towers are compiled, when they are first called.
     """
 
-    def __init__(self, model: MimicModel, dtype: str | None = None) -> None:
+    def __init__(self, model: MimicModel, dtype: str | None = None, compile_encoder: bool = False) -> None:
         chosen = encoding_dtype(dtype, model.device)
         self._model = in_precision(model, chosen)
+        if compile_encoder:
+            self._model = compiled(self._model)
         self._pixel_dtype = chosen or torch.float32
         self._kept: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._bytes = 0
@@ -157,6 +241,8 @@ class EntityEncoder:
 __all__ = [
     "ENCODING_DTYPES",
     "EntityEncoder",
+    "check_compiles",
+    "compiled",
     "computes_bfloat16",
     "encoding_dtype",
     "image_digest",

@@ -139,6 +139,7 @@ class EntityIndex(SearchableIndex):
         allow_urls: bool | str | None = None,
         image_root: bool | str | os.PathLike[str] | None = None,
         encoding_dtype: str | None = None,
+        compile_encoder: bool = False,
     ) -> EntityIndex:
         """Encodes a knowledge base.
 
@@ -173,6 +174,8 @@ class EntityIndex(SearchableIndex):
             encoding_dtype: what the encoder computes in: "auto" for bfloat16 where the CPU or the GPU computes it,
                 which is faster, "bfloat16", "float32", or "float16" on a GPU. Unless told, what the model's weights
                 are in. The units compute in float32, and what is stored is of `dtype`.
+            compile_encoder: whether the encoder is compiled (`torch.compile`), which takes a minute or so and pays for
+                thousands of entities. A CPU needs a C++ compiler for it, a GPU triton. The last digits differ.
 
         Raises:
             EntityIndexError: if there are no entities, `output_dir` already holds an index, an unfinished build of
@@ -191,6 +194,7 @@ class EntityIndex(SearchableIndex):
             allow_urls,
             image_root,
             encoding_dtype,
+            compile_encoder,
         )
         return cls(*built(builder, entities, output_dir, overwrite, shard))
 
@@ -249,8 +253,8 @@ class EntityIndex(SearchableIndex):
 
         Args:
             model, processor, entities: as in [`build`]; the ids must be new.
-            **options: `batch_size`, `num_workers`, `on_image_error`, `show_progress`, `encoding_dtype`, `allow_urls`
-                and `image_root` of [`build`].
+            **options: `batch_size`, `num_workers`, `on_image_error`, `show_progress`, `encoding_dtype`,
+                `compile_encoder`, `allow_urls` and `image_root` of [`build`].
 
         Raises:
             ValueError: if an id is already there, or twice among the new ones.

@@ -6,7 +6,8 @@ The loop: CLIPModel and the image processor of transformers, float32, 32 items a
 its default and with each option that makes it faster. The model has the size of CLIP ViT-B/32 and random weights, which
 make no difference to time; images are JPEG files of 1 to 2 megapixels, or the rows of a Parquet file. Each way runs in
 a process of its own, one after the other, so that its peak memory is its own; the loop is measured again at the end,
-which tells how steady the machine was.
+which tells how steady the machine was. `--parts onnx` compares the two encoders with what ONNX Runtime makes of them,
+where it is installed.
 
 Whether bfloat16 changes answers is measured with pretrained weights: benchmarks/real_text.py.
 """
@@ -14,6 +15,9 @@ Whether bfloat16 changes answers is measured with pretrained weights: benchmarks
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import importlib.util
 import json
 import resource
 import subprocess
@@ -28,26 +32,28 @@ from bench_data import machine
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from mimic_el import EntityIndex, MimicConfig, MimicModel, MimicProcessor
+from mimic_el import EntityIndex, MimicConfig, MimicModel, MimicProcessor, MultimodalEntityLinkingPipeline
 from mimic_el.encoding_mimic import in_precision
 from mimic_el.training.start import train_tokenizer
 
 SIZES = [(1280, 853), (1600, 1200), (1200, 1200), (1024, 1365)]
 WORDS = "orange shop corner river city king album actor island bridge station film".split()  # noqa: SIM905
+_FAST = {"num_workers": 0, "encoding_dtype": "bfloat16", "fast_resize": True}
 BUILDS: dict[str, dict[str, Any]] = {
-    "float32": {"num_workers": 0},
-    "float32, one worker": {"num_workers": 1},
+    "`EntityIndex.build`": {"num_workers": 0},
+    "`fast_resize`": {"num_workers": 0, "fast_resize": True},
+    "`fast_resize`, compiled": {"num_workers": 0, "fast_resize": True, "compile_encoder": True},
     "bfloat16": {"num_workers": 0, "encoding_dtype": "bfloat16"},
-    "bfloat16, one worker": {"num_workers": 1, "encoding_dtype": "bfloat16"},
-    "bfloat16, one worker, JPEG reduced": {"num_workers": 1, "encoding_dtype": "bfloat16", "reduce_jpeg": True},
-    "bfloat16, one worker, JPEG reduced, from Parquet": {
-        "num_workers": 1,
-        "encoding_dtype": "bfloat16",
-        "reduce_jpeg": True,
-        "parquet": True,
-    },
+    "bfloat16, `reduce_jpeg`": {"num_workers": 0, "encoding_dtype": "bfloat16", "reduce_jpeg": True},
+    "bfloat16, `fast_resize`": _FAST,
+    "bfloat16, `fast_resize`, one worker": {**_FAST, "num_workers": 1},
+    "bfloat16, `fast_resize`, compiled": {**_FAST, "compile_encoder": True},
+    "bfloat16, `fast_resize`, from Parquet": {**_FAST, "parquet": True},
 }
 LOOP = "the loop: CLIPModel, float32"
+BATCH = 32
+FIRST = 2 * BATCH
+PARTS = ("builds", "images", "mention", "onnx")
 
 
 def entities(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -95,13 +101,37 @@ def core_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def plain_loop(rows: list[dict[str, Any]]) -> tuple[float, float]:
+class _Watched(list[Any]):
+    """Entities, and the time and what was used of cores when the first batches were done: what is done once is then
+    done, such as copying, hashing or compiling the model."""
+
+    began: tuple[float, float] | None = None
+
+    def __getitem__(self, row: Any) -> Any:
+        if row == FIRST:
+            self.began = (time.perf_counter(), core_seconds())
+        return super().__getitem__(row)
+
+
+def costs(rows: Any, start: tuple[float, float]) -> dict[str, float]:
+    """Of all entities, and of all but the first."""
+    end = (time.perf_counter(), core_seconds())
+    found = {"rate": len(rows) / (end[0] - start[0]), "cores": (end[1] - start[1]) / len(rows) * 1e3}
+    began = getattr(rows, "began", None)
+    if began is not None:
+        rest = len(rows) - FIRST
+        found |= {"steady_rate": rest / (end[0] - began[0]), "steady_cores": (end[1] - began[1]) / rest * 1e3}
+    return found
+
+
+def plain_loop(rows: list[dict[str, Any]]) -> dict[str, float]:
     model = CLIPModel(CLIPConfig()).eval()
     images, texts = CLIPImageProcessorPil(), tokenizer()
-    start, before = time.perf_counter(), core_seconds()
+    rows = _Watched(rows)
+    start = (time.perf_counter(), core_seconds())
     with torch.inference_mode():
-        for first in range(0, len(rows), 32):
-            batch = rows[first : first + 32]
+        for first in range(0, len(rows), BATCH):
+            batch = [rows[number] for number in range(first, min(first + BATCH, len(rows)))]
             pixels = images([Image.open(row["images"][0]).convert("RGB") for row in batch], return_tensors="pt")
             inputs = texts(
                 [f"{row['name']} [SEP] {row['description']}" for row in batch],
@@ -112,60 +142,161 @@ def plain_loop(rows: list[dict[str, Any]]) -> tuple[float, float]:
             )
             model.get_image_features(**pixels)
             model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    return time.perf_counter() - start, core_seconds() - before
+    return costs(rows, start)
 
 
-def built(rows: list[dict[str, Any]], options: dict[str, Any], args: argparse.Namespace) -> tuple[float, float]:
+def built(rows: list[dict[str, Any]], options: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
     options = dict(options)
     model = MimicModel(MimicConfig()).eval()
     processor = MimicProcessor(MimicProcessor.image_processor_for(model.config.backbone_config), tokenizer())
     processor.reduce_jpeg = options.pop("reduce_jpeg", False)
-    source = parquet(rows, args) if options.pop("parquet", False) else rows
-    start, before = time.perf_counter(), core_seconds()
-    EntityIndex.build(model, processor, source, batch_size=32, show_progress=False, **options)
-    return time.perf_counter() - start, core_seconds() - before
+    processor.fast_resize = options.pop("fast_resize", False)
+    source: Any = parquet(rows, args) if options.pop("parquet", False) else _Watched(rows)
+    start = (time.perf_counter(), core_seconds())
+    EntityIndex.build(model, processor, source, batch_size=BATCH, show_progress=False, **options)
+    return costs(source, start)
 
 
-def one_mention() -> dict[str, float]:
-    """Milliseconds to encode one mention, the least of some."""
+def one_mention(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Milliseconds of one mention with an image file: encoding alone, and the whole call; the least of some.
+
+    The index has 16 entities, so that next to nothing of it is searching.
+    """
     model = MimicModel(MimicConfig()).eval()
-    inputs = {
-        "input_ids": torch.randint(1, 1000, (1, 40)),
-        "attention_mask": torch.ones(1, 40, dtype=torch.long),
-        "pixel_values": torch.randn(1, 3, 224, 224),
-    }
+    processor = MimicProcessor(MimicProcessor.image_processor_for(model.config.backbone_config), tokenizer())
+    mention = {"mention": "orange", "sentence": rows[0]["description"], "image": rows[1]["images"][0]}
+    inputs = processor.process_mentions([mention["mention"]], [mention["sentence"]], [mention["image"]])
+    index = EntityIndex.build(model, processor, rows[:16], show_progress=False)
     times = {}
-    for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-        other, runs = in_precision(model, dtype), []
+    for name, dtype, fast in (("float32", None, False), ("bfloat16", torch.bfloat16, False), *_FAST_MENTION):
+        # As MimicModel.from_pretrained(name, dtype="bfloat16") makes it.
+        other = in_precision(model, dtype)
+        processor.fast_resize = fast
+        linker = MultimodalEntityLinkingPipeline(model=other, processor=processor, index=index)
         given = {**inputs, "pixel_values": inputs["pixel_values"].to(dtype or torch.float32)}
-        for _ in range(9):
-            start = time.perf_counter()
+
+        def encode(other: MimicModel = other, given: Any = given) -> None:
             with torch.inference_mode():
                 other.encode_mentions(**given)
-            runs.append((time.perf_counter() - start) * 1e3)
-        times[name] = min(runs)
+
+        def link(linker: Any = linker) -> None:
+            linker(mention)
+
+        times[name] = [least(encode) * 1e3, least(link) * 1e3]
     return times
 
 
+_FAST_MENTION = [("bfloat16, `fast_resize`", torch.bfloat16, True)]
+
+
+def least(function: Any, runs: int = 9, clock: Any = time.perf_counter) -> float:
+    """Seconds of a call, the least of some."""
+    found = []
+    for _ in range(runs):
+        start = clock()
+        function()
+        found.append(clock() - start)
+    return min(found)
+
+
 def decoding(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds of a core to read an image, and how far one that is reduced in decoding is from the exact one."""
-    processor = MimicProcessor(MimicProcessor.image_processor_for(MimicConfig().backbone_config), tokenizer())
-    times: dict[bool, list[float]] = {False: [], True: []}
-    off, worst = [], 0
-    for row in rows[:16]:
-        pixels: dict[bool, Any] = {}
-        for reduce in (False, True):
-            processor.reduce_jpeg = reduce
-            runs = []
-            for _ in range(3):
-                start = time.process_time()
-                pixels[reduce] = processor.resized(row["images"][0])
-                runs.append((time.process_time() - start) * 1e3)
-            times[reduce].append(min(runs))
-        difference = np.abs(pixels[True].astype(int) - pixels[False])
-        worst = max(worst, int(difference.max()))
-        off.append(float((difference > 1).mean()))
-    return {"exact": np.mean(times[False]), "reduced": np.mean(times[True]), "worst": worst, "off": np.mean(off)}
+    """Milliseconds of a core to read an image in each way, and how far what comes out is from the exact one: in levels
+    of 255, and in the pooled image of a model with random weights, by length, beside what bfloat16 changes there."""
+    model = MimicModel(MimicConfig()).eval()
+    processor = MimicProcessor(MimicProcessor.image_processor_for(model.config.backbone_config), tokenizer())
+    rows, exact, plain, result = rows[:16], None, None, {}
+
+    def pooled(model: MimicModel, resized: list[Any], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        encoder: Any = model.encoder
+        pixels = torch.stack([processor.normalized(image) for image in resized]).to(dtype)
+        with torch.inference_mode():
+            return encoder.encode_images(pixels, return_dict=True)[0].float()
+
+    def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+        return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
+
+    for way in ({}, {"reduce_jpeg": True}, {"fast_resize": True}, {"reduce_jpeg": True, "fast_resize": True}):
+        for name in ("reduce_jpeg", "fast_resize"):
+            setattr(processor, name, way.get(name, False))
+        paths = [row["images"][0] for row in rows]
+        times = [least(lambda path=path: processor.resized(path), 3, time.process_time) for path in paths]
+        resized: list[Any] = [processor.resized(path) for path in paths]
+        if exact is None or plain is None:
+            exact, plain = np.stack(resized).astype(int), pooled(model, resized)
+            rounded = pooled(in_precision(model, torch.bfloat16), resized, torch.bfloat16)
+            result["bfloat16"] = {"pooled": apart(rounded, plain)}
+        off = np.abs(np.stack(resized) - exact)
+        result[", ".join(way) or "exact"] = {
+            "ms": np.mean(times) * 1e3,
+            "any": float((off > 0).mean()),
+            "more": float((off > 1).mean()),
+            "worst": int(off.max()),
+            "pooled": apart(pooled(model, resized), plain),
+        }
+    return result
+
+
+class _Tower(torch.nn.Module):
+    """One of the two encoders, as ONNX has it."""
+
+    def __init__(self, model: MimicModel, texts: bool) -> None:
+        super().__init__()
+        self.encoder: Any = model.encoder
+        self.texts = texts
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        encode = self.encoder.encode_texts if self.texts else self.encoder.encode_images
+        return encode(*inputs, True, return_dict=True)[:2]
+
+
+def onnx(args: argparse.Namespace) -> list[str]:
+    """Rows of a table: milliseconds of a core for a text and an image, 32 at a time and alone, by torch and by ONNX
+    Runtime, and how far the largest of their outputs are from those of torch in float32."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = args.threads
+    model = MimicModel(MimicConfig()).eval()
+    masks = torch.ones(32, 40, dtype=torch.long)
+    texts = {"input_ids": torch.randint(3, 1000, (32, 40)), "attention_mask": masks}
+    cells: dict[str, list[str]] = {}
+    for kind, inputs in (("text", texts), ("image", {"pixel_values": torch.randn(32, 3, 224, 224)})):
+        tower, path = _Tower(model, kind == "text"), args.work_dir / f"{kind}.onnx"
+        batch = torch.export.Dim("batch", min=1, max=4096)
+        given = {"input_names": list(inputs), "output_names": ["embeds", "tokens"], "dynamo": True, "verbose": False}
+        shapes = (tuple({0: batch} for _ in inputs),)
+        with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
+            torch.onnx.export(tower.eval(), tuple(inputs.values()), path, dynamic_shapes=shapes, **given)
+        small = path.with_suffix(".int8.onnx")
+        quantize_dynamic(path, small, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+        rounded = _Tower(in_precision(model, torch.bfloat16), kind == "text").eval()
+        ways: dict[str, Any] = {"torch, float32": _in_torch(tower), "torch, bfloat16": _in_torch(rounded)}
+        for name, file in (("ONNX Runtime, float32", path), ("ONNX Runtime, int8", small)):
+            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            ways[name] = functools.partial(_in_onnx, session)
+        exact = ways["torch, float32"](inputs)
+        one = {key: tensor[:1] for key, tensor in inputs.items()}
+        for name, run in ways.items():
+            times = [least(functools.partial(run, some), 6, time.process_time) for some in (inputs, one)]
+            off = max(float((a - b).abs().max()) for a, b in zip(run(inputs), exact, strict=True))
+            cells.setdefault(name, []).extend([f"{times[0] / 32 * 1e3:.1f}", f"{times[1] * 1e3:.1f}", f"{off:.1g}"])
+    return [f"| {name} | {' | '.join(found)} |" for name, found in cells.items()]
+
+
+def _in_torch(tower: Any) -> Any:
+    dtype = next(tower.parameters()).dtype
+
+    def run(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            moved = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs.values()]
+            return [tensor.float() for tensor in tower(*moved)]
+
+    return run
+
+
+def _in_onnx(session: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.from_numpy(array) for array in session.run(None, {k: v.numpy() for k, v in inputs.items()})]
 
 
 def measured(way: str, args: argparse.Namespace) -> Any:
@@ -179,44 +310,69 @@ def measured(way: str, args: argparse.Namespace) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/bench_encoding"))
-    parser.add_argument("--entities", type=int, default=96)
+    parser.add_argument("--entities", type=int, default=384, help="enough that beginning a build hardly counts")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=["builds", "images", "mention"])
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.way == "one":
-        print(json.dumps(one_mention()))
-        return
     rows = entities(args)
-    if args.way == "decoding":
+    if args.way == "mention":
+        print(json.dumps(one_mention(rows)))
+    elif args.way == "images":
         print(json.dumps(decoding(rows)))
-        return
-    if args.way:
-        seconds, cores = plain_loop(rows) if args.way == LOOP else built(rows, BUILDS[args.way], args)
-        memory = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    elif args.way == "onnx":
+        print(json.dumps(onnx(args)))
+    elif args.way:
+        found = plain_loop(rows) if args.way == LOOP else built(rows, BUILDS[args.way], args)
+        used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        print(json.dumps({**found, "memory": sum(used) / 1024}))
+    else:
+        report(rows, args)
+
+
+def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Prints what was asked for, each part in a process of its own."""
+    print(f"{machine()}; {args.threads} threads, {args.entities} entities", flush=True)
+    if "builds" in args.parts:
+        parquet(rows, args)
+        print(
+            f"\n| | entities a second | without the first {FIRST} | ms of a core an entity | without the first", end=" "
         )
-        print(json.dumps({"rate": len(rows) / seconds, "cores": cores / len(rows) * 1e3, "memory": memory / 1024}))
-        return
-    parquet(rows, args)
-    print(f"{machine()}; {args.entities} entities\n")
-    print("| | entities a second | times the loop | ms of a core an entity | peak memory, MB |")
-    print("| --- | --- | --- | --- | --- |")
-    first: dict[str, float] | None = None
-    for way in (LOOP, *BUILDS, LOOP):
-        found = measured(way, args)
-        first = first or found
-        cells = (f"{found['rate']:.1f}", f"{found['rate'] / first['rate']:.1f}", f"{found['cores']:.0f}")
-        print(f"| {way} | {' | '.join(cells)} | {found['memory']:,.0f} |", flush=True)
-    read = measured("decoding", args)
-    print(
-        f"\nReading an image: {read['exact']:.1f} ms of a core, {read['reduced']:.1f} ms where it is reduced, then",
-        end=" ",
-    )
-    print(f"{read['off']:.2%} of the values off by more than 1 of 255, {read['worst']} at most.")
-    one = measured("one", args)
-    print(f"\nOne mention: {one['float32']:.0f} ms in float32, {one['bfloat16']:.0f} ms in bfloat16.")
+        print(f"{FIRST} | the loop's by it | peak memory, MB |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        loop: dict[str, float] | None = None
+        for way in (LOOP, *BUILDS, LOOP):
+            found = measured(way, args)
+            loop = loop or found
+            cells = [f"{found[name]:.1f}" if name in found else "" for name in ("rate", "steady_rate")]
+            cells += [f"{found[name]:.0f}" if name in found else "" for name in ("cores", "steady_cores")]
+            kind = "steady_cores" if "steady_cores" in found else "cores"
+            cells += [f"{loop[kind] / found[kind]:.1f}", f"{found['memory']:,.0f}"]
+            print(f"| {way} | {' | '.join(cells)} |", flush=True)
+    if "images" in args.parts:
+        read = measured("images", args)
+        print("\n| an image | ms of a core | values off | by more than 1 | at most | the pooled image off by |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        rounded = read.pop("bfloat16")
+        for way, found in read.items():
+            cells = [f"{found['ms']:.1f}", f"{found['any']:.2%}", f"{found['more']:.2%}", str(found["worst"])]
+            print(f"| {way} | {' | '.join(cells)} | {found['pooled']:.3%} |")
+        print(f"\nIn bfloat16 the pooled image is off by {rounded['pooled']:.3%}.", flush=True)
+    if "mention" in args.parts:
+        print("\n| one mention, ms | encoding | `linker(mention)` |")
+        print("| --- | --- | --- |")
+        for way, times in measured("mention", args).items():
+            print(f"| {way} | {times[0]:.0f} | {times[1]:.0f} |", flush=True)
+    if "onnx" in args.parts:
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if missing:
+            print(f"\nONNX is left out: {', '.join(missing)} not installed.")
+            return
+        print("\n| ms of a core | a text of 32 | one text | off by | an image of 32 | one image | off by |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        print("\n".join(measured("onnx", args)))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ def build(
         EncodingDtype | None,
         typer.Option("--encoding_dtype", help="What the encoder computes in; auto: bfloat16 where that is fast."),
     ] = None,
+    compile_encoder: Annotated[
+        bool, typer.Option("--compile", help="Compile the encoder first: pays for thousands of entities.")
+    ] = False,
     fast_resize: Annotated[
         bool,
         typer.Option("--fast_resize", help="Shrink images by torch: much faster, off by 1 of 255 levels in places."),
@@ -83,6 +86,7 @@ def build(
         on_image_error=on_image_error.value,
         overwrite=overwrite,
         encoding_dtype=encoding_dtype.value if encoding_dtype else None,
+        compile_encoder=compile_encoder,
         **image_places(entities, image_root, allow_urls),
     )
     typer.echo(f"Wrote {len(index):,} entities to {output_dir}.")

@@ -107,15 +107,16 @@ def test_options_of_a_build_are_handed_on(made: Path, tmp_path: Path, monkeypatc
     calls: list[Any] = []
 
     def build(model: Any, processor: Any, entities: Any, output_dir: Path, **options: Any) -> list[Any]:
-        calls.append((processor.fast_resize, options["encoding_dtype"], options["num_workers"]))
+        given = [options[name] for name in ("encoding_dtype", "num_workers", "compile_encoder")]
+        calls.append((processor.fast_resize, *given))
         return []
 
     monkeypatch.setattr(EntityIndex, "build", build)
     tables = ("--entities", made / "tables" / "entities.jsonl", "--output_dir", tmp_path / "index")
     common = ("index", "build", "--model", made / "linker", *tables)
     assert run(*common) == 0
-    assert run(*common, "--fast_resize", "--encoding_dtype", "bfloat16", "--num_workers", 1) == 0
-    assert calls == [(False, None, None), (True, "bfloat16", 1)]
+    assert run(*common, "--fast_resize", "--encoding_dtype", "bfloat16", "--num_workers", 1, "--compile") == 0
+    assert calls == [(False, None, None, False), (True, "bfloat16", 1, True)]
 
 
 def test_method_and_candidates_are_handed_on(

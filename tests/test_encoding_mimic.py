@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 from tiny import knowledge_base, picture, small_shards, tiny_processor
-from tiny_clip import tiny_model
+from tiny_clip import tiny_clip_config, tiny_model
 from torch import Tensor
 
 from mimic_el import EntityIndex, MimicModel, MimicProcessor, encoding_mimic
-from mimic_el.encoding_mimic import EntityEncoder, computes_bfloat16, encoding_dtype, image_digest, in_precision
+from mimic_el.encoding_mimic import (
+    EntityEncoder,
+    check_compiles,
+    compiled,
+    computes_bfloat16,
+    encoding_dtype,
+    image_digest,
+    in_precision,
+)
 from mimic_el.errors_mimic import EntityIndexError
 
 
@@ -209,3 +217,103 @@ def test_workers_for_many_entities(
     monkeypatch.setattr(building_mimic.multiprocessing, "get_start_method", lambda: "spawn")
     EntityIndex.build(model, processor, knowledge_base(5), show_progress=False)
     assert asked == [0, 3, 0, 0]
+
+
+# --- Compiled
+
+
+def needs_compiler() -> None:
+    try:
+        check_compiles("cpu")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def shallow() -> MimicModel:
+    """A model of one layer each, which takes less time to compile."""
+    backbone = tiny_clip_config()
+    backbone.text_config.num_hidden_layers = backbone.vision_config.num_hidden_layers = 1
+    return tiny_model(backbone_config=backbone, mask_text_padding=True).eval()
+
+
+def test_a_compiled_encoder_takes_batches_of_any_size(
+    shallow: MimicModel, processor: MimicProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs are those of any compiler, and run without one."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda tower, **given: compile_(tower, backend="aot_eager", **given))
+    encoder = EntityEncoder(shallow, compile_encoder=True)
+    for texts in (["one", "two three", ""], ["four"] * 2, ["five six seven"]):
+        images = [picture(number) for number in range(len(texts))]
+        inputs = dict(processor.process_entities(["a"] * len(texts), texts, images))
+        with torch.no_grad():
+            expected = shallow.encode_entities(**inputs)
+        same_features(encoder(inputs, digests(inputs)), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own code
+def test_a_compiled_encoder_has_the_weights_that_are_there_when_it_is_made(shallow: MimicModel) -> None:
+    needs_compiler()
+    pixels = torch.randn(3, 3, 24, 24)
+    found = []
+    for _ in range(2):
+        with torch.inference_mode():
+            expected = shallow.encoder.encode_images(pixels)[:2]
+            made = compiled(shallow).encoder.encode_images(pixels)[:2]
+        for one, other in zip(made, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        found.append(made[1])
+        with torch.no_grad():
+            for parameter in shallow.parameters():
+                parameter.mul_(0.7)
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def test_what_compiling_needs_is_looked_for_before_anything_is_encoded(
+    model: MimicModel, processor: MimicProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import cpp_builder
+
+    def none() -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler on a CPU"):
+        EntityIndex.build(model, processor, knowledge_base(2), tmp_path, compile_encoder=True)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(encoding_mimic.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="needs the package triton"):
+        check_compiles("cuda")
+    check_compiles("mps")
+
+
+def test_a_compiled_encoder_that_fails_says_what_to_do(
+    model: MimicModel, processor: MimicProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no header")
+
+    monkeypatch.setattr(encoding_mimic, "check_compiles", lambda _: None)
+    monkeypatch.setattr("mimic_el.building_mimic.check_compiles", lambda _: None)
+    monkeypatch.setattr(torch, "compile", lambda tower, **_: broken)
+    with pytest.raises(EntityIndexError, match=r"compiled encoder does not run: no header\. Leave `compile_encoder`"):
+        EntityIndex.build(model, processor, knowledge_base(2), compile_encoder=True, show_progress=False)
+
+
+def test_a_build_goes_on_compiled_or_not_as_it_was(
+    model: MimicModel, processor: MimicProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda tower, **_: tower)
+    monkeypatch.setattr("mimic_el.building_mimic.check_compiles", lambda _: None)
+    entities, options = knowledge_base(6), {"shard_entities": 2, "show_progress": False}
+
+    def interrupted() -> Any:
+        yield from entities[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        EntityIndex.build(model, processor, interrupted(), tmp_path, compile_encoder=True, **options)
+    with pytest.raises(EntityIndexError, match="or compiled, where this one is not"):
+        EntityIndex.build(model, processor, entities, tmp_path, **options)
+    EntityIndex.build(model, processor, entities, tmp_path, compile_encoder=True, **options)
