@@ -227,7 +227,7 @@ def decoding(rows: list[dict[str, Any]]) -> dict[str, Any]:
             result["bfloat16"] = {"pooled": apart(rounded, plain)}
         off = np.abs(np.stack(resized) - exact)
         result[", ".join(way) or "exact"] = {
-            "ms": np.mean(times) * 1e3,
+            "ms": float(np.mean(times)) * 1e3,
             "any": float((off > 0).mean()),
             "more": float((off > 1).mean()),
             "worst": int(off.max()),
@@ -264,7 +264,7 @@ def onnx(args: argparse.Namespace) -> list[str]:
     for kind, inputs in (("text", texts), ("image", {"pixel_values": torch.randn(32, 3, 224, 224)})):
         tower, path = _Tower(model, kind == "text"), args.work_dir / f"{kind}.onnx"
         batch = torch.export.Dim("batch", min=1, max=4096)
-        given = {"input_names": list(inputs), "output_names": ["embeds", "tokens"], "dynamo": True, "verbose": False}
+        given: dict[str, Any] = {"input_names": list(inputs), "output_names": ["embeds", "tokens"], "dynamo": True}
         shapes = (tuple({0: batch} for _ in inputs),)
         with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
             torch.onnx.export(tower.eval(), tuple(inputs.values()), path, dynamic_shapes=shapes, **given)

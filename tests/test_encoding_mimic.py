@@ -306,7 +306,8 @@ def test_a_build_goes_on_compiled_or_not_as_it_was(
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda tower, **_: tower)
     monkeypatch.setattr("mimic_el.building_mimic.check_compiles", lambda _: None)
-    entities, options = knowledge_base(6), {"shard_entities": 2, "show_progress": False}
+    entities = knowledge_base(6)
+    options: dict[str, Any] = {"shard_entities": 2, "show_progress": False}
 
     def interrupted() -> Any:
         yield from entities[:3]
