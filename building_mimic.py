@@ -43,20 +43,10 @@ from .image_sources_mimic import ImagePlaces, file_named, is_placed
 from .images_mimic import first_image
 from .matching_mimic import EntityFeatures
 from .modeling_mimic import MimicModel
+from .precision_mimic import STORED_DTYPES, quantized
 from .processing_mimic import MimicProcessor
 from .records_mimic import Records, duplicate_id, in_order_of_length, is_absent, table_record
-from .store_mimic import (
-    STORED_DTYPES,
-    IdRows,
-    Shard,
-    Store,
-    make_shard,
-    quantized,
-    read_shard,
-    shard_files,
-    table_line,
-    write_shard,
-)
+from .store_mimic import IdRows, Shard, Store, make_shard, read_shard, shard_files, table_line, write_shard
 
 
 @dataclass

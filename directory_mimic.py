@@ -37,14 +37,8 @@ from .identity_mimic import check_facts
 from .index_card_mimic import card_of_index
 from .matching_mimic import Matcher
 from .names_mimic import NameTable
-from .store_mimic import (
-    STORED_DTYPES,
-    Store,
-    check_shards,
-    read_shard,
-    shard_files,
-    write_shard,
-)
+from .precision_mimic import STORED_DTYPES
+from .store_mimic import Store, check_shards, read_shard, shard_files, write_shard
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from .errors_mimic import MentionError, MimicError
 from .images_mimic import ImageInput
 from .matching_mimic import Matcher, MentionFeatures, MimicEncoderOutput
 from .modeling_mimic import MimicModel
+from .precision_mimic import layout_of, mention_layout
 from .processing_mimic import MimicProcessor
 from .records_mimic import is_absent, placed_record, places_of, undecoded
 from .spans_mimic import checked_place
-from .store_mimic import layout_of, mention_layout
 from .texts_mimic import check_unicode
 
 ON_ERROR = ("raise", "warn", "return")

@@ -16,8 +16,9 @@ import torch
 
 from mimic_el import MimicConfig
 from mimic_el.matching_mimic import Matcher, MimicEncoderOutput
+from mimic_el.precision_mimic import quantized
 from mimic_el.search_mimic import answer_ranks
-from mimic_el.store_mimic import Store, make_shard, quantized
+from mimic_el.store_mimic import Store, make_shard
 
 PART = 512
 

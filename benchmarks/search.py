@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from mimic_el import EntityIndex, MimicConfig, MimicModel
 from mimic_el.directory_mimic import publish
 from mimic_el.modeling_mimic import EntityFeatures
-from mimic_el.store_mimic import Store, make_shard, quantized, read_shard, write_shard
+from mimic_el.precision_mimic import quantized
+from mimic_el.store_mimic import Store, make_shard, read_shard, write_shard
 
 K = 10
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from mimic_el import EntityIndex, EntityIndexError, MentionFeatures, MimicConfig, identity_mimic
 from mimic_el.contents_mimic import Contents
 from mimic_el.matching_mimic import Matcher, MimicEncoderOutput
+from mimic_el.precision_mimic import quantized
 from mimic_el.shortlist_mimic import shortlist_vectors
-from mimic_el.store_mimic import Store, make_shard, quantized
+from mimic_el.store_mimic import Store, make_shard
 
 ENTITIES, MENTIONS = 400, 6
 SIZES: dict[str, Any] = {"image_hidden_size": 8, "tglu_hidden_size": 8, "vdlu_hidden_size": 8, "cmfu_hidden_size": 8}

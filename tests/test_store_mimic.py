@@ -24,7 +24,8 @@ from mimic_el.errors_mimic import EntityIndexError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.matching_mimic import EntityFeatures, Matcher
 from mimic_el.modeling_mimic import MimicModel
-from mimic_el.store_mimic import Store, dequantized, make_shard, quantized, read_shard, write_shard
+from mimic_el.precision_mimic import dequantized, quantized
+from mimic_el.store_mimic import Store, make_shard, read_shard, write_shard
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
