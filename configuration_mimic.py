@@ -150,6 +150,12 @@ class MimicConfig(PreTrainedConfig):
         """What config.json holds: it tells transformers where the pipeline's code is, too."""
         return {**super().to_diff_dict(), "custom_pipelines": _CUSTOM_PIPELINES}
 
+    @property
+    def has_no_defaults_at_init(self) -> bool:
+        """Whether config.json holds all of the backbone, and not only what differs from its class's defaults: older
+        transformers make those without arguments, which a VisionTextDualEncoder does not take there."""
+        return bool(getattr(self.backbone_config, "has_no_defaults_at_init", False))
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
         """The configuration of the backbone's text model, whose vocabulary grows where tokens are added."""
         return self.backbone_config.get_text_config(*args, **kwargs)

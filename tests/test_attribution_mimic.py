@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import picture, tiny_processor
+from tiny import random_image, tiny_processor
 from tiny_clip import tiny_model
 
 from mimic_el.attribution_mimic import Attribution, Encoded, adjusted
@@ -12,8 +12,8 @@ from mimic_el.matching_mimic import MimicEncoderOutput
 from mimic_el.modeling_mimic import MimicModel
 
 EMPTY = ([""], [""], [None])
-MENTION = (["Orange"], ["Orange opened a shop on the corner."], [picture(1)])
-ENTITY = (["Orange"], ["A company that sells telephones."], [picture(2)])
+MENTION = (["Orange"], ["Orange opened a shop on the corner."], [random_image(1)])
+ENTITY = (["Orange"], ["A company that sells telephones."], [random_image(2)])
 
 
 @pytest.fixture(scope="module")

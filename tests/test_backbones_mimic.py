@@ -13,7 +13,7 @@ import transformers
 from hub_server import Hub
 from published import TASK, same_links
 from python_processes import ForkingPython, clean_python
-from tiny import encode_mentions, knowledge_base, mentions_of, picture
+from tiny import encode_mentions, knowledge_base, mentions_of, random_image
 from tiny_backbones import FAMILIES, TEXT, VISION, Family, byte_tokenizer, save_family
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,7 +57,7 @@ def processor(path: Path, model: MimicModel) -> MimicProcessor:
 
 @pytest.fixture
 def inputs(processor: MimicProcessor) -> dict[str, Tensor]:
-    return dict(processor.process_mentions(HEADS, BODIES, [picture(1, 40), None, picture(2, 50)]))
+    return dict(processor.process_mentions(HEADS, BODIES, [random_image(1, 40), None, random_image(2, 50)]))
 
 
 def family_class(family: Family) -> Any:
@@ -92,7 +92,7 @@ def test_features_are_those_of_the_family(
     close(encoded.image_embeds, image_embeds)
     close(encoded.image_tokens, image_tokens)
     assert encoded.image_tokens.shape[1] == family.tokens
-    assert not torch.allclose(encoded.text_embeds[0], encoded.text_embeds[1], atol=1e-2)
+    assert not torch.allclose(encoded.text_embeds[0], encoded.text_embeds[1], atol=1e-3)
     assert not torch.allclose(encoded.image_embeds[0], encoded.image_embeds[2], atol=1e-3)
 
 
@@ -167,7 +167,7 @@ def test_attention_and_checkpointing(family: Family, path: Path, inputs: dict[st
         losses.append(output.loss.detach())
         gradients.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=3e-5)
 
 
 def test_modules_that_stay_whole(family: Family, model: MimicModel) -> None:
@@ -249,7 +249,7 @@ def test_remote_code(clean: ForkingPython, checkpoints: dict[str, Path], tmp_pat
 
 
 def test_pixels_are_those_of_the_checkpoint(family: Family, path: Path, processor: MimicProcessor) -> None:
-    image = picture(3, 60)
+    image = random_image(3, 60)
     found = processor.pixels([image])
     assert found.shape == (1, 3, family.side, family.side)
     if not family.pixels or family.name == "clip":
@@ -264,7 +264,7 @@ def test_pixels_are_those_of_the_checkpoint(family: Family, path: Path, processo
 
 def test_images_are_cropped_in_training_too(checkpoints: dict[str, Path]) -> None:
     processor = MimicProcessor.from_backbone(checkpoints["altclip"])
-    wide = picture(3, 60).resize((90, 30))
+    wide = random_image(3, 60).resize((90, 30))
     resized = processor.resized(wide)
     assert resized is not None
     assert resized.shape == (3, 24, 24)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import picture, tiny_processor
+from tiny import random_image, tiny_processor
 from tiny_clip import tiny_model
 
 from mimic_el import building_mimic
@@ -53,7 +53,7 @@ def test_images_that_changed_are_encoded_again(
         elif what == "missing":
             path.unlink(missing_ok=True)
         else:
-            picture(3 if what == "another" else 4).save(path)
+            random_image(3 if what == "another" else 4).save(path)
 
     def records() -> list[dict[str, Any]]:
         image: Any = str(path)
@@ -120,15 +120,15 @@ def images_that_come_again(folder: Path) -> tuple[list[Any], int]:
     """Images in many forms, and how many of them are of other bytes than all before, or cannot be told before they are
     read."""
     one, copy_of_one, other, broken = (folder / name for name in ("1.png", "copy.png", "2.png", "broken.png"))
-    picture(1).save(one)
-    picture(2).save(other)
+    random_image(1).save(one)
+    random_image(2).save(other)
     copy_of_one.write_bytes(one.read_bytes())
     broken.write_bytes(b"no image")
     archive = folder / "images.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.write(one, "1.png")
         file.write(other, "2.png")
-    new = [str(one), other, f"zip://1.png::{archive}", f"zip://2.png::{archive}", picture(3), picture(3)]
+    new = [str(one), other, f"zip://1.png::{archive}", f"zip://2.png::{archive}", random_image(3), random_image(3)]
     again = [one, str(copy_of_one), one.read_bytes(), {"bytes": other.read_bytes(), "path": None}, {"path": str(one)}]
     # One that cannot be read is tried, and told of, each time.
     return [*new, *again, str(broken), None, broken, *again], len(new) + 2 + 1
@@ -172,7 +172,7 @@ def test_only_so_many_images_are_remembered(
     monkeypatch.setattr(building_mimic, "_KEPT_BYTES", 2 * 3 * side * side)  # two of them
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
-        picture(number).save(path)
+        random_image(number).save(path)
     seen = watched_decoding(monkeypatch)
     order = [0, 1, 0, 2, 0, 1]  # 1 was forgotten when 2 came
     EntityIndex.build(model, processor, records_of([paths[row] for row in order]), show_progress=False)
@@ -181,7 +181,7 @@ def test_only_so_many_images_are_remembered(
 
 def test_what_workers_do_can_be_sent_to_them(processor: MimicProcessor, tmp_path: Path):
     """As it is where processes are not forked."""
-    picture(1).save(tmp_path / "1.png")
+    random_image(1).save(tmp_path / "1.png")
     records = records_of([tmp_path / "1.png", None, tmp_path / "1.png"])
     collate = building_mimic._Collate(processor, "warn")
     here, there = collate(records), pickle.loads(pickle.dumps(collate))(records)

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tiny import picture, tiny_processor
+from tiny import random_image, tiny_processor
 from tiny_clip import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast, pipeline
@@ -39,8 +39,8 @@ PLACES = [(0, 6), (32, 37), (47, 54)]
 ENTITIES = [
     {"id": "orange:company", "name": "Orange", "description": "company", "aliases": ["France Télécom"]},
     {"id": "orange:fruit", "name": "orange", "description": "fruit"},
-    {"id": "apple", "name": "Apple", "description": "company", "images": [picture(1)]},
-    {"id": "georgia:state", "name": "Georgia", "description": "state", "images": [picture(2)]},
+    {"id": "apple", "name": "Apple", "description": "company", "images": [random_image(1)]},
+    {"id": "georgia:state", "name": "Georgia", "description": "state", "images": [random_image(2)]},
     {"id": "georgia:country", "name": "Georgia", "description": "country", "aliases": ["Sakartvelo", "საქართველო"]},
     {"id": "java", "name": "Java", "description": "island"},
 ]
@@ -78,13 +78,13 @@ def assert_near(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 def test_the_names_of_the_knowledge_base_are_found(linker: Linker):
-    answer = linker({"text": TEXT, "image": picture(5)}, top_k=2)
+    answer = linker({"text": TEXT, "image": random_image(5)}, top_k=2)
     assert places(answer) == PLACES
     assert [found["mention"] for found in answer] == ["Orange", "Apple", "Georgia"]
     for found in answer:
         assert list(found) == ["mention", "start", "end", "context_window", "entities"]
         assert found["context_window"] == "mention"
-        alone = {"mention": found["mention"], "text": TEXT, "image": picture(5)}
+        alone = {"mention": found["mention"], "text": TEXT, "image": random_image(5)}
         alone |= {"start": found["start"], "end": found["end"]}
         assert_near(found["entities"], linker(alone, top_k=2, context_window="mention"))
 
@@ -122,11 +122,11 @@ def test_offsets_are_those_of_the_given_text(linker: Linker):
 def test_documents_and_mentions_in_any_source(batch_size: int, linker: Linker):
     """Batched with others', each is linked as it is alone."""
     items = [
-        {"text": TEXT, "image": picture(5)},
+        {"text": TEXT, "image": random_image(5)},
         {"mention": "Java", "text": "Java is an island."},
         {"text": "nothing"},
         {"text": "Java and Apple and Java", "spans": [[0, 4], [19, 23]]},
-        {"mention": "Georgia", "text": TEXT, "start": 47, "end": 54, "image": picture(6)},
+        {"mention": "Georgia", "text": TEXT, "start": 47, "end": 54, "image": random_image(6)},
     ]
     alone = [linker(item, top_k=2) for item in items]
     rows = datasets.Dataset.from_list([{"text": item["text"]} for item in items])
@@ -165,8 +165,10 @@ def test_an_image_is_read_and_encoded_once(
         return encode(pixel_values, *args, **options)
 
     monkeypatch.setattr(linker.model.encoder, "encode_images", counted)
-    document = {"text": "Apple " * mentions, "image": picture(5)}
-    expected = linker({"mention": "Apple", "text": "Apple " * mentions, "image": picture(5)}, context_window="mention")
+    document = {"text": "Apple " * mentions, "image": random_image(5)}
+    expected = linker(
+        {"mention": "Apple", "text": "Apple " * mentions, "image": random_image(5)}, context_window="mention"
+    )
     for inputs in (document, [document]):
         read.clear()
         encoded.clear()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import knowledge_base, picture, small_shards, tiny_processor
+from tiny import knowledge_base, random_image, small_shards, tiny_processor
 from tiny_clip import tiny_clip_config, tiny_model
 from torch import Tensor
 
@@ -38,7 +38,10 @@ def processor(model: MimicModel) -> MimicProcessor:
 @pytest.fixture
 def batches(processor: MimicProcessor) -> list[dict[str, Tensor]]:
     """Two batches of four entities with two images, and with none, in other orders."""
-    images = [[picture(1), None, picture(1), picture(2)], [picture(2), picture(3), None, picture(1)]]
+    images = [
+        [random_image(1), None, random_image(1), random_image(2)],
+        [random_image(2), random_image(3), None, random_image(1)],
+    ]
     return [dict(processor.process_entities(list("abcd"), ["", "one", "two three", ""], row)) for row in images]
 
 
@@ -92,7 +95,7 @@ def test_what_is_forgotten_is_encoded_again(
 
 def test_images_that_all_differ_are_encoded_as_they_are(model: MimicModel, processor: MimicProcessor) -> None:
     """Bit for bit what the model gives."""
-    inputs = dict(processor.process_entities(list("abc"), ["one"] * 3, [picture(1), None, picture(2)]))
+    inputs = dict(processor.process_entities(list("abc"), ["one"] * 3, [random_image(1), None, random_image(2)]))
     with torch.inference_mode():
         expected = model.encode_entities(**inputs)
     found = EntityEncoder(model)(inputs, digests(inputs))
@@ -170,7 +173,7 @@ def test_an_index_in_another_precision(model: MimicModel, processor: MimicProces
         model, processor, entities, dtype="float32", encoding_dtype="bfloat16", show_progress=False
     )
     with torch.no_grad():
-        mentions = model.encode_mentions(**processor.process_mentions(["Orange"], ["Orange here."], [picture(0)]))
+        mentions = model.encode_mentions(**processor.process_mentions(["Orange"], ["Orange here."], [random_image(0)]))
     one, other = (index.search(mentions, 7) for index in (plain, half))
     assert (one.scores != other.scores).any()
     assert abs(one.scores - other.scores).max() < 0.05 * abs(one.scores).max()
@@ -245,7 +248,7 @@ def test_a_compiled_encoder_takes_batches_of_any_size(
     monkeypatch.setattr(torch, "compile", lambda tower, **given: compile_(tower, backend="aot_eager", **given))
     encoder = EntityEncoder(shallow, compile_encoder=True)
     for texts in (["one", "two three", ""], ["four"] * 2, ["five six seven"]):
-        images = [picture(number) for number in range(len(texts))]
+        images = [random_image(number) for number in range(len(texts))]
         inputs = dict(processor.process_entities(["a"] * len(texts), texts, images))
         with torch.no_grad():
             expected = shallow.encode_entities(**inputs)

@@ -12,7 +12,7 @@ import pytest
 from hub_server import Hub
 from published import ROOT, entities_and_mentions, save_linker, tiny_linker
 from python_processes import ForkingPython, clean_python
-from tiny import picture
+from tiny import random_image
 
 from mimic_el import EntityIndex
 from mimic_el.scripts.endpoint_handler import EndpointHandler
@@ -52,7 +52,7 @@ def test_it_answers_where_only_transformers_is_installed(clean: ForkingPython, c
         uri = handler({"inputs": {**mention, "image": "data:image/png;base64," + image}, "parameters": {"top_k": 2}})
         result = [one, several, uri]
     """
-    one, several, uri = clean.run(code, path=str(checkpoint), image=as_base64(picture(1)))
+    one, several, uri = clean.run(code, path=str(checkpoint), image=as_base64(random_image(1)))
     assert [set(found) >= {"entity_id", "name", "score"} for found in one] == [True, True]
     assert [len(entities) for entities in several] == [1, 1]
     assert several[0][0]["entity_id"] == one[0]["entity_id"]

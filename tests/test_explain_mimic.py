@@ -7,14 +7,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from tiny import knowledge_base, picture, tiny_processor
+from tiny import knowledge_base, random_image, tiny_processor
 from tiny_clip import tiny_model
 
 from mimic_el.errors_mimic import UnknownEntityError
 from mimic_el.explain_mimic import EntityImages, Explainer
 from mimic_el.index_mimic import EntityIndex
 
-MENTION = {"mention": "Orange", "text": "Orange opened a shop.", "image": picture(50, 32)}
+MENTION = {"mention": "Orange", "text": "Orange opened a shop.", "image": random_image(50, 32)}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_patches_are_laid_out_in_rows(made):
     assert why.mention_side.box == (0, 0, 1, 1)
 
 
-@pytest.mark.parametrize("images", [None, {"e0": picture(99)}], ids=["not at hand", "another one"])
+@pytest.mark.parametrize("images", [None, {"e0": random_image(99)}], ids=["not at hand", "another one"])
 def test_an_image_that_is_not_the_indexs_is_not_divided(made, images):
     with pytest.warns(UserWarning, match="is not the one") if images else _nothing():
         why = explainer(made, images=images).explain(MENTION, "e0")

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import picture
+from tiny import random_image
 
 from mimic_el.explanation_mimic import ExplainedSide, Explanation, UnitContribution, WordContribution, heat_map
 
@@ -18,7 +18,12 @@ def explanation(versus: bool = True) -> Explanation:
     text = f"Sara saw {HOSTILE} here."
     patches = np.array([[0.5, -0.25], [0.0, 0.1]])
     mention = ExplainedSide(
-        "Sara", text, [WordContribution("Sara", 0, 4, 0.5)], [WordContribution("saw", 5, 8, -0.2)], picture(1), patches
+        "Sara",
+        text,
+        [WordContribution("Sara", 0, 4, 0.5)],
+        [WordContribution("saw", 5, 8, -0.2)],
+        random_image(1),
+        patches,
     )
     entity = ExplainedSide(HOSTILE, HOSTILE)
     found = {"entity_id": "e1", "name": HOSTILE, "description": HOSTILE, "score": 2.0}

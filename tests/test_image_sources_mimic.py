@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import picture, tiny_processor
+from tiny import random_image, tiny_processor
 from tiny_clip import tiny_model
 
 from mimic_el import EntityIndex, MentionEntityCollator, MultimodalEntityLinkingPipeline, downloads_mimic
@@ -31,7 +31,7 @@ from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
 from mimic_el.training import KnowledgeBase
 
-IMAGE = picture(1)
+IMAGE = random_image(1)
 
 
 def file_of(image: Image.Image, kind: str = "PNG") -> bytes:

@@ -24,7 +24,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tiny import encode_mentions, knowledge_base, mentions_of, once, picture, small_shards, tiny_processor
+from tiny import encode_mentions, knowledge_base, mentions_of, once, random_image, small_shards, tiny_processor
 from tiny_clip import tiny_model
 
 from mimic_el import building_mimic, directory_mimic, files_mimic, records_mimic, store_mimic
@@ -116,7 +116,7 @@ def strays(place: Path) -> set[str]:
 def test_it_holds_what_the_model_scores(
     which: str, place: str | None, kb: list[dict[str, Any]], tmp_path: Path, request: pytest.FixtureRequest
 ):
-    """In the order of the knowledge base, whatever the batches, shards, blank pictures and lengths of texts."""
+    """In the order of the knowledge base, whatever the batches, shards, blank images and lengths of texts."""
     linker: Linker = request.getfixturevalue(which)
     model = linker[0]
     index = build(linker, kb, tmp_path / place if place else None, dtype="float32")
@@ -272,7 +272,7 @@ def test_worker_processes_give_the_same_index(
     assert len(said) == 2, "a warning comes back from a worker too"
 
 
-def test_a_picture_that_cannot_be_read(linker: Linker, kb: list[dict[str, Any]], tmp_path: Path):
+def test_an_image_that_cannot_be_read(linker: Linker, kb: list[dict[str, Any]], tmp_path: Path):
     path = tmp_path / "missing.png"
     broken = [{**kb[0], "images": []}, {**kb[1], "images": [str(path)]}]
     with pytest.warns(UserWarning, match=f"Entity 'e1': There is no image file {path}. It is encoded without"):
@@ -770,7 +770,9 @@ def test_changes_give_the_index_of_what_is_left(
         del entities[gone]
         assert gone not in index
     check(0)
-    newer = [{**entities[name], "name": f"Newer {name}", "images": [picture(99)]} for name in ("e3", f"e{COUNT + 1}")]
+    newer = [
+        {**entities[name], "name": f"Newer {name}", "images": [random_image(99)]} for name in ("e3", f"e{COUNT + 1}")
+    ]
     index.update(*linker, once(newer), show_progress=False)
     entities |= {entity["id"]: entity for entity in newer}
     check(2)

@@ -79,8 +79,8 @@ def test_results_stand_beside_the_published() -> None:
 
 
 def test_kinds_have_their_lines() -> None:
-    metrics = {**METRICS, "picture_hits@1": 0.5, "picture_mrr": 0.75, "picture_mentions": 200}
-    assert "| This model, test, kind picture | 200 | 50.00 |  |  | 75.00 |  |" in text_of(
+    metrics = {**METRICS, "image_hits@1": 0.5, "image_mrr": 0.75, "image_mentions": 200}
+    assert "| This model, test, kind image | 200 | 50.00 |  |  | 75.00 |  |" in text_of(
         a_run(metrics={"test": metrics})
     )
 

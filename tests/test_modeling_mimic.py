@@ -570,7 +570,7 @@ def test_features_are_handled_like_tensors(model: MimicModel) -> None:
         MentionFeatures({"a": torch.ones(2), "b": torch.ones(3)})
 
 
-def test_blank_pictures(model: MimicModel) -> None:
+def test_blank_images(model: MimicModel) -> None:
     """None, zeros, and one or several of them, encoded with gradients or without: all the same."""
     inputs = tiny_inputs(4)
     inputs["pixel_values"][1:] = 0
@@ -725,7 +725,7 @@ def test_half_precision_model(model: MimicModel, tmp_path: Path, dtype: torch.dt
     for name in LOGITS:
         assert output[name].dtype == torch.float32
         torch.testing.assert_close(output[name].double(), exact[name], rtol=1e-5, atol=1e-5)
-    with torch.no_grad():  # without pictures, the blank ones that are made have the encoder's precision
+    with torch.no_grad():  # without images, the blank ones that are made have the encoder's precision
         assert half.encode(inputs["input_ids"]).image_tokens.dtype == dtype
 
 

@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tiny import knowledge_base, mentions_of, once, picture, tiny_processor
+from tiny import knowledge_base, mentions_of, once, random_image, tiny_processor
 from tiny_clip import tiny_model
 from transformers import pipeline
 
@@ -50,7 +50,7 @@ def kb() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def mentions(kb: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of which every third has no picture, and some have candidates."""
+    """Of which every third has no image, and some have candidates."""
     found = mentions_of(kb)
     for row in (1, 2, 6):
         found[row]["candidates"] = [f"e{(row + step) % COUNT}" for step in range(row)]
@@ -207,7 +207,7 @@ def as_dataset(mentions: list[dict[str, Any]]) -> datasets.Dataset:
 def test_any_source_of_mentions(
     source: Callable[[Any], Any], batch_size: int, linker: Linker, mentions: list[dict[str, Any]]
 ):
-    """Batched or not, each mention is linked as it would be alone, with or without picture and candidates."""
+    """Batched or not, each mention is linked as it would be alone, with or without image and candidates."""
     alone = [linker(mention, top_k=3) for mention in mentions]
     assert [len(found) for found in alone] == [min(3, len(m.get("candidates", range(COUNT)))) for m in mentions]
     found = linker(source(mentions), top_k=3, batch_size=batch_size)
@@ -245,12 +245,12 @@ def test_a_source_that_never_ends(linker: Linker, mentions: list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def photo() -> Any:
-    return picture(5, 20)
+    return random_image(5, 20)
 
 
 @pytest.fixture
 def url(photo: Any) -> Iterator[str]:
-    """The address of a picture on a web server."""
+    """The address of an image on a web server."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -270,7 +270,7 @@ def url(photo: Any) -> Iterator[str]:
     server.server_close()
 
 
-def test_any_kind_of_picture(linker: Linker, photo: Any, url: str, tmp_path: Path):
+def test_any_kind_of_image(linker: Linker, photo: Any, url: str, tmp_path: Path):
     photo.save(tmp_path / "photo.png")
     mention = {"mention": "Orange", "text": "Orange opened a shop."}
     expected = linker({**mention, "image": photo})
@@ -581,7 +581,7 @@ def test_a_checkpoint_needs_no_remote_code_and_runs_none(
 @pytest.mark.parametrize("form", [dict, list, tuple, iter], ids=["one", "list", "tuple", "generator"])
 def test_places_that_were_given_hold_for_every_form_of_input(linker, tmp_path, form):
     place = tmp_path / "image.png"
-    picture(1).save(place)
+    random_image(1).save(place)
     model, processor = linker.model, linker.processor
     load: Any = pipeline
     careful = load(TASK, model=model, processor=processor, index=linker.index, image_root=False, allow_urls=False)

@@ -34,7 +34,7 @@ def processor() -> MimicProcessor:
     return MimicProcessor(image_processor, tiny_tokenizer(), text_max_length=40)
 
 
-def picture(width: int = 50, height: int = 30, mode: str = "RGB", seed: int = 0) -> Image.Image:
+def random_image(width: int = 50, height: int = 30, mode: str = "RGB", seed: int = 0) -> Image.Image:
     """Smooth noise, different in each corner."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -47,7 +47,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def published_pixels(image: Image.Image, side: int) -> np.ndarray:
-    """Of an RGB picture: Lanczos to the square, whatever the proportions; to 0..1; CLIP's mean and deviation."""
+    """Of an RGB image: Lanczos to the square, whatever the proportions; to 0..1; CLIP's mean and deviation."""
     resized = image.resize((side, side), Image.Resampling.LANCZOS)
     return ((np.asarray(resized) / 255 - MEAN) / STD).transpose(2, 0, 1)
 
@@ -75,10 +75,10 @@ def test_templates(processor: MimicProcessor) -> None:
 
 
 def test_strings_are_a_batch_of_one(processor: MimicProcessor) -> None:
-    image = picture()
+    image = random_image()
     one = processor.process_mentions("Orange", "a shop", image)
     several = processor.process_mentions(["Orange"], ["a shop"], [image])
-    entity = processor.process_entities("Orange", "a shop", [image, picture(seed=1)])
+    entity = processor.process_entities("Orange", "a shop", [image, random_image(seed=1)])
     for name in ("input_ids", "attention_mask", "pixel_values"):
         assert torch.equal(one[name], several[name])
         assert torch.equal(one[name], entity[name])
@@ -126,12 +126,12 @@ def test_bad_entities_are_called_entities(processor: MimicProcessor) -> None:
         processor.process_entities(["a"], [None])  # type: ignore[list-item]
 
 
-# --- Pictures -----------------------------------------------------------------------------------------------------
+# --- Images -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 30), (30, 50), (24, 24), (1, 1), (2, 300), (640, 7)])
 def test_published_preprocessing(processor: MimicProcessor, width: int, height: int) -> None:
-    image = picture(width, height)
+    image = random_image(width, height)
     pixels = processor.pixels([image])
     assert pixels.dtype == torch.float32
     np.testing.assert_allclose(pixels[0].numpy(), published_pixels(image, 24), rtol=0, atol=1e-6)
@@ -139,20 +139,20 @@ def test_published_preprocessing(processor: MimicProcessor, width: int, height: 
 
 def test_size_of_the_backbone() -> None:
     processor = MimicProcessor(MimicProcessor.image_processor_for(CLIPConfig()), tiny_tokenizer())
-    image = picture(300, 100)
+    image = random_image(300, 100)
     np.testing.assert_allclose(processor.pixels([image])[0].numpy(), published_pixels(image, 224), rtol=0, atol=1e-6)
 
 
-def test_where_there_is_no_picture(processor: MimicProcessor) -> None:
-    image = picture()
+def test_where_there_is_no_image(processor: MimicProcessor) -> None:
+    image = random_image()
     inputs = processor.process_mentions(["a"] * 4, ["b"] * 4, [None, image, "", {"bytes": None, "path": None}])
     assert torch.equal(inputs["pixel_values"][1], processor.pixels([image])[0])
     assert not inputs["pixel_values"][[0, 2, 3]].any()
     assert not processor.process_mentions(["a"] * 2, ["b"] * 2)["pixel_values"].any()
 
 
-def test_entities_show_their_first_picture(processor: MimicProcessor) -> None:
-    first, second = picture(), picture(seed=1)
+def test_entities_show_their_first_image(processor: MimicProcessor) -> None:
+    first, second = random_image(), random_image(seed=1)
     inputs = processor.process_entities(["a"] * 4, ["b"] * 4, [[first, second], [], None, second])
     expected = processor.pixels([first, None, None, second])
     assert torch.equal(inputs["pixel_values"], expected)
@@ -160,8 +160,8 @@ def test_entities_show_their_first_picture(processor: MimicProcessor) -> None:
     assert first_image((first, second)) is first
 
 
-def test_every_source_of_a_picture(processor: MimicProcessor, tmp_path: Path) -> None:
-    image = picture()
+def test_every_source_of_an_image(processor: MimicProcessor, tmp_path: Path) -> None:
+    image = random_image()
     data = encoded(image)
     path = tmp_path / "photo.png"
     path.write_bytes(data)
@@ -183,7 +183,7 @@ def test_formats(kind: str) -> None:
     Image.init()
     if kind not in Image.SAVE:
         pytest.skip(f"This Pillow writes no {kind}.")
-    image = picture(32, 32)
+    image = random_image(32, 32)
     loaded = load_image(encoded(image, kind))
     assert loaded is not None
     assert (loaded.mode, loaded.size) == ("RGB", (32, 32))
@@ -202,7 +202,7 @@ def test_every_mode_becomes_rgb(mode: str, correct: bool) -> None:
     elif mode == "LAB":
         image = Image.new("LAB", (30, 20), (128, 10, 10))
     else:
-        image = picture(30, 20).convert(mode)
+        image = random_image(30, 20).convert(mode)
     loaded = load_image(image, correct=correct)
     assert loaded is not None
     assert (loaded.mode, loaded.size) == ("RGB", (30, 20))
@@ -210,7 +210,7 @@ def test_every_mode_becomes_rgb(mode: str, correct: bool) -> None:
 
 
 def test_grey_and_cmyk_keep_their_look() -> None:
-    colour = picture()
+    colour = random_image()
     for mode, tolerance in (("L", 0), ("CMYK", 0)):
         converted = colour.convert(mode)
         expected = np.asarray(converted.convert("RGB")).astype(int)
@@ -230,7 +230,7 @@ def test_transparency_shows_white() -> None:
     assert corrected[4, 4].tolist() == [227, 127, 127]  # half and half
     assert (published == [200, 0, 0]).all()  # the published code ignores it
 
-    palette = picture(16, 16).quantize(8)
+    palette = random_image(16, 16).quantize(8)
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert np.asarray(load_image(encoded(palette, "GIF", transparency=palette.getpixel((0, 0)))))[0, 0].tolist() == [
         255,
@@ -249,7 +249,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_a_camera_held_upright(kind: str) -> None:
-    image = picture(40, 20)
+    image = random_image(40, 20)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right
     data = encoded(image, kind, exif=exif, lossless=True)
@@ -265,14 +265,14 @@ def test_a_camera_held_upright(kind: str) -> None:
 def test_published_preprocessing_corrects_nothing(tmp_path: Path) -> None:
     image_processor = MimicProcessor.image_processor_for(tiny_clip_config())
     processor = MimicProcessor(image_processor, tiny_tokenizer(), correct_images=False)
-    image = picture(40, 20)
+    image = random_image(40, 20)
     exif = Image.Exif()
     exif[0x0112] = 3
     data = encoded(image, "PNG", exif=exif)
     np.testing.assert_allclose(processor.pixels([data])[0].numpy(), published_pixels(image, 24), rtol=0, atol=1e-6)
 
 
-# --- Pictures that cannot be read ---------------------------------------------------------------------------------
+# --- Images that cannot be read ---------------------------------------------------------------------------------
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -289,8 +289,8 @@ def png_header(width: int, height: int) -> bytes:
 
 UNREADABLE = {
     "empty": b"",
-    "text": b"this is no picture",
-    "truncated": encoded(picture(200, 200), "JPEG")[:500],
+    "text": b"this is no image",
+    "truncated": encoded(random_image(200, 200), "JPEG")[:500],
     "no data": png_header(30, 30),
     "huge": png_header(10_000, 10_000),
     "bomb": png_header(60_000, 60_000),
@@ -301,7 +301,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_unreadable_pictures_say_which(processor: MimicProcessor, tmp_path: Path, kind: str) -> None:
+def test_unreadable_images_say_which(processor: MimicProcessor, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "photo.png"
     path.write_bytes(UNREADABLE[kind])
     with pytest.raises(MimicImageError, match=r"photo\.png"):
@@ -323,7 +323,7 @@ def test_size_is_checked_before_anything_is_decoded(monkeypatch: pytest.MonkeyPa
         load_image(png_header(10, 10), max_pixels=99)
 
 
-def test_other_things_are_no_pictures(tmp_path: Path) -> None:
+def test_other_things_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(MimicImageError, match=r"There is no image file .*nowhere"):
         load_image(tmp_path / "nowhere")
     with pytest.raises(MimicImageError, match="is a directory"):
@@ -334,7 +334,7 @@ def test_other_things_are_no_pictures(tmp_path: Path) -> None:
 
 
 def test_a_warning_instead_of_an_error(processor: MimicProcessor) -> None:
-    image = picture()
+    image = random_image()
     with pytest.warns(UserWarning, match=r"the given bytes.* It is encoded without an image"):
         inputs = processor.process_mentions(["a", "b"], ["c", "d"], [b"broken", image], on_image_error="warn")
     assert not inputs["pixel_values"][0].any()
@@ -343,7 +343,7 @@ def test_a_warning_instead_of_an_error(processor: MimicProcessor) -> None:
         processor.pixels([image], on_image_error="skip")
 
 
-# --- Pictures from the web ----------------------------------------------------------------------------------------
+# --- Images from the web ----------------------------------------------------------------------------------------
 
 
 class Server(BaseHTTPRequestHandler):
@@ -364,9 +364,9 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
-    (tmp_path / "secret.png").write_bytes(encoded(picture()))
+    (tmp_path / "secret.png").write_bytes(encoded(random_image()))
     Server.answers = {
-        "/photo.png": (200, {"Content-Type": "image/png"}, encoded(picture())),
+        "/photo.png": (200, {"Content-Type": "image/png"}, encoded(random_image())),
         "/page": (200, {"Content-Type": "text/html"}, b"<html>"),
         "/moved": (302, {"Location": "/photo.png"}, b""),
         "/to_file": (302, {"Location": f"file://{tmp_path / 'secret.png'}"}, b""),
@@ -382,7 +382,7 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 
 def test_urls(processor: MimicProcessor, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = processor.pixels([picture()])
+    expected = processor.pixels([random_image()])
     for address in ("/photo.png", "/moved"):
         assert torch.equal(processor.pixels([web + address]), expected)
     with pytest.raises(MimicImageError, match=r"/nowhere cannot be fetched: .*404"):
@@ -413,7 +413,7 @@ def test_save_and_load(processor: MimicProcessor, tmp_path: Path) -> None:
     processor.text_max_length = 17
     processor.save_pretrained(tmp_path)
     json.loads((tmp_path / "processor_config.json").read_text())
-    arguments = (["Orange", ""], ["a shop", "b"], [picture(), None])
+    arguments = (["Orange", ""], ["a shop", "b"], [random_image(), None])
     expected = processor.process_mentions(*arguments)
     loaders: tuple[Any, ...] = (MimicProcessor.from_pretrained, AutoProcessor.from_pretrained)
     for load in loaders:
@@ -431,7 +431,7 @@ def test_from_backbone(tmp_path: Path) -> None:
     assert isinstance(processor.tokenizer, CLIPTokenizer)
     assert isinstance(processor.image_processor, CLIPImageProcessorPil)
     assert processor.correct_images
-    assert processor.process_mentions("a", "b", picture())["pixel_values"].shape == (1, 3, 24, 24)
+    assert processor.process_mentions("a", "b", random_image())["pixel_values"].shape == (1, 3, 24, 24)
     processor = MimicProcessor.from_backbone(clip, tiny_config(), correct_images=False)
     assert processor.text_max_length == 12
     assert not processor.correct_images
@@ -439,7 +439,7 @@ def test_from_backbone(tmp_path: Path) -> None:
 
 
 def test_without_a_template(processor: MimicProcessor) -> None:
-    image = picture()
+    image = random_image()
     inputs = processor(images=[image, None], text=["orange", "a shop"])
     assert inputs["input_ids"].tolist() == [ids("orange"), ids("a shop")]
     assert torch.equal(inputs["pixel_values"], processor.pixels([image, None]))
@@ -461,7 +461,7 @@ def test_bad_settings(processor: MimicProcessor) -> None:
 
 
 def test_calling_the_processor_applies_the_template(processor: MimicProcessor) -> None:
-    image = picture()
+    image = random_image()
     for called, meant in (
         (
             processor(mention="a", text="b c", images=image),
@@ -516,7 +516,7 @@ IMAGE_SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", IMAGE_SETTINGS)
 def test_image_settings_of_a_call_as_clip_obeys_them(processor: MimicProcessor, kind: str) -> None:
-    settings, image = IMAGE_SETTINGS[kind], picture()
+    settings, image = IMAGE_SETTINGS[kind], random_image()
     expected = clip_processor(processor)(images=image, return_tensors="pt", **settings)["pixel_values"]
     for made in (
         processor(images=image, **settings),
@@ -556,7 +556,7 @@ def test_text_settings_of_a_call_as_clip_obeys_them(processor: MimicProcessor, s
 
 
 def test_kinds_of_tensors(processor: MimicProcessor) -> None:
-    image = picture()
+    image = random_image()
     tensors = processor(mention=["a", "b"], text=["c", "d"], images=[image, None])
     for kind, expected in (("pt", torch.Tensor), ("np", np.ndarray), (None, list)):
         made = processor(mention=["a", "b"], text=["c", "d"], images=[image, None], return_tensors=kind)
@@ -567,7 +567,7 @@ def test_kinds_of_tensors(processor: MimicProcessor) -> None:
 
 
 def test_images_of_every_kind_in_every_call(processor: MimicProcessor) -> None:
-    image = picture()
+    image = random_image()
     array = np.asarray(image)
     one = processor.pixels([image])
     given: Any
@@ -587,7 +587,7 @@ def test_images_of_every_kind_in_every_call(processor: MimicProcessor) -> None:
 
 
 def test_images_of_different_sizes(processor: MimicProcessor) -> None:
-    images = [picture(30, 20), picture(20, 30), None]
+    images = [random_image(30, 20), random_image(20, 30), None]
     with pytest.raises(ValueError, match="come out in different sizes"):
         processor(images=images, do_resize=False)
     made = processor(images=images[:2], do_resize=False, return_tensors=None)["pixel_values"]
@@ -601,13 +601,13 @@ def test_images_of_different_sizes(processor: MimicProcessor) -> None:
 def test_settings_of_the_image_processor_are_kept(processor: MimicProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     loaded = MimicProcessor.from_pretrained(tmp_path, do_normalize=False, do_center_crop=True, crop_size=8)
-    pixels = loaded.pixels([picture(), None])
+    pixels = loaded.pixels([random_image(), None])
     assert pixels.shape == (2, 3, 8, 8)
     assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
     assert loaded.blank_pixels(5).shape == (5, 3, 8, 8)
     kept = MimicProcessor(CLIPImageProcessorPil(crop_size=11), tiny_tokenizer())
     assert kept.image_processor.crop_size["height"] == 11
-    assert set(kept(text="a", images=picture())) == set(kept.model_input_names)
+    assert set(kept(text="a", images=random_image())) == set(kept.model_input_names)
 
 
 def test_long_thin_images_cost_no_memory(processor: MimicProcessor) -> None:
@@ -631,7 +631,7 @@ def test_too_little_memory_is_an_image_error(processor: MimicProcessor, monkeypa
     def fail(*arguments: Any, **options: Any) -> Any:
         raise MemoryError
 
-    image = picture()
+    image = random_image()
     with monkeypatch.context() as patched:
         patched.setattr(Image.Image, "resize", fail)
         with pytest.warns(UserWarning, match="needs more memory than there is. It is encoded without an image"):
@@ -651,13 +651,13 @@ def test_images_are_decoded_one_at_a_time(processor: MimicProcessor, monkeypatch
         return loaded
 
     monkeypatch.setattr("mimic_el.preparation_mimic.load_image", remember)
-    processor.pixels([encoded(picture(seed=seed)) for seed in range(4)])
+    processor.pixels([encoded(random_image(seed=seed)) for seed in range(4)])
     assert len(opened) == 4
 
 
 def test_broken_metadata_of_sound_pixels() -> None:
     """A PNG whose eXIf chunk, or raw profile, is garbage."""
-    image = picture()
+    image = random_image()
     data = encoded(image)
     for kind, garbage in ((b"eXIf", b"II*\0\xff\xff\xff\xff"), (b"tEXt", b"Raw profile type exif\0\nexif\n 9\nzz\n")):
         chunk = struct.pack(">I", len(garbage)) + kind + garbage + struct.pack(">I", zlib.crc32(kind + garbage))
@@ -670,7 +670,7 @@ def test_broken_metadata_of_sound_pixels() -> None:
 def test_images_shrunk_by_torch(processor: MimicProcessor, tmp_path: Path) -> None:
     """Off by 1 of 255 at most, of the images that are larger than the square; told by what is saved."""
     side = processor.image_processor.size["height"]
-    large, small = picture(300, 200), picture(side - 1, side)
+    large, small = random_image(300, 200), random_image(side - 1, side)
     exact = processor.resized(large)
     assert exact is not None
     processor.fast_resize = True

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import picture, tiny_processor
+from tiny import random_image, tiny_processor
 from tiny_clip import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
@@ -69,7 +69,7 @@ def test_what_the_reranker_is_given(linker: Linker):
         entities[0]["name"] = "changed"  # its own copy
         return [0.0] * len(entities)
 
-    image = picture(3)
+    image = random_image(3)
     found = linker([{"text": MENTION["text"], "image": image}], reranker=reranker, rerank_top_k=3, top_k=3)
     [answer] = found[0]
     assert seen == [({**MENTION, "image": image}, ids(answer["entities"]))]
@@ -206,7 +206,7 @@ def test_a_decision_pipeline(linker: Linker, decide: Any):
 
 def test_a_decision_model_that_sees_images(linker: Linker, tmp_path: Path):
     """The mention's image and those of the entities go along where the model reads images."""
-    picture(1).save(tmp_path / "e0.png")
+    random_image(1).save(tmp_path / "e0.png")
     requests = []
 
     def decide(request: dict[str, Any]) -> Any:
@@ -214,7 +214,7 @@ def test_a_decision_model_that_sees_images(linker: Linker, tmp_path: Path):
         options = request["questions"]["entity"]["criteria"]
         return {"entity": {"probabilities": dict.fromkeys(options, 1 / len(options))}}
 
-    mention = {**MENTION, "image": picture(2), "candidates": ["e0", "e1"]}
+    mention = {**MENTION, "image": random_image(2), "candidates": ["e0", "e1"]}
     images = {"e0": [tmp_path / "e0.png"]}
     linker(mention, reranker=DecisionReranker(decide, images))
     assert "assets" not in requests[0], "it reads no images"
@@ -231,8 +231,8 @@ def test_a_decision_model_that_sees_images(linker: Linker, tmp_path: Path):
     criteria, assets = request["questions"]["entity"]["criteria"], request["assets"]
     assert request["state"]["image"] in assets
     [shown] = [name for name in assets if name in (criteria["Orange"] or "")]
-    assert np.array_equal(np.asarray(assets[shown]), np.asarray(picture(1)))
-    assert np.array_equal(np.asarray(assets[request["state"]["image"]]), np.asarray(picture(2)))
+    assert np.array_equal(np.asarray(assets[shown]), np.asarray(random_image(1)))
+    assert np.array_equal(np.asarray(assets[request["state"]["image"]]), np.asarray(random_image(2)))
     assert len(assets) == 2
 
 

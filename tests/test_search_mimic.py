@@ -62,17 +62,17 @@ def make_case(
     noise: float = 0.3,
     seed: int = 0,
     repeat: int = 1,
-    pictures: int | None = None,
+    images: int | None = None,
     **config: Any,
 ) -> Case:
-    """With `repeat`, each entity is there that many times; with `pictures`, there are no more than so many of them."""
+    """With `repeat`, each entity is there that many times; with `images`, there are no more than so many of them."""
     model = tiny_model(seed, **config)
     encoded, mask = random_encoded(model.config, entities, 1, clusters, noise)
     mention, mention_mask = random_encoded(model.config, mentions, 2, clusters, noise)
-    if pictures is not None:
+    if images is not None:
         for side in (encoded, mention):
             for name in ("image_embeds", "image_tokens"):
-                side[name] = side[name][torch.arange(len(side[name])) % pictures]
+                side[name] = side[name][torch.arange(len(side[name])) % images]
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     masks = (mention_mask, mask) if model.config.mask_text_padding else (None, None)
     plain = oracle.scores(
@@ -141,20 +141,20 @@ def test_small_blocks_many_shards_and_every_precision(dtype: str, mask: bool, mo
     assert (scores - case.expected).abs().max() <= allowed * case.expected.abs().max()
 
 
-@pytest.mark.parametrize("dense", [-1, 2], ids=["pictures-for-all", "pictures-for-what-is-left"])
-@pytest.mark.parametrize("few", [0, 10**6], ids=["many-pictures", "few-pictures"])
-@pytest.mark.parametrize("pictures", [None, 9, 1])
+@pytest.mark.parametrize("dense", [-1, 2], ids=["images-for-all", "images-for-what-is-left"])
+@pytest.mark.parametrize("few", [0, 10**6], ids=["many-images", "few-images"])
+@pytest.mark.parametrize("images", [None, 9, 1])
 @pytest.mark.parametrize("first", [ENT2MEN, MEN2ENT])
-def test_every_way_of_scoring_pictures(
-    dense: int, few: int, pictures: int | None, first: int, monkeypatch: pytest.MonkeyPatch
+def test_every_way_of_scoring_images(
+    dense: int, few: int, images: int | None, first: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """The image unit is scored for all pairs or for those that are left, by picture or by pair, in either order of its
-    directions, and pictures that several have once."""
+    """The image unit is scored for all pairs or for those that are left, by image or by pair, in either order of its
+    directions, and images that several have once."""
     monkeypatch.setattr(pruning_mimic, "_DENSE", dense)
     monkeypatch.setattr(pruning_mimic, "_FEW_DENSE", dense)
     monkeypatch.setattr(pruning_mimic, "_FEW", few)
     monkeypatch.setattr(Stages, "_tighter_direction", lambda *_: first)
-    case = make_case(entities=2 * ENTITIES, clusters=40, pictures=pictures, shards=3)
+    case = make_case(entities=2 * ENTITIES, clusters=40, images=images, shards=3)
     small_blocks(monkeypatch, block_bytes=30_000, sub_block=13)
     check(case, 7, case.expected)
     answers = [f"e{row}" for row in range(MENTIONS)]
@@ -297,7 +297,7 @@ def test_groups_hold_every_pair_once(counts: list[int]):
     assert torch.equal(mention_rows[table[valid]], owners.unsqueeze(1).expand_as(table)[valid])
 
 
-def test_different_pictures_are_told_apart():
+def test_different_images_are_told_apart():
     """By all of their numbers, not by the one that they are sorted by."""
     generator = torch.Generator().manual_seed(0)
     stats, vectors = (torch.randn(4, size, generator=generator) for size in (7, 3))

@@ -242,7 +242,7 @@ def zip_with_hostile_members() -> bytes:
     return zip_bytes({"Q1_0.jpg": an_image(3), "../Q0_0.jpg": an_image(1), "Q0_1.jpg": bytes(5 << 20)})
 
 
-def test_hostile_members_of_a_image_archive(tmp_path: Path) -> None:
+def test_hostile_members_of_an_image_archive(tmp_path: Path) -> None:
     files = {name: data for name, data in sound_archive().items() if not name.startswith("kb_image/")}
     write_folder({**files, "kb_image.zip": zip_with_hostile_members()}, tmp_path / "data")
     report, found = findings("wikimel", tmp_path / "data", tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from published import ROOT, tiny_linker
-from tiny import knowledge_base, picture
+from tiny import knowledge_base, random_image
 from transformers import pipeline
 
 from mimic_el.space.linking import Linking, Settings
@@ -47,7 +47,10 @@ def served(linking: Linking, settings: Settings) -> tuple[Any, str]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     model, processor = tiny_linker()
-    entities = [*knowledge_base(4), {"id": "hostile", "name": HOSTILE, "description": HOSTILE, "images": [picture(9)]}]
+    entities = [
+        *knowledge_base(4),
+        {"id": "hostile", "name": HOSTILE, "description": HOSTILE, "images": [random_image(9)]},
+    ]
     load: Any = pipeline
     linker = load("multimodal-entity-linking", model=model, processor=processor, entities=entities)
     blocks, address = served(Linking(linker, entities), Settings("tiny", examples=(("Georgia 1 won.", None, None),)))
@@ -137,7 +140,7 @@ def test_programs_link_and_explain_and_read_no_files(address: str, tmp_path: Pat
     lead = linked[0]["entities"][0]["score"] - linked[0]["entities"][1]["score"]
     assert why["explained"] == pytest.approx(lead, abs=0.05)
     place = tmp_path / "secret.png"
-    picture(1).save(place)
+    random_image(1).save(place)
     for hostile in (str(place), f"file://{place}", "http://127.0.0.1:9/x.png"):
         with pytest.raises(Exception, match=r"no file is read|fetched"):
             client.predict(text, hostile, None, 3, api_name="/link")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from published import ROOT, save_linker, tiny_linker
-from tiny import knowledge_base, picture
+from tiny import knowledge_base, random_image
 from transformers import pipeline
 
 from mimic_el import EntityIndex
@@ -29,7 +29,7 @@ def linking() -> Linking:
 
 
 def test_names_of_the_knowledge_base_are_found(linking: Linking):
-    linked = linking.link(TEXT, picture(1), top_k=3)
+    linked = linking.link(TEXT, random_image(1), top_k=3)
     assert [one["mention"] for one in linked] == ["Orange 0", "Georgia 1", "Turkey 2"]
     assert all(TEXT[one["start"] : one["end"]] == one["mention"] for one in linked)
     assert [len(one["entities"]) for one in linked] == [3, 3, 3]
@@ -41,7 +41,7 @@ def test_a_mention_may_be_named(linking: Linking):
 
 
 def test_an_own_entity_is_found_among_the_others_by_its_score(linking: Linking):
-    own, first = linking.with_entity(OwnEntities(), "See", "The see.", picture(70))
+    own, first = linking.with_entity(OwnEntities(), "See", "The see.", random_image(70))
     own, second = linking.with_entity(own, "Other", "", None)
     assert (first, second) == ("own:1", "own:2")
     entities = linking.link(TEXT, None, "see", top_k=20, own=own)[0]["entities"]
@@ -51,7 +51,7 @@ def test_an_own_entity_is_found_among_the_others_by_its_score(linking: Linking):
     # The same entity in an index with all others has the same score.
     everything = [
         *knowledge_base(8),
-        {"id": "own:1", "name": "See", "description": "The see.", "images": [picture(70)]},
+        {"id": "own:1", "name": "See", "description": "The see.", "images": [random_image(70)]},
     ]
     index = EntityIndex.build(linking.linker.model, linking.linker.processor, everything, dtype="float32")
     mention = {"mention": "see", "text": TEXT, "start": 31, "end": 34}
@@ -63,8 +63,8 @@ def test_an_own_entity_is_found_among_the_others_by_its_score(linking: Linking):
 
 
 def test_a_link_and_a_rival_of_ones_own_are_explained(linking: Linking):
-    own, entity_id = linking.with_entity(OwnEntities(), "See", "The see.", picture(70))
-    why = linking.explain(TEXT, picture(1), 31, 34, "e0", entity_id, own)
+    own, entity_id = linking.with_entity(OwnEntities(), "See", "The see.", random_image(70))
+    why = linking.explain(TEXT, random_image(1), 31, 34, "e0", entity_id, own)
     assert why.mention_side.title == "see"
     assert why.versus is not None
     assert why.versus["name"] == "See"
@@ -101,7 +101,7 @@ def test_what_cannot_be_added_is_told(linking: Linking):
 
 def test_a_request_reads_no_file_and_no_address(tmp_path: Path):
     place = tmp_path / "image.png"
-    picture(1).save(place)
+    random_image(1).save(place)
     encoded = base64.b64encode(place.read_bytes()).decode("ascii")
     assert isinstance(image_of_request(encoded, False), Image.Image)
     assert isinstance(image_of_request(f"data:image/png;base64,{encoded}", False), Image.Image)

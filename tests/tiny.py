@@ -27,20 +27,20 @@ def tiny_processor(model: MimicModel) -> MimicProcessor:
     return MimicProcessor(image_processor, tiny_tokenizer(), text_max_length=config.text_max_length)
 
 
-def picture(seed: int, size: int = 16) -> Image.Image:
+def random_image(seed: int, size: int = 16) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
 def knowledge_base(count: int, start: int = 0) -> list[dict[str, Any]]:
-    """Entities e0, e1, ... with texts of different lengths, of which every third has no picture."""
+    """Entities e0, e1, ... with texts of different lengths, of which every third has no image."""
     return [
         {
             "id": f"e{number}",
             "qid": f"Q{number}" if number % 2 else None,
             "name": f"{WORDS[number % len(WORDS)]} {number}",
             "description": "thing " * (number % 4),
-            "images": [] if number % 3 == 2 else [picture(number)],
+            "images": [] if number % 3 == 2 else [random_image(number)],
         }
         for number in range(start, start + count)
     ]
