@@ -44,6 +44,8 @@ class Backbone:
     model_type = ""
     #: Name of the class of transformers.
     model_class = ""
+    #: What the family is called.
+    title = ""
     #: The attribute of the encoder that holds the model: where the names of its parameters begin.
     attribute = "backbone"
     #: Settings of the image processor, where the checkpoint has none of its own.
@@ -54,6 +56,10 @@ class Backbone:
     def class_(self) -> Any:
         """The class of transformers."""
         return getattr(transformers, self.model_class)
+
+    def described(self, config: Any) -> str:
+        """What the encoder is, for a card."""
+        return f"{'an' if self.title[0] in 'AEIOU' else 'a'} {self.title} encoder"
 
     def build(self, config: Any) -> Any:
         """A model with random weights."""
@@ -195,6 +201,7 @@ class _PooledAtEnd(Backbone):
 
 class _CLIP(_PooledAtEnd):
     model_type = "clip"
+    title = "CLIP"
     model_class = "CLIPModel"
     attribute = "clip"
 
@@ -223,6 +230,7 @@ class _MetaCLIP2(_PooledAtEnd):
     """CLIP in many languages."""
 
     model_type = "metaclip_2"
+    title = "MetaCLIP 2"
     model_class = "MetaClip2Model"
     attribute = "metaclip_2"
 
@@ -231,6 +239,7 @@ class _ChineseCLIP(Backbone):
     """Texts are read by BERT and pooled at their first token, without BERT's own pooling layer."""
 
     model_type = "chinese_clip"
+    title = "Chinese-CLIP"
     model_class = "ChineseCLIPModel"
     attribute = "chinese_clip"
 
@@ -245,6 +254,7 @@ class _AltCLIP(_ChineseCLIP):
     """Texts are read by XLM-RoBERTa, its tokens brought to the width of CLIP's."""
 
     model_type = "altclip"
+    title = "AltCLIP"
     model_class = "AltCLIPModel"
     attribute = "altclip"
 
@@ -260,6 +270,7 @@ class _SigLIP(Backbone):
     """
 
     model_type = "siglip"
+    title = "SigLIP"
     model_class = "SiglipModel"
     attribute = "siglip"
     pixels = _PLAIN_PIXELS
@@ -299,6 +310,7 @@ class _SigLIP2(_SigLIP):
     """SigLIP 2 of variable resolution (NaFlex), with every image in the square of its `num_patches`."""
 
     model_type = "siglip2"
+    title = "SigLIP 2"
     model_class = "Siglip2Model"
     attribute = "siglip2"
     pixels = {**_PLAIN_PIXELS, "resample": int(PILImageResampling.BILINEAR)}  # noqa: RUF012
@@ -338,6 +350,10 @@ class _TwoTowers(Backbone):
     attribute = "dual_encoder"
     pixels = {**_PLAIN_PIXELS, "resample": int(PILImageResampling.BILINEAR)}  # noqa: RUF012
     takes_pooling = True
+
+    def described(self, config: Any) -> str:
+        text, vision = config.text_config.model_type, config.vision_config.model_type
+        return f"a dual encoder of two models, {text!r} for texts and {vision!r} for images"
 
     def config_from(self, values: dict[str, Any]) -> Any:
         try:

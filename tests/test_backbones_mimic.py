@@ -140,6 +140,16 @@ def test_save_and_load(family: Family, model: MimicModel, inputs: dict[str, Tens
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_what_a_card_calls_it(checkpoints: dict[str, Path]) -> None:
+    found = {name: MimicConfig.from_backbone(path).backbone_config for name, path in checkpoints.items()}
+    said = {name: BACKBONES[config.model_type].described(config) for name, config in found.items()}
+    assert said["clip"] == "a CLIP encoder"
+    assert said["altclip"] == "an AltCLIP encoder"
+    assert said["metaclip_2"] == "a MetaCLIP 2 encoder"
+    assert said["bert and vit"] == "a dual encoder of two models, 'bert' for texts and 'vit' for images"
+    assert len(set(said.values())) == len({(c.model_type, c.text_config.model_type) for c in found.values()})
+
+
 def test_published_names_of_parameters(checkpoints: dict[str, Path]) -> None:
     names = set(MimicModel.from_backbone(checkpoints["clip"]).state_dict())
     assert "encoder.clip.text_model.embeddings.token_embedding.weight" in names

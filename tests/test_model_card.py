@@ -108,6 +108,11 @@ def test_directories_are_told_by_their_name_alone(tmp_path: Path) -> None:
     assert metadata_of(card).base_model is None
 
 
+def test_the_encoder_is_named() -> None:
+    assert "on a SigLIP 2 encoder, started from" in text_of(a_run(encoder="a SigLIP 2 encoder"))
+    assert "CLIP encoder" not in text_of(a_run())
+
+
 def test_example_is_shown_with_its_output() -> None:
     linked = [
         {"entity_id": "brand:orange", "name": "Orange", "score": 7.123456, "text_score": 1.0},

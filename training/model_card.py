@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer
 
+from ..backbones_mimic import backbone_of
 from ..datasets_scripts.cards import EVAL_TASKS
 from ..explanation_mimic import Explanation
 from ..hub_files_mimic import EVAL_RESULTS_FOLDER
@@ -81,6 +82,7 @@ class TrainingRun:
         dataset: Hub id or directory of the data set; of a directory only the last part is told.
         dataset_revision: the Hub's revision that was asked for.
         base_model: Hub id or directory of the checkpoint that training started from; `None` for random weights.
+        encoder: what the backbone is, in words.
         license: of the model: an identifier of the Hub.
         train_mentions, train_mentions_left_out, entities, unreadable_images: counts; `None` where not known.
         metrics: for "validation" and "test", what [`RankedMentions.metrics`] gives.
@@ -99,6 +101,7 @@ class TrainingRun:
     dataset: str | None = None
     dataset_revision: str | None = None
     base_model: str | None = None
+    encoder: str = "a dual encoder"
     license: str = "apache-2.0"
     train_mentions: int | None = None
     train_mentions_left_out: int = 0
@@ -137,6 +140,7 @@ class TrainingRun:
         self.arguments["processes"] = trainer.args.world_size
         config = model.config
         backbone = config.backbone_config
+        self.encoder = backbone_of(backbone).described(backbone)
         self.model = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "text encoder": _tower(backbone.text_config, f"{config.text_max_length} tokens"),
@@ -210,6 +214,7 @@ class TrainingRun:
             code=code,
             table=table,
             title=model_name.rpartition("/")[2],
+            encoder=escaped(self.encoder),
             start="random weights" if self.base_model is None else _linked("", self.base_model),
             data=_linked("datasets/", self.dataset) if self.dataset else "",
             usage=self._usage(model_name),
