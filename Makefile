@@ -48,8 +48,11 @@ package: $(STAMP)
 	mkdir -p $(PACKAGE)
 	ln -sfn ../.. $(PACKAGE)/mimic_el
 
-compat: $(COMPAT)/.installed ## all tests, with the oldest versions that pyproject.toml allows
+compat: $(COMPAT)/.installed $(STAMP) ## all tests, with the oldest versions that pyproject.toml allows; images with the newest Pillow
 	$(COMPAT)/bin/python -m pytest --numprocesses $(WORKERS)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(COMPAT)/newest pillow
+	PYTHONPATH=$(abspath $(COMPAT)/newest) $(BIN)/python -m pytest tests/test_images_mimic.py tests/test_image_sources_mimic.py \
+		tests/test_processing_mimic.py tests/test_archives.py
 
 $(COMPAT)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(COMPAT)
