@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,14 @@ from .answers_mimic import calibrated_links, calibration_for, needs_calibration
 from .calibration_mimic import Calibration, is_newer, proper_fraction
 from .configuration_mimic import PIPELINE_TASK, MimicConfig, check_context_window
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
-from .errors_mimic import EntityIndexError, MentionError, MimicError
+from .errors_mimic import EntityIndexError, MentionError
 from .explain_mimic import Explainer
 from .files_mimic import is_there, no_space_told
 from .image_sources_mimic import ImagePlaces
 from .index_card_mimic import hub_id
 from .index_mimic import EntityIndex
-from .mentions_mimic import Mention, answer_of_error, check_on_error, features_of, tokens_of
+from .items_mimic import Answer, Answers, answered
+from .mentions_mimic import Mention, check_on_error, features_of, tokens_of
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
 from .records_mimic import placed_record, places_of, undecoded
@@ -35,8 +34,6 @@ from .searchable_mimic import BY_NAME
 logger = logging.get_logger(__name__)
 
 _BAR_FROM_ENTITIES = 500
-# Of one document, where the user does not say how many are to be encoded at a time.
-_MENTIONS_AT_ONCE = 32
 # The arguments of a call.
 _CALL = (
     *("top_k", "candidates", "method", "min_probability", "coverage", "context_window", "mention_detector"),
@@ -337,7 +334,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         # Workers are forked while the tokenizer's own threads must not run.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader: DataLoader[Any] = DataLoader(items, num_workers=num_workers, batch_size=None, collate_fn=_as_it_is)
-        return _Answers(
+        return Answers(
             lambda: self._answers(loader, batch_size, forward_params, postprocess_params),
             len(inputs) if sized else None,
         )
@@ -348,38 +345,19 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     def _answers(
         self, items: Iterable[Item], batch_size: int, forward_params: dict[str, Any], answering: dict[str, Any]
     ) -> Iterator[Any]:
-        """The answers of items, in their order. Mentions of several documents are encoded together, as many as
-        `batch_size` says; those of one document are in any case."""
         self.index  # noqa: B018  without one, nothing can be linked
-        on_error = answering.get("on_error", "raise")
-        at_once = batch_size if batch_size > 1 else _MENTIONS_AT_ONCE
-        unfinished: deque[_Answer] = deque()
-        waiting: list[tuple[_Answer, int]] = []
-        for item in items:
-            answer = self._opened(item, answering)
-            if answer.error is not None and on_error == "raise":
-                break  # once what came before is answered
-            unfinished.append(answer)
-            waiting += ((answer, number) for number in range(len(answer.mentions)))
-            while len(waiting) >= at_once or (waiting and batch_size == 1):
-                self._link(waiting[:at_once], forward_params)
-                del waiting[:at_once]
-            while unfinished and unfinished[0].is_done:
-                yield self.postprocess(unfinished.popleft(), on_error)
-        else:
-            answer = None
-        while waiting:
-            self._link(waiting[:at_once], forward_params)
-            del waiting[:at_once]
-        for done in unfinished:
-            yield self.postprocess(done, on_error)
-        if answer is not None:
-            self.postprocess(answer, on_error)
 
-    def _opened(self, item: Item, answering: dict[str, Any]) -> _Answer:
+        def link(mentions: Sequence[Mention]) -> Any:
+            inputs: dict[str, Any] = {**tokens_of(self.processor, mentions), "mentions": mentions}
+            return self.forward(inputs, **forward_params)["found"]
+
+        on_error = answering.get("on_error", "raise")
+        return answered(items, lambda item: self._opened(item, answering), link, self.postprocess, batch_size, on_error)
+
+    def _opened(self, item: Item, answering: dict[str, Any]) -> Answer:
         """An answer that waits for its mentions to be linked."""
         if item.error is not None:
-            return _Answer(item, error=item.error)
+            return Answer(item, error=item.error)
         # The start of a document says nothing of a mention at its end.
         usual = "mention" if item.is_document else str(self._config.context_window)
         window = answering.get("context_window", usual)
@@ -389,24 +367,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             try:
                 spans = self.index.find_mentions(item.text) if detector == NAMES else detector(item.text)
             except MentionError as error:
-                return _Answer(item, error=error)
-        return _Answer(item, item.mentions(spans, window))
-
-    def _link(self, tasks: Sequence[tuple[_Answer, int]], forward_params: dict[str, Any]) -> None:
-        """Links some mentions; one that cannot be linked does not keep the others from it."""
-        mentions = [answer.mentions[number] for answer, number in tasks]
-        try:
-            inputs: dict[str, Any] = {**tokens_of(self.processor, mentions), "mentions": mentions}
-            found = self.forward(inputs, **forward_params)["found"]
-        except (MimicError, ValueError) as error:
-            if len(tasks) > 1:
-                for task in tasks:
-                    self._link([task], forward_params)
-                return
-            tasks[0][0].error = error
-            return
-        for (answer, number), entities in zip(tasks, found, strict=True):
-            answer.found[number] = entities
+                return Answer(item, error=error)
+        return Answer(item, item.mentions(spans, window))
 
     def forward(self, model_inputs: dict[str, Any], **forward_params: Any) -> Any:
         # Of calls in several threads one computes at a time, with all of the machine; together they would be slower.
@@ -462,22 +424,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             ]
         return {"found": found}
 
-    def postprocess(self, model_outputs: _Answer, on_error: str = "raise") -> Any:
-        answer = model_outputs
-        if answer.error is not None:
-            return answer_of_error(answer.error, answer.item.where, on_error)
-        if not answer.item.is_document:
-            return answer.found[0]
-        return [
-            {
-                "mention": mention.mention,
-                "start": mention.start,
-                "end": mention.end,
-                "context_window": mention.window,
-                "entities": entities,
-            }
-            for mention, entities in zip(answer.mentions, answer.found, strict=True)
-        ]
+    def postprocess(self, model_outputs: Answer, on_error: str = "raise") -> Any:
+        return model_outputs.result(on_error)
 
     def explain(
         self,
@@ -533,45 +481,6 @@ class MultimodalEntityLinkingPipeline(Pipeline):
                 self._config.default_index_revision = None
             self.model.save_pretrained(save_directory, **kwargs)
             self.processor.save_pretrained(save_directory, **kwargs)
-
-
-@dataclass
-class _Answer:
-    """The answer of one item, as far as it is known.
-
-    Args:
-        item: what was read.
-        mentions: what is to be linked.
-        error: why it cannot be linked.
-        found: the entities of each mention; `None` where they are not known yet.
-    """
-
-    item: Item
-    mentions: list[Mention] = field(default_factory=list)
-    error: Exception | None = None
-    found: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.found = [None] * len(self.mentions)
-
-    @property
-    def is_done(self) -> bool:
-        return self.error is not None or all(entities is not None for entities in self.found)
-
-
-class _Answers:
-    """The answers of a data set or generator, made while they are read."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]], count: int | None) -> None:
-        self._make, self._count = make, count
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._make()
-
-    def __len__(self) -> int:
-        if self._count is None:
-            raise TypeError("The answers of a generator have no length.")
-        return self._count
 
 
 class _Mentions(Dataset[Any]):
