@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.utils import logging
 
@@ -303,7 +303,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") and not isinstance(inputs, str | bytes):
             inputs = _Mentions(inputs, places)
         elif hasattr(inputs, "__iter__") and not isinstance(inputs, str | bytes):
-            inputs = (placed_record(mention, "image", places) for mention in inputs)
+            inputs = _Stream(placed_record(mention, "image", places) for mention in inputs)
         return super().__call__(inputs, **kwargs)
 
     def run_single(
@@ -495,6 +495,16 @@ class _Mentions(Dataset[Any]):
 
     def __getitem__(self, row: int) -> Any:
         return placed_record(self.records[row], "image", self.places)
+
+
+class _Stream(IterableDataset[Any]):
+    """A generator as a data set of torch: transformers 5.10 would read all of a plain one before it begins."""
+
+    def __init__(self, records: Iterator[Any]) -> None:
+        self.records = records
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.records
 
 
 def _as_it_is(item: Any) -> Any:
