@@ -265,7 +265,7 @@ def test_a_compiled_encoder_has_the_weights_that_are_there_when_it_is_made(shall
             expected = shallow.encoder.encode_images(pixels)[:2]
             made = compiled(shallow).encoder.encode_images(pixels)[:2]
         for one, other in zip(made, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
         found.append(made[1])
         with torch.no_grad():
             for parameter in shallow.parameters():
