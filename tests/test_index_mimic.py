@@ -567,7 +567,7 @@ def test_a_build_goes_on_with_the_same_entities_only(
     kb: list[dict[str, Any]],
     tmp_path: Path,
 ):
-    with pytest.raises(EntityIndexError, match="unfinished build of another model, of another precision, or of other"):
+    with pytest.raises(EntityIndexError, match="unfinished build of another model"):
         build(linker, source(change(kb)), interrupted)
     # Nothing was lost by the attempt.
     assert list(build(linker, kb, interrupted).entities()) == table(kb)
