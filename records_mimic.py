@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import numbers
 import operator
 import os
 import re
@@ -27,18 +28,26 @@ _RECORDS_AT_ONCE = 512
 def entity_id_of(value: Any, what: str = "An entity's id") -> str:
     """An entity's id as text; an integer is taken too, so that 375 and "375" are the same id everywhere.
 
+    So is 375.0, which pandas makes of 375 in a column where some are missing.
+
     Args:
         value: the id as it was given.
         what: what messages call it.
 
     Raises:
-        ValueError: for what cannot tell entities apart: `None`, NaN, a boolean, an empty string.
+        ValueError: for what cannot tell entities apart: `None`, NaN, a boolean, an empty string, other fractions.
     """
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         return str(operator.index(value))
-    raise ValueError(f"{what} is {value!r}. An id must be a string that is not empty, or an integer.")
+    # Larger ones may be another integer, rounded.
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= 2**53 and value == int(value):
+        return str(int(value))
+    raise ValueError(
+        f"{what} is {value!r}. An id must be a string that is not empty, or an integer. (Of numbers in a column where "
+        'some are missing pandas makes fractions: read ids as text, `dtype={"id": str}`.)'
+    )
 
 
 class Records:

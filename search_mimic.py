@@ -6,6 +6,7 @@ unit's attention, which takes nearly all the time. So pairs are pruned in stages
     for each block of entities:
         bound every pair: dot products, bounds of the image unit, coarse bounds of the attention
         if there are no k best yet: score the pairs with the highest bounds exactly
+        where the stages below leave too much of a sample of the block: score all of the block's pairs of that mention
         contenders = the pairs whose bound reaches the mention's k-th best score
         put the image unit's scores in the place of their bounds; prune the contenders again
         put the bounds of the hull in the place of the coarse ones; prune the contenders again
@@ -56,15 +57,15 @@ _SEEDS = 32
 _ROUND = 16
 _PATIENCE = 4
 # Where more than this fraction of a mention's pairs in a block would be scored exactly, bounding them does not pay.
-# Ranks look at a sample of the entities before: bounding a pair costs about a sixth of scoring it, so a sixteenth of
-# them is a hundredth of the work.
+# That is looked for in a sample before: bounding a pair costs about a sixth of scoring it, so a sixteenth of them is a
+# hundredth of the work. Of the best k, the first scores to reach are low, or guesses: of what they leave, about half
+# is left in the end.
 _EXHAUSTIVE_FRACTION = 0.2
+_FIRST_FRACTION = 0.7
 _SAMPLED_PART, _MOST_SAMPLED = 16, 512
-
-
-def _most_sampled(count: int) -> int:
-    """How many of so many entities are a sample of them."""
-    return max(1, min(count // _SAMPLED_PART, _MOST_SAMPLED))
+# Where the best k are more than this part of the entities, the score to reach is guessed from a sample in which so many
+# reach it.
+_LARGE_PART, _REACHING = 1 / 32, 4
 
 
 class _TopK:
@@ -162,6 +163,19 @@ class Searcher:
         is told of each block's number of pairs."""
         top = _TopK(len(mentions), k, mentions.device, floor)
         query = Query.of(self.matcher, mentions)
+        plainly = torch.full((len(query),), exhaustive, dtype=torch.bool, device=mentions.device)
+        before = self.stats.exact_pairs
+        if not exhaustive and k > _LARGE_PART * len(self.blocks):
+            floor = torch.maximum(self._guessed_threshold(mentions, k), top.floor)
+            plainly = self._unprunable(query, floor, 0, len(self.blocks), part=_FIRST_FRACTION, ranks=False)
+        for way, picked, some in self._ways(query, plainly):
+            part = top.part(picked)
+            self._top_of_all(some, way, part, advance)
+            top.take(picked, part)
+        self.stats.exact_pairs = min(self.stats.exact_pairs, before + len(query) * len(self.blocks))  # as in `_counted`
+        return top.found()
+
+    def _top_of_all(self, query: Query, exhaustive: bool, top: _TopK, advance: Callable[[int], Any]) -> None:
         plan = None
         for start, stop in self._blocks(len(query)):
             with self._counted(query, start, stop, advance):
@@ -169,7 +183,6 @@ class Searcher:
                     self._exhaustive_block(query, start, stop, top)
                 else:
                     plan = self._pruned_block(query, plan or self.stages.plan(query, stop), start, stop, top)
-        return top.found()
 
     def scores_of(self, mentions: MentionFeatures, answers: Tensor) -> Tensor:
         """The score of each mention's answer, a row for each, (M,)."""
@@ -196,11 +209,9 @@ class Searcher:
         query = Query.of(self.matcher, mentions)
         plainly = torch.full_like(answers, exhaustive, dtype=torch.bool)
         if not exhaustive:
-            plainly = self._unprunable(query, gold.unsqueeze(1))
+            plainly = self._unprunable(query, gold.unsqueeze(1), 0, len(self.blocks), ranks=True)
         above, equal = torch.zeros_like(answers), torch.zeros_like(answers)
-        for way in plainly.unique().tolist():
-            picked = (plainly == way).nonzero().squeeze(1)
-            some = Query.of(self.matcher, mentions[picked]) if len(picked) < len(query) else query
+        for way, picked, some in self._ways(query, plainly):
             places = _Places(answers[picked], gold[picked].unsqueeze(1))
             self._rank_all(some, way, places, advance)
             above[picked], equal[picked] = places.above, places.equal
@@ -215,24 +226,46 @@ class Searcher:
                 else:
                     plan = self._rank_pruned(query, plan or self.stages.plan(query, stop), start, stop, places)
 
-    def _unprunable(self, query: Query, gold: Tensor) -> Tensor:
-        """For which mentions, (M,), bounds do not pay: a sample of the entities leaves too many to be scored exactly.
+    def _ways(self, query: Query, plainly: Tensor) -> Iterator[tuple[bool, Tensor, Query]]:
+        """The mentions whose pairs are all scored, and the others: whether they are, their rows, and themselves."""
+        for way in plainly.unique().tolist():
+            picked = (plainly == way).nonzero().squeeze(1)
+            yield way, picked, query if len(picked) == len(query) else Query.of(self.matcher, query.mentions[picked])
+
+    def _sample(self, count: int, start: int, stop: int) -> ChosenRows:
+        """About so many rows of those from `start` to `stop`, without removed ones."""
+        generator = torch.Generator().manual_seed(0)
+        rows = start + torch.randint(stop - start, (max(1, count),), generator=generator).unique()
+        alive = self.blocks.alive(start, stop)
+        return ChosenRows(self.blocks, rows if alive is None else rows[alive[rows - start]])
+
+    def _guessed_threshold(self, mentions: MentionFeatures, k: int) -> Tensor:
+        """About the k-th best score of each mention, (M, 1), where k is a large part of the entities."""
+        sample = self._sample(-(-_REACHING * len(self.blocks) // k), 0, len(self.blocks))
+        if not len(sample):
+            return torch.full((len(mentions), 1), -torch.inf, device=mentions.device)
+        scores = self.matcher(mentions, sample.full(slice(0, len(sample)), mentions.device)).total
+        self.stats.exact_pairs += scores.numel()
+        return scores.topk(min(_REACHING, len(sample)), dim=1).values[:, -1:]
+
+    def _unprunable(
+        self, query: Query, floor: Tensor, start: int, stop: int, *, part: float = _EXHAUSTIVE_FRACTION, ranks: bool
+    ) -> Tensor:
+        """For which mentions, (M,), bounds do not pay: more than a part of a sample of the rows from `start` to `stop`
+        would have to be scored, as they may reach `floor` (M, 1), or, for ranks, be above it or not.
 
         For these, bounding all pairs would come on top of scoring them all.
         """
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(len(self.blocks), (_most_sampled(len(self.blocks)),), generator=generator).unique()
-        alive = self.blocks.alive(0, len(self.blocks))
-        rows = rows if alive is None else rows[alive[rows]]
-        if not len(rows):
-            return torch.zeros(len(query), dtype=torch.bool, device=gold.device)
-        sample = ChosenRows(self.blocks, rows)
+        sample = self._sample(min((stop - start) // _SAMPLED_PART, _MOST_SAMPLED), start, stop)
+        if not len(sample):
+            return torch.zeros(len(query), dtype=torch.bool, device=floor.device)
         stages = dataclasses.replace(self.stages, blocks=sample)
         plan = stages.plan(query, len(sample))
-        pairs, _ = stages.contenders(query, plan, block := stages.coarse(query, plan, 0, len(sample)), gold)
-        undecided = pairs[~(pairs.lower > (gold + block.margin)[pairs.mention_rows, 0])]
-        left = torch.bincount(undecided.mention_rows, minlength=len(query))
-        return left > max(_EXHAUSTIVE_FRACTION * len(sample), 1)
+        pairs, _ = stages.contenders(query, plan, block := stages.coarse(query, plan, 0, len(sample)), floor)
+        if ranks:
+            pairs = pairs[~(pairs.lower > (floor + block.margin)[pairs.mention_rows, 0])]
+        left = torch.bincount(pairs.mention_rows, minlength=len(query))
+        return left > max(part * len(sample), 1)
 
     def _blocks(self, count: int) -> Iterator[tuple[int, int]]:
         """First and last row of one block of rows after the other, for so many mentions."""
@@ -288,18 +321,28 @@ class Searcher:
     def _pruned_block(self, query: Query, plan: ImagePlan, start: int, stop: int, top: _TopK) -> ImagePlan:
         """Takes a block into account; gives the plan for the next."""
         block = self.stages.coarse(query, plan, start, stop)
+        part = _EXHAUSTIVE_FRACTION
         if bool((top.threshold == -torch.inf).any()):
             # They must not come again.
-            block = block.without(self._score_seeds(query, plan, block, top))
-        pairs, plan = self.stages.contenders(query, plan, block, top.threshold)
+            block, part = block.without(self._score_seeds(query, plan, block, top)), _FIRST_FRACTION
+        floor = top.threshold
+        many = block.may_reach(query, floor).sum(dim=1, keepdim=True) > part * block.width
+        plainly = torch.zeros_like(many)
+        if bool(many.any()):
+            # No pair reaches what is infinite: of these mentions nothing is looked at.
+            few_left = floor.masked_fill(~many, torch.inf)
+            plainly = self._unprunable(query, few_left, start, stop, part=part, ranks=False).unsqueeze(1)
+        pairs, plan = self.stages.contenders(query, plan, block, floor.masked_fill(plainly, torch.inf))
         # The first pairs of a mention may leave few others that reach its best ones.
         pairs = self._best_first(query, block, pairs, top, _PATIENCE)
         pairs, unprunable = self._part_unprunable(query, block, pairs)
         self._best_first(query, block, pairs, top)
+        unprunable = torch.cat([unprunable, plainly.nonzero()[:, 0]]).sort().values
         if len(unprunable):
             some = top.part(unprunable)
             some.forget(start, stop)  # they all come again
-            self._exhaustive_block(Query.of(self.matcher, query.mentions[unprunable]), start, stop, some)
+            rest = query if len(unprunable) == len(query) else Query.of(self.matcher, query.mentions[unprunable])
+            self._exhaustive_block(rest, start, stop, some)
             top.take(unprunable, some)
         return plan
 

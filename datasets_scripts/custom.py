@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -290,7 +290,11 @@ class CustomData(Source):
             if self._leaves_nil(item["mention"], report, file, row):
                 return None
         elif self._entities is not None and answer not in self.entity_ids:
-            report.add("answer_without_entity", file, row, f"{str(answer)[:80]!r} is not in {self._entities.name}")
+            near = _near_id(str(answer), self.entity_ids)
+            detail = f"{str(answer)[:80]!r} is not in {self._entities.name}"
+            if near is not None:
+                detail += f", but {near[:80]!r} is: write both the same way, as text"
+            report.add("answer_without_entity", file, row, detail)
             return None
         mention = self._clean(item["mention"], report, file, row, "mention")
         sentence = self._clean(item["sentence"], report, file, row, "sentence")
@@ -385,3 +389,10 @@ def _expanded(record: dict[str, Any]) -> list[dict[str, Any]] | str:
         return f"mention is a list of {len(mentions)}, and answer is {_described(record, 'answer')}"
     lists = [name for name, value in record.items() if isinstance(value, list) and len(value) == len(mentions)]
     return [{**record, **{name: record[name][place] for name in lists}} for place in range(len(mentions))]
+
+
+def _near_id(answer: str, ids: Container[str]) -> str | None:
+    """The id that an answer may be meant to be: without spaces around it, or as a whole number with ".0" or without."""
+    bare = answer.strip()
+    others = (bare, bare.removesuffix(".0"), f"{bare}.0")
+    return next((other for other in others if other and other != answer and other in ids), None)

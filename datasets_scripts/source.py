@@ -411,7 +411,9 @@ class ClosedSource(Source):
 
 
 def id_text(value: Any) -> str | None:
-    """An id as a string, or `None` where it is none."""
+    """An id as a string, or `None` where it is none. As everywhere, 1 and 1.0 are the id "1"."""
+    if isinstance(value, float) and abs(value) <= 2**53 and value.is_integer():
+        return str(int(value))
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         return None
     return str(value)

@@ -202,6 +202,22 @@ def test_ranks_of_answers_that_are_badly_ranked():
     assert stats.exact_fraction < 0.2
 
 
+@pytest.mark.parametrize(("k", "most"), [(60, 0.6), (5 * ENTITIES, 0.3)], ids=["few", "a-large-part"])
+@pytest.mark.parametrize("removed", [False, True], ids=["all", "some-removed"])
+def test_the_best_where_bounds_decide_little(k: int, most: float, removed: bool):
+    """Random features: of mentions for which a sample shows that, all pairs are scored, and none is bounded before."""
+    case = make_case(entities=20 * ENTITIES)
+    gone = [f"e{row}" for row in range(0, 20 * ENTITIES, 3)] if removed else []
+    case.index.remove(gone)
+    scores = case.expected.clone()
+    scores[:, [int(name[1:]) for name in gone]] = -torch.inf
+    pruned = case.index.search(case.mentions, k)
+    assert pruned.entity_ids == best(scores, k)
+    assert pruned.scores.tobytes() == case.index.search(case.mentions, k, method="exhaustive").scores.tobytes()
+    assert pruned.stats.hull_pairs <= most * pruned.stats.pairs
+    assert pruned.stats.exact_fraction <= 1
+
+
 @pytest.mark.parametrize("constant", ["dual_men2ent", "dual_ent2men"])
 def test_the_direction_that_tells_more_comes_first(constant: str, monkeypatch: pytest.MonkeyPatch):
     """A direction that gives every pair the most that it may leaves out none."""
