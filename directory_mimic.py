@@ -131,6 +131,7 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = read_json(path)
         known = manifest.get("format") == FORMAT
         version = manifest.get("version")
+        json.dumps(manifest, ensure_ascii=False).encode()  # half characters could not be written again
     except (OSError, ValueError, AttributeError) as error:
         raise EntityIndexError(f"{path} is damaged: {error}. Build the index again.") from error
     if not known or type(version) is not int or version < 1:

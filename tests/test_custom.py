@@ -494,3 +494,25 @@ def test_a_stated_place_tells_equal_words_apart(tmp_path: Path) -> None:
         (4, 5), (0, 1), (None, None), (None, None), (None, None)
     ]  # fmt: skip
     assert report.counts == {"wrong_span": 2}
+
+
+def test_an_answer_that_is_nearly_an_id(tmp_path: Path) -> None:
+    """Numbers are the ids that write them, fractions that are whole too; texts are what they are, and the finding says
+    which id may be meant."""
+    answers = [1, 1.0, "1", " 1", "1.0", "2", 1.5]
+    rows = [{"mention": "Ann", "sentence": "Ann", "answer": answer, "split": "test"} for answer in answers]
+    files = {
+        "entities.jsonl": b'{"id": 1, "name": "Ann"}\n',
+        "mentions.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+    }
+    _, found = findings("custom", write_folder(files, tmp_path / "data"), tmp_path)
+    wrong = [item for item in found if item[0] in ("answer_without_entity", "bad_row")]
+    assert [(kind, row) for kind, _, row in wrong] == [
+        ("answer_without_entity", 4),
+        ("answer_without_entity", 5),
+        ("answer_without_entity", 6),
+        ("bad_row", 7),
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
+    details = [line["detail"] for line in lines if line["kind"] == "answer_without_entity"]
+    assert ["but '1' is" in detail for detail in details] == [True, True, False]

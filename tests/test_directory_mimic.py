@@ -406,3 +406,12 @@ def test_verify_reads_an_index_in_memory_too(model: MimicModel):
         index.verify()
     index.remove(["e4"])
     index.verify()
+
+
+def test_half_a_character_in_a_manifest_is_refused_when_it_is_opened(place: Path):
+    """It could be read, and not written again: the next change would fail."""
+    manifest = json.loads((place / "index_config.json").read_text())
+    manifest["model"]["name"] = "\ud800"
+    (place / "index_config.json").write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(EntityIndexError, match="is damaged"):
+        EntityIndex.from_pretrained(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 from mel_archives import noise
 
-from mimic_el.records_mimic import Records, near_field, table_record
+from mimic_el.records_mimic import Records, entity_id_of, near_field, table_record
 
 
 @pytest.fixture
@@ -48,6 +51,17 @@ def test_images_of_a_data_set_are_read_where_they_lie(
     assert [record["id"] for record in records.skip(5)] == ["20", "21", "22", "23", "24"]
     assert records.total == 30
     assert cached(tmp_path) == before
+
+
+def test_an_integer_is_one_id_however_a_table_gives_it() -> None:
+    """pandas makes fractions of integers in a column where some are missing."""
+    column = pd.DataFrame({"answer": [375, None, 2**53]})["answer"]
+    assert [entity_id_of(column[0]), entity_id_of(column[2])] == ["375", str(2**53)]
+    assert {entity_id_of(value) for value in ("375", 375, 375.0, np.int64(375), np.float32(375))} == {"375"}
+    # What is no integer, or may be another one that was rounded, and what is no id at all.
+    for value in (375.5, 2.0**60, math.inf, math.nan, True, np.True_, None, "", [375]):
+        with pytest.raises(ValueError, match="An id must be a string that is not empty, or an integer"):
+            entity_id_of(value)
 
 
 def warned_of(entities: Any) -> list[str]:

@@ -19,7 +19,9 @@ def test_in_and_iteration_are_ids_and_integers_become_strings() -> None:
     knowledge_base = KnowledgeBase([entity("Q1"), entity(7), entity(np.int64(8))])
     assert list(knowledge_base) == ["Q1", "7", "8"]
     assert "7" in knowledge_base
-    assert 7 not in knowledge_base
+    assert all(known in knowledge_base for known in (7, 7.0, np.float32(8)))
+    assert not any(other in knowledge_base for other in (9, 7.5, None, True, math.nan))
+    assert knowledge_base.row(7) == knowledge_base.row(7.0) == 1
     assert knowledge_base.row("8") == 2
     assert [record["id"] for record in knowledge_base.entities()] == ["Q1", "7", "8"]
     assert knowledge_base.entity("7")["id"] == "7"

@@ -96,7 +96,10 @@ class KnowledgeBase:
 
     def __contains__(self, entity_id: object) -> bool:
         """Whether there is an entity of that id."""
-        return entity_id in self._rows
+        try:
+            return entity_id_of(entity_id) in self._rows
+        except ValueError:  # no id at all
+            return False
 
     def __iter__(self) -> Iterator[str]:
         """The ids, in the order of the entities."""
@@ -121,8 +124,8 @@ class KnowledgeBase:
     def row(self, entity_id: str) -> int:
         """The number of an entity, from 0; `UnknownEntityError` (a `KeyError`) where there is none of that id."""
         try:
-            return self._rows[entity_id]
-        except KeyError:
+            return self._rows[entity_id_of(entity_id)]
+        except (KeyError, ValueError):
             raise UnknownEntityError(f"There is no entity {entity_id!r} in the knowledge base.") from None
 
 
