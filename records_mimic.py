@@ -42,8 +42,10 @@ def entity_id_of(value: Any, what: str = "An entity's id") -> str:
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         return str(operator.index(value))
     # Larger ones may be another integer, rounded.
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= 2**53 and value == int(value):
-        return str(int(value))
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if abs(number) <= 2**53 and number.is_integer():
+            return str(int(number))
     raise ValueError(
         f"{what} is {value!r}. An id must be a string that is not empty, or an integer. (Of numbers in a column where "
         'some are missing pandas makes fractions: read ids as text, `dtype={"id": str}`.)'

@@ -326,7 +326,7 @@ class Searcher:
             # They must not come again.
             block, part = block.without(self._score_seeds(query, plan, block, top)), _FIRST_FRACTION
         floor = top.threshold
-        many = block.may_reach(query, floor).sum(dim=1, keepdim=True) > part * block.width
+        many = (block.may_reach(query, floor).count_nonzero(dim=1) > part * block.width).unsqueeze(1)
         plainly = torch.zeros_like(many)
         if bool(many.any()):
             # No pair reaches what is infinite: of these mentions nothing is looked at.

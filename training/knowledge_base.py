@@ -109,7 +109,7 @@ class KnowledgeBase:
         """The records, read by number when they are asked for."""
         return _Records(self._source, self.places)
 
-    def entity(self, entity_id: str) -> Mapping[str, Any]:
+    def entity(self, entity_id: object) -> Mapping[str, Any]:
         """The record of an entity; `UnknownEntityError` where there is none of that id."""
         return self.entities()[self.row(entity_id)]
 
@@ -121,7 +121,7 @@ class KnowledgeBase:
         else:
             yield from (entity[name] for entity in self._source)
 
-    def row(self, entity_id: str) -> int:
+    def row(self, entity_id: object) -> int:
         """The number of an entity, from 0; `UnknownEntityError` (a `KeyError`) where there is none of that id."""
         try:
             return self._rows[entity_id_of(entity_id)]
