@@ -31,6 +31,7 @@ from .directory_mimic import (
 from .errors_mimic import EntityIndexError, UnknownEntityError
 from .names_mimic import NameTable
 from .records_mimic import entity_id_of
+from .spans_mimic import fold
 from .store_mimic import Shard, Store, join_shards, read_shard, write_shard
 
 
@@ -144,6 +145,11 @@ class Contents:
         """Where names occur in a text: see [`NameTable`]."""
         names, removed = self._known_names()
         return names.spans_in(text, removed, lower_case)
+
+    def places_of_names(self, text: str, lower_case: bool) -> list[tuple[int, int]]:
+        """Where names occur in the folded form of a text, of which some may overlap."""
+        names, removed = self._known_names()
+        return names.places_in(text, fold(text), removed, lower_case)
 
     def bearers(self, name: str) -> Tensor | None:
         """The rows of the entities that bear a name, but for case, in order; `None` where there are none."""

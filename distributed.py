@@ -6,6 +6,7 @@ its actor can open it, in a directory or a Hub repository.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import os
@@ -21,10 +22,12 @@ from .errors_mimic import EntityIndexError, UnknownEntityError
 from .identity_mimic import same_model
 from .index_mimic import EntityIndex
 from .matching_mimic import MentionFeatures
+from .names_mimic import longest_spans
 from .pairs_mimic import TIE, SearchStats, best_order
 from .records_mimic import entity_id_of
 from .searchable_mimic import SearchableIndex
 from .snapshot_mimic import RankResult, SearchResult
+from .spans_mimic import fold
 
 _RECORDS_AT_ONCE = 4096
 _CLOSED = "This index was closed."
@@ -76,6 +79,9 @@ class _Part:
 
     def find(self, name: str, max_distance: int) -> list[str]:
         return self._index.find(name, max_distance=max_distance)
+
+    def places_of_names(self, text: str, lower_case: bool) -> list[tuple[int, int]]:
+        return self._index.state.contents.places_of_names(text, lower_case) if len(self._index) else []
 
     def bearers(self, names: Sequence[str]) -> list[list[str]]:
         state = self._index.state
@@ -136,7 +142,7 @@ class RayEntityIndex(SearchableIndex):
         own = [dict(actor_options or {})] * len(parts) if not isinstance(actor_options, Sequence) else actor_options
         if len(own) != len(parts):
             raise ValueError(f"There are {len(parts)} parts, but `actor_options` for {len(own)}.")
-        self._patience = patience
+        self._patience, self._options = patience, options
         actor = self._ray.remote(_Part)
         self._actors = []
         for place, chosen in zip(self.parts, own, strict=True):
@@ -222,6 +228,11 @@ class RayEntityIndex(SearchableIndex):
             if found:
                 return found
         return []
+
+    def find_mentions(self, text: str, *, lower_case: bool = False) -> list[tuple[int, int]]:
+        """Where names and aliases of the entities occur in a text, as [`EntityIndex.find_mentions`] gives it."""
+        places = set(itertools.chain(*self._all("places_of_names", text, lower_case)))
+        return longest_spans(fold(text), places)
 
     # --- Search
 
@@ -364,7 +375,28 @@ class RayEntityIndex(SearchableIndex):
         if there.any():
             raise ValueError(f"The id {ids[int(there.argmax())]!r} is already in the index.")
         part = int(np.argmin(self._counts))
-        self._change(part, "add", ids, True, model, processor, entities, **options)
+        self._change(part, "add", lambda: all(self._has(part, ids)), model, processor, entities, **options)
+
+    def update(self, model: Any, processor: Any, entities: Iterable[Mapping[str, Any]], **options: Any) -> None:
+        """Replaces entities that are there by new versions of them, each in the part that it is in.
+
+        Arguments as of [`EntityIndex.update`]. What is wrong with an id is told before anything is changed; a part is
+        changed as a whole or not at all.
+
+        Raises:
+            UnknownEntityError: if an id is not there.
+            ValueError: if an id is twice among the new ones.
+        """
+        self.check_model(model, processor)
+        entities = list(entities)
+        ids = [entity_id_of(entity["id"]) for entity in entities]
+        if twice := [entity_id for entity_id, count in collections.Counter(ids).items() if count > 1]:
+            raise ValueError(f"The id {twice[0]!r} is there twice: each must be unique.")
+        for part, own in enumerate(self._parts_of(ids)):
+            if own:
+                some = [entity for entity, entity_id in zip(entities, ids, strict=True) if entity_id in own]
+                # To make it once more changes nothing.
+                self._change(part, "update", None, model, processor, some, **options)
 
     def remove(self, entity_ids: Iterable[str]) -> None:
         """Removes entities, whatever part they are in.
@@ -374,19 +406,36 @@ class RayEntityIndex(SearchableIndex):
         """
         if isinstance(entity_ids, str):
             raise ValueError(f"`remove` takes a list of entity ids, got the string {entity_ids!r}.")
-        ids = list(dict.fromkeys(entity_ids))
-        has = np.array(self._all("has", ids), dtype=bool).reshape(len(self._actors), len(ids))
-        if missing := [entity_id for place, entity_id in enumerate(ids) if not has[:, place].any()]:
+        for part, own in enumerate(self._parts_of(list(dict.fromkeys(entity_ids)))):
+            if own:
+                some = list(own)
+                self._change(part, "remove", functools.partial(self._has_none, part, some), some)
+
+    def _has(self, part: int, ids: Sequence[str]) -> list[bool]:
+        return self._one(part, "has", ids)
+
+    def _has_none(self, part: int, ids: Sequence[str]) -> bool:
+        return not any(self._has(part, ids))
+
+    def _parts_of(self, ids: Sequence[str]) -> list[dict[str, None]]:
+        """For each part those of some entities that are in it, in their order.
+
+        Raises:
+            UnknownEntityError: if one is in none.
+        """
+        has = self._all("has", ids)
+        if missing := [entity_id for place, entity_id in enumerate(ids) if not any(own[place] for own in has)]:
             raise UnknownEntityError(
                 f"{len(missing)} of the entities are not in this index of {len(self):,}: {missing[0]!r}"
             )
-        for part, own in enumerate(has):
-            if own.any():
-                some = [entity_id for entity_id, there in zip(ids, own, strict=True) if there]
-                self._change(part, "remove", some, False, some)
+        return [{entity_id: None for entity_id, there in zip(ids, own, strict=True) if there} for own in has]
 
-    def _change(self, part: int, name: str, ids: list[str], present: bool, *args: Any, **kwargs: Any) -> None:
-        """Makes a change of one part once: where its actor dies, it is seen whether the change was made before."""
+    def _change(self, part: int, name: str, made: Callable[[], bool] | None, *args: Any, **kwargs: Any) -> None:
+        """Makes a change of one part once: where its actor dies, it is seen whether the change was made before.
+
+        Args:
+            made: tells that; `None` for a change that may be made twice.
+        """
         for last in (False, True):
             method = self._actors[part].change.options(max_task_retries=0)
             try:
@@ -395,12 +444,46 @@ class RayEntityIndex(SearchableIndex):
                 )
                 return
             except _PartGoneError as error:
-                found = self._one(part, "has", ids)
-                if all(there == present for there in found):
-                    self._counts[part] = self._one(part, "facts")["count"]
+                facts = self._one(part, "facts")  # once it is there again
+                if made is not None and made():
+                    self._counts[part] = facts["count"]
                     return
                 if last:
                     raise EntityIndexError(str(error)) from error
+
+    # --- Save
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Joins the parts to one index in a directory, without encoding anything again; removed entities are left out.
+
+        Files are linked where the file system can, else copied. The parts stay as they are.
+
+        Args:
+            save_directory: the directory; an index that is there is replaced, once this one is complete.
+            push_to_hub: whether to upload it too; `repo_id` defaults to the directory's name.
+            **kwargs: arguments of [`EntityIndex.push_to_hub`].
+
+        Raises:
+            EntityIndexError: if a part cannot be read from this machine, or no entity is left.
+        """
+        if not len(self):
+            raise EntityIndexError("All entities of this index were removed: there is nothing to save.")
+        directories = []
+        for place in self.parts:
+            try:
+                opened = EntityIndex.from_pretrained(place, **self._options).directory
+            except (OSError, ValueError, EntityIndexError) as error:
+                raise EntityIndexError(
+                    f"The part {place} cannot be read from this machine: {error} To save the index, put its parts "
+                    "where this machine can read them, or on the Hub; or call EntityIndex.merge on one that can."
+                ) from error
+            assert opened is not None
+            directories.append(opened)
+        merged = EntityIndex.merge(directories, save_directory, overwrite=True)
+        if merged.state.contents.store.removed.any():
+            merged.compact()
+        if push_to_hub:
+            merged.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     # --- Asking the actors
 

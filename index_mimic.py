@@ -134,7 +134,7 @@ class EntityIndex(SearchableIndex):
         on_image_error: str = "warn",
         overwrite: bool = False,
         shard_entities: int | None = None,
-        shard: tuple[int, int] | None = None,
+        shard: tuple[int, int] | str | None = "auto",
         show_progress: bool = True,
         allow_urls: bool | str | None = None,
         image_root: bool | str | os.PathLike[str] | None = None,
@@ -164,7 +164,9 @@ class EntityIndex(SearchableIndex):
             shard: `(i, n)` encodes the i-th (from 0) of n parts of the entities only, in a folder of `output_dir`. Each
                 part goes on by itself after an interruption; the call that completes the last one joins them to the
                 index in `output_dir` and gives that, all others give their part. Where machines do not share
-                `output_dir`, join the parts with [`merge`].
+                `output_dir`, join the parts with [`merge`]. "auto": where `accelerate launch` or `torchrun` started
+                several processes, and there is an `output_dir`, each encodes its part, waits for the others, and gives
+                the whole index; so all must call this. `None`: this process encodes all.
             show_progress: whether to show a progress bar.
             allow_urls: whether images that are named by an address are fetched: `True` (public addresses),
                 `"private"` (those of this machine and of private networks too) or `False`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .building_mimic import Builder, build_in_directory, build_in_memory, shards_of_features
 from .contents_mimic import Contents
@@ -17,7 +17,7 @@ from .errors_mimic import EntityIndexError
 from .identity_mimic import copy_of_matcher, model_facts
 from .matching_mimic import EntityFeatures, Matcher
 from .modeling_mimic import MimicModel
-from .parts_mimic import build_part, checked_part, merge_parts
+from .parts_mimic import build_part, checked_part, merge_parts, process_of_launch
 from .store_mimic import Store
 
 Made = tuple[Matcher, Contents]
@@ -34,10 +34,13 @@ def built(
     entities: Any,
     output_dir: str | os.PathLike[str] | None,
     overwrite: bool = False,
-    shard: tuple[int, int] | None = None,
+    shard: tuple[int, int] | str | None = None,
 ) -> Made:
     """An index of a knowledge base that is encoded now, or of one part of it: see [`EntityIndex.build`]."""
-    if shard is not None:
+    launched = process_of_launch() if shard == "auto" and output_dir is not None else None
+    if launched is not None:
+        return opened(build_part(builder, entities, Path(cast(Any, output_dir)), *launched, overwrite, wait=True))
+    if shard is not None and shard != "auto":
         index, parts = checked_part(shard)
         if output_dir is None:
             raise ValueError("`shard` needs an `output_dir`, where the parts are joined.")

@@ -284,20 +284,20 @@ class NameTable:
                 one: "orange" for Orange.
         """
         folded = fold(text)
+        return longest_spans(folded, self.places_in(text, folded, removed, lower_case))
+
+    def places_in(
+        self, text: str, folded: Folded, removed: np.ndarray | None = None, lower_case: bool = False
+    ) -> list[tuple[int, int]]:
+        """Where names occur in a text, of which some may overlap: begin and stop of each in its folded form, as
+        [`longest_spans`] takes them. Arguments as of [`spans_in`]."""
         hits = [hit for some in self._hits(folded) for hit in some]
         starts, ends = folded.starts, folded.ends
         surfaces = [text[starts[begin] : ends[stop - 1]] for begin, stop, _ in hits]
         # Each form once: a name may occur ten thousand times.
         forms = {surface: (folded.text[hit[0] : hit[1]], hit[2]) for surface, hit in zip(surfaces, hits, strict=True)}
         names = self._names_among(forms, removed, lower_case)
-        found = [(begin, stop) for surface, (begin, stop, _) in zip(surfaces, hits, strict=True) if surface in names]
-        taken = bytearray(len(folded.text))
-        spans = []
-        for begin, stop in sorted(found, key=lambda span: (span[0] - span[1], span[0])):
-            if not any(taken[begin:stop]):
-                taken[begin:stop] = b"\x01" * (stop - begin)
-                spans.append((int(folded.starts[begin]), int(folded.ends[stop - 1])))
-        return sorted(spans)
+        return [(begin, stop) for surface, (begin, stop, _) in zip(surfaces, hits, strict=True) if surface in names]
 
     def _hits(self, folded: Folded) -> Iterator[Iterable[tuple[int, int, int]]]:
         """Parts of a text whose hash is that of a name: begin, stop, and the first place of the hash."""
@@ -358,6 +358,17 @@ class NameTable:
             last += 1
         entries = self.order[place:last]
         return entries if removed is None else entries[~removed[self.rows[entries]]]
+
+
+def longest_spans(folded: Folded, places: Iterable[tuple[int, int]]) -> list[Span]:
+    """Of places in a folded text the longest where they overlap, as start and end in the text itself, in its order."""
+    taken = bytearray(len(folded.text))
+    spans = []
+    for begin, stop in sorted(places, key=lambda span: (span[0] - span[1], span[0])):
+        if not any(taken[begin:stop]):
+            taken[begin:stop] = b"\x01" * (stop - begin)
+            spans.append((int(folded.starts[begin]), int(folded.ends[stop - 1])))
+    return sorted(spans)
 
 
 _ARRAYS: dict[str, Any] = {
@@ -439,4 +450,4 @@ def _hash(text: str) -> Any:
     return _hashes([text])[0]
 
 
-__all__ = ["ALIASES", "STOP_WORDS", "NameTable", "listed_aliases", "names_of"]
+__all__ = ["ALIASES", "STOP_WORDS", "NameTable", "listed_aliases", "longest_spans", "names_of"]

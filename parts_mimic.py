@@ -8,15 +8,21 @@ not searches.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import logging
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from .building_mimic import Builder, build_in_directory
 from .directory_mimic import (
@@ -30,11 +36,21 @@ from .directory_mimic import (
     read_manifest,
 )
 from .errors_mimic import EntityIndexError
-from .files_mimic import locked, no_space_told
+from .files_mimic import is_locked, locked, no_space_told, read_json, write_json
 from .identity_mimic import same_model
+from .image_sources_mimic import ImagePlaces
 from .matching_mimic import Matcher
 from .records_mimic import Records, Span
 from .store_mimic import Store, read_shard, shard_files
+
+logger = logging.getLogger("mimic_el.index")
+
+# What a part notes of the entities that it is a part of, so that parts of other entities are not joined with it.
+_WHOLE = "part_of.json"
+_SAMPLED = 64
+# A part on which no process works, and which has not changed for so many seconds, is given up.
+_SILENCE = 600.0
+_PAUSES = 0.05, 2.0
 
 
 @dataclass
@@ -75,36 +91,109 @@ def checked_part(shard: Any) -> tuple[int, int]:
     return index, parts
 
 
-def records_of_part(entities: Any, index: int, parts: int, **places: Any) -> Span:
+@dataclass
+class RecordsOfPart:
+    """The records of a part, and of what they are a part.
+
+    Args:
+        records: read by number, or one after the other, any number of times.
+        places: where images that are named by a string are read from.
+        whole: facts of the whole knowledge base, as JSON has them: its size, and a checksum of ids.
+    """
+
+    records: Any
+    places: ImagePlaces
+    whole: dict[str, Any]
+
+
+def records_of_part(entities: Any, index: int, parts: int, **places: Any) -> RecordsOfPart:
     """The entities of the `index`-th of so many parts, in their order; the sizes of parts differ by one at most.
+
+    What cannot be counted is read once for that.
 
     Args:
         **places: `allow_urls` and `image_root`, as of `Records`.
 
     Raises:
-        ValueError: if they cannot be counted, or are fewer than parts.
+        ValueError: if they can be read only once, or are fewer than parts.
     """
     records = Records(entities, **places)
-    if records.total is None or not records.again:
+    if not records.again:
         raise ValueError(
-            "`shard` needs entities that can be counted and read by number: a data set, a DataFrame or a list, not a "
-            "stream or generator. Of a stream give each build its own part, and join them with EntityIndex.merge."
+            "An index in parts needs entities that can be read more than once: a data set, a DataFrame, a list or a "
+            "file, not a generator. Give each build its own part, and join them with EntityIndex.merge."
         )
-    if records.total < parts:
-        raise ValueError(f"{records.total} entities cannot be built in {parts} parts: use {records.total} at most.")
-    size, larger = divmod(records.total, parts)
-    records.take(index * size + min(index, larger))
-    return records.take(size + (index < larger))
+    digest = hashlib.sha256()
+    total = records.total
+    if total is None:
+        total = 0
+        for record in records.skip(sys.maxsize):
+            _add_id(digest, record)
+            total += 1
+    elif total:
+        # Reading all would cost as much as the part itself.
+        rows = records.take(total).without_images()
+        for place in sorted({place * (total - 1) // (_SAMPLED - 1) for place in range(_SAMPLED)}):
+            _add_id(digest, rows[place])
+    if total < parts:
+        raise ValueError(f"{total} entities cannot be built in {parts} parts: use {total} at most.")
+    size, larger = divmod(total, parts)
+    start = index * size + min(index, larger)
+    stop = start + size + (index < larger)
+    if records.total is None:
+        part: Any = _Between(entities, start, stop)
+    else:
+        anew = records.anew(entities)
+        anew.take(start)
+        some = anew.take(stop - start)
+        # Where images are read from was told by what the records are from.
+        part = Span(some.records, some.start, some.stop)
+    return RecordsOfPart(part, records.places, {"entities": total, "ids": digest.hexdigest()})
 
 
-def build_part(builder: Builder, entities: Any, directory: Path, index: int, parts: int, overwrite: bool) -> Path:
+def _add_id(digest: Any, record: Mapping[str, Any]) -> None:
+    digest.update(f"{record.get('id')}\0".encode("utf-8", "surrogatepass"))
+
+
+@dataclass
+class _Between:
+    """Some records of a knowledge base that is read one after the other."""
+
+    entities: Any
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return itertools.islice(Records(self.entities).skip(sys.maxsize), self.start, self.stop)
+
+
+def process_of_launch() -> tuple[int, int] | None:
+    """This process's number among those that `accelerate launch` or `torchrun` started, and how many there are; `None`
+    where it is alone."""
+    if dist.is_available() and dist.is_initialized():
+        rank, count = dist.get_rank(), dist.get_world_size()
+    else:
+        try:
+            rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        except (KeyError, ValueError):
+            return None
+    return (rank, count) if 0 <= rank < count and count > 1 else None
+
+
+def build_part(
+    builder: Builder, entities: Any, directory: Path, index: int, parts: int, overwrite: bool, wait: bool = False
+) -> Path:
     """Builds a part; the last that is complete joins all of them to the index in `directory`.
+
+    Args:
+        wait: whether to wait for the others, as long as processes work on them.
 
     Returns:
         the directory of what is there now: the whole index, or this part where others are not complete yet.
 
     Raises:
-        EntityIndexError: as of `build_in_directory`.
+        EntityIndexError: as of `build_in_directory`; if parts are of different entities; if a part that is waited for
+            is given up.
         ValueError: as of [`records_of_part`].
     """
     own = part_directory(directory, index, parts)
@@ -113,25 +202,114 @@ def build_part(builder: Builder, entities: Any, directory: Path, index: int, par
             f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
         )
     records = records_of_part(entities, index, parts, allow_urls=builder.allow_urls, image_root=builder.image_root)
-    # Where images are read from was told by what the records are from.
+    _note_whole(own, records.whole, overwrite)
     places = records.places
     builder = dataclasses.replace(builder, allow_urls=places.allow_urls, image_root=places.image_root)
-    records = Span(records.records, records.start, records.stop)
     if not (own / MANIFEST).exists() or overwrite:
-        build_in_directory(builder, records, own, overwrite)
+        build_in_directory(builder, records.records, own, overwrite)
     every = [part_directory(directory, number, parts) for number in range(parts)]
+    if _joined(directory, own, every):
+        return directory
+    if not wait:
+        return own
+    logger.info("Part %d of %d is complete; waiting for the others.", index + 1, parts)
+    _wait_for_others(directory, own, every)
+    return directory
+
+
+def _joined(directory: Path, own: Path, every: Sequence[Path]) -> bool:
+    """Joins all parts if all are complete. Whether they are joined now, by whichever process."""
     while own.exists():
         try:
             with locked(directory):
                 # Two may be complete at the same moment: one of them joins all, the other finds that done.
-                if own.exists() and not all((path / MANIFEST).exists() for path in every):
-                    return own
-                if own.exists():
+                if own.exists() and _is_newer(directory / MANIFEST, own / MANIFEST):
+                    shutil.rmtree(own, ignore_errors=True)  # whoever joined them was ended before it came to that
+                elif own.exists():
+                    if not all((path / MANIFEST).exists() for path in every):
+                        return False
+                    _check_same_whole(every)
                     _merge(every, directory, move=True)
         except EntityIndexError as error:
             if not isinstance(error.__cause__, TimeoutError):  # another is joining them
                 raise
-    return directory
+    return True
+
+
+def _is_newer(one: Path, other: Path) -> bool:
+    try:
+        return one.stat().st_mtime_ns > other.stat().st_mtime_ns
+    except OSError:
+        return False
+
+
+def _wait_for_others(directory: Path, own: Path, every: Sequence[Path]) -> None:
+    """Waits until all parts are joined, as long as processes work on those that are not complete.
+
+    Raises:
+        EntityIndexError: naming the parts that nobody works on.
+    """
+    pause, longest = _PAUSES
+    sign, since = -1, time.monotonic()
+    while not _joined(directory, own, every):
+        missing = [path for path in every if not (path / MANIFEST).exists()]
+        changed = max((_changed(path) for path in missing), default=0)
+        if changed != sign or any(is_locked(path) for path in missing):
+            sign, since = changed, time.monotonic()
+        elif time.monotonic() - since > _SILENCE:
+            raise EntityIndexError(
+                f"Waited for {', '.join(path.name for path in missing)} of the index {directory}, on which no process "
+                f"works: nothing changed there for {_SILENCE:.0f} seconds. All processes must call build with the same "
+                "entities; one that ended says why in its own messages. Make the same call again to go on; or, to "
+                "build all in one process, pass shard=None."
+            )
+        time.sleep(pause)
+        pause = min(1.5 * pause, longest)
+
+
+def _changed(directory: Path) -> int:
+    try:
+        return directory.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _note_whole(own: Path, whole: dict[str, Any], overwrite: bool) -> None:
+    """Notes in a part which entities it is a part of.
+
+    Raises:
+        EntityIndexError: if it was begun as a part of others.
+    """
+    own.mkdir(parents=True, exist_ok=True)
+    known = _whole_of(own)
+    if known is None or overwrite:
+        with no_space_told(own):
+            write_json(own / _WHOLE, whole)
+    elif known != whole:
+        raise EntityIndexError(
+            f"{own} holds a part of other entities: of {known.get('entities')}, now {whole['entities']}, or with "
+            "others among them. Call build with the entities it was begun with, or pass overwrite=True in all "
+            "processes to start again."
+        )
+
+
+def _whole_of(part: Path) -> dict[str, Any] | None:
+    try:
+        facts = read_json(part / _WHOLE)
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _check_same_whole(every: Sequence[Path]) -> None:
+    """Refuses parts that processes with other data have made."""
+    facts = [_whole_of(part) for part in every]
+    for part, found in zip(every, facts, strict=True):
+        if found != facts[0]:
+            raise EntityIndexError(
+                f"{part} and {every[0]} are parts of different entities. All processes must read the same data: the "
+                "same data set, revision and options. Pass overwrite=True to start again."
+            )
 
 
 def merge_parts(directories: Sequence[Path], output_dir: Path, *, move: bool = False, overwrite: bool = False) -> None:
@@ -232,4 +410,4 @@ def _linked(source: Path, entry: dict[str, Any], directory: Path, number: int) -
     return {**entry, "name": name, "files": files}
 
 
-__all__ = ["build_part", "checked_part", "merge_parts", "part_directory", "records_of_part"]
+__all__ = ["build_part", "checked_part", "merge_parts", "part_directory", "process_of_launch", "records_of_part"]

@@ -96,6 +96,11 @@ class Records:
         return Records(entities, *self._switches)
 
     @property
+    def places(self) -> ImagePlaces:
+        """Where images that are named by a string are read from."""
+        return self._places
+
+    @property
     def at_once(self) -> int | None:
         """How many records may be taken at a time: those that are read by number stay where they are."""
         return None if self._by_number is not None else _RECORDS_AT_ONCE

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .inputs import image_places, load_model, read_entities
+from ..errors_mimic import MimicError
+from .inputs import CommandError, image_places, load_model, one_line, read_entities
 from .options import (
     AllowUrls,
     AllowUrlsOption,
@@ -68,28 +69,37 @@ def build(
     ] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Encode a knowledge base. Run the same command again to go on after an interruption."""
+    """Encode a knowledge base. Run the same command again to go on after an interruption. With several GPUs:
+    `torchrun --nproc-per-node N -m mimic_el.cli index build ...`, each encodes a part."""
     rows = read_entities(entities)
 
     from ..index_mimic import EntityIndex
+    from ..parts_mimic import process_of_launch
 
     loaded, processor = load_model(model, device)
     processor.fast_resize |= fast_resize
-    index = EntityIndex.build(
-        loaded,
-        processor,
-        rows,
-        output_dir,
-        dtype=dtype.value,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        on_image_error=on_image_error.value,
-        overwrite=overwrite,
-        encoding_dtype=encoding_dtype.value if encoding_dtype else None,
-        compile_encoder=compile_encoder,
-        **image_places(entities, image_root, allow_urls),
-    )
-    typer.echo(f"Wrote {len(index):,} entities to {output_dir}.")
+    try:
+        index = EntityIndex.build(
+            loaded,
+            processor,
+            rows,
+            output_dir,
+            dtype=dtype.value,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            on_image_error=on_image_error.value,
+            overwrite=overwrite,
+            encoding_dtype=encoding_dtype.value if encoding_dtype else None,
+            compile_encoder=compile_encoder,
+            **image_places(entities, image_root, allow_urls),
+        )
+    except ValueError as error:
+        if isinstance(error, MimicError):
+            raise
+        raise CommandError(one_line(error)) from error
+    launched = process_of_launch()
+    if launched is None or launched[0] == 0:
+        typer.echo(f"Wrote {len(index):,} entities to {output_dir}.")
 
 
 @index_app.command("info")

@@ -191,7 +191,7 @@ def load_model(source: str, device: str | None) -> tuple[Any, Any]:
         raise CommandError(f"The model {source!r} cannot be loaded: {one_line(error)}") from error
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else str(accelerator)
+        device = "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return model.eval().to(device), processor
     except (RuntimeError, AssertionError) as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +188,37 @@ def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cl
         whole.remove(["e0", "e9", "e5"])
         assert len(index) == 8
         same()
+        renamed = [{**knowledge_base(1, start=row)[0], "name": f"Orange {row}00"} for row in (1, 6)]
+        index.update(model, processor, renamed, show_progress=False)
+        whole.update(model, processor, renamed, show_progress=False)
+        assert index.entity("e6")["name"] == "Orange 600"
+        assert len(index) == 8
+        same()
+        with pytest.raises(UnknownEntityError, match="'nobody'"):
+            index.update(model, processor, [*renamed, {**renamed[0], "id": "nobody"}], show_progress=False)
+        with pytest.raises(ValueError, match="'e1' is there twice"):
+            index.update(model, processor, [renamed[0], renamed[0]], show_progress=False)
+        # Names of both parts, one of which is the beginning of another's; and a document.
+        text = "Orange 600 lies by Mercury 8, Orange 100 and Apple 3."
+        assert index.find_mentions(text) == whole.find_mentions(text) != []
+        [one], [other] = index.link(model, processor, mentions[1:2], 3), whole.link(model, processor, mentions[1:2], 3)
+        assert [item["entity_id"] for item in one] == [item["entity_id"] for item in other]
+        places = [[(m["start"], m["end"]) for m in which({"text": text}, top_k=1)] for which in (linker, alone)]
+        assert places[0] == places[1]
+        index.save_pretrained(tmp_path / "joined")
+        joined = EntityIndex.from_pretrained(tmp_path / "joined")
+        assert list(joined) == list(index)
+        assert not joined._contents.store.removed.any()
+        assert sorted(joined) == sorted(whole)
+        joined.verify()
         with pytest.raises(ValueError, match="'e10' is already in the index"):
             index.add(model, processor, knowledge_base(1, start=10), show_progress=False)
         with pytest.raises(UnknownEntityError, match="'e0'"):
             index.remove(["e1", "e0"])
         assert "e1" in index
+        (tmp_path / "p1").rename(tmp_path / "elsewhere")
+        with pytest.raises(EntityIndexError, match="p1 cannot be read from this machine"):
+            index.save_pretrained(tmp_path / "more")
         features = encode_mentions(model, processor, mentions_of(known[:1]))
         ray.kill(index._actors[1])
         with pytest.raises(EntityIndexError, match=r"p1 \(2 of 2\) cannot be reached"):
@@ -200,17 +228,28 @@ def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cl
 
 
 def test_actors_killed_while_questions_are_asked(parts: Any, whole: Any) -> None:
-    """None is answered wrong, and none is lost."""
+    """None of 1,000 is answered wrong, and none is lost."""
     _, index, mentions = whole
-    wanted = index.search(mentions[:4], 3)
-    threads = []
-    for number in range(40):
-        if number in (5, 20):
-            # Both are killed, one after the other, while they search or before.
-            part = parts._actors[number % PARTS]
-            threads.append(threading.Timer(0.002, lambda part=part: ray.kill(part, no_restart=False)))
-            threads[-1].start()
-        assert_same_answers(parts.search(mentions[:4], 3), wanted)
-    for thread in threads:
-        thread.join()
-    assert len(threads) == 2
+    wanted = [index.search(mentions[row : row + 1], 3) for row in range(MENTIONS)]
+    asked = itertools.count()
+    answered: list[int] = []
+    killers: list[threading.Timer] = []
+
+    def ask() -> None:
+        while (number := next(asked)) < 1000:
+            if number in (100, 600):
+                # Both are killed, one after the other, while they search or before.
+                part = parts._actors[int(number == 600)]
+                killers.append(threading.Timer(0.002, lambda part=part: ray.kill(part, no_restart=False)))
+                killers[-1].start()
+            row = number % MENTIONS
+            assert_same_answers(parts.search(mentions[row : row + 1], 3), wanted[row])
+            answered.append(number)
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(ask) for _ in range(4)]:
+            done.result()
+    assert len(killers) == 2
+    for killer in killers:
+        killer.join()
+    assert sorted(answered) == list(range(1000))

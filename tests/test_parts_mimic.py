@@ -10,6 +10,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from gloo import outcomes_together
+from python_processes import own_python
 from tiny import encode_mentions, knowledge_base, mentions_of, once, tiny_processor
 from tiny_clip import tiny_model
 
@@ -188,10 +190,30 @@ def test_a_shard_that_is_none(parts: tuple[MimicModel, MimicProcessor], tmp_path
 def test_entities_that_cannot_be_cut_into_parts(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 entities cannot be built in 3 parts"):
         build(parts, knowledge_base(2), tmp_path / "index", shard=(0, 3))
-    with pytest.raises(ValueError, match="not a stream or generator"):
+    with pytest.raises(ValueError, match="not a generator"):
         build(parts, once(knowledge_base(4)), tmp_path / "index", shard=(0, 2))
     with pytest.raises(ValueError, match="needs an `output_dir`"):
         build(parts, knowledge_base(4), None, shard=(0, 2))
+
+
+def test_parts_of_what_is_read_one_after_the_other(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
+    """A table that is read anew each time, and a data set that is streamed."""
+
+    class Table:
+        def __iter__(self) -> Any:
+            return iter(knowledge_base(ENTITIES))
+
+    whole = build(parts, knowledge_base(ENTITIES), None)
+    plain = [{**entity, "images": []} for entity in knowledge_base(ENTITIES)]
+    streamed = datasets.Dataset.from_list(plain).to_iterable_dataset()
+    for name, entities in (("table", Table()), ("streamed", streamed)):
+        for number in range(3):
+            index = build(parts, entities, tmp_path / name, shard=(number, 3))
+        assert list(index) == list(whole)
+        if name == "table":
+            assert_same_index(index, whole, parts)
+        with pytest.raises(ValueError, match="11 entities cannot be built in 12 parts"):
+            build(parts, entities, tmp_path / "more", shard=(0, 12))
 
 
 def test_parts_of_a_data_set_read_no_files_that_it_names(
@@ -208,3 +230,124 @@ def test_parts_of_a_data_set_read_no_files_that_it_names(
     )
     assert list(allowed) == ["e2", "e3"]
     assert len(build(parts, rows, tmp_path / "c", shard=(1, 2), on_image_error="raise")) == 2
+
+
+# --- Processes that were started together
+
+# Builds an index of 11 entities in several processes, by the same call in each.
+_TOGETHER = """
+import os, signal, sys
+sys.path.insert(0, tests)
+import tiny, tiny_clip
+from mimic_el import EntityIndex, building_mimic, parts_mimic
+
+parts_mimic._SILENCE, parts_mimic._PAUSES = silence, (0.01, 0.05)
+model = tiny_clip.tiny_model()
+write_shard, written = building_mimic.write_shard, []
+
+def noted(directory, shard):
+    if faults.get(str(rank)) == "killed" and len(written) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if faults.get(str(rank)) == "full" and len(written) == 1:
+        raise OSError(28, "No space left on device")
+    written.append(len(shard))
+    return write_shard(directory, shard)
+
+building_mimic.write_shard = noted
+entities = tiny.knowledge_base(number, start=5 if faults.get(str(rank)) == "other data" else 0)
+index = EntityIndex.build(model, tiny.tiny_processor(model), entities, place, shard_entities=2, show_progress=False)
+result = [list(index), str(index.directory), written]
+"""
+
+
+@pytest.fixture(scope="module")
+def together(hub: Any) -> Any:
+    def run(folder: Path, count: int, *, connect: bool = True, faults: Any = (), number: int = ENTITIES) -> Any:
+        outcomes, output = outcomes_together(
+            own_python(hub),
+            count,
+            _TOGETHER,
+            folder.with_name(f"{folder.name}-outcomes-{len(list(folder.parent.iterdir()))}"),
+            connect=connect,
+            tests=str(Path(__file__).parent),
+            faults=dict(faults),
+            place=str(folder),
+            number=number,
+            silence=1.0 if faults else 60.0,
+        )
+        assert all(kind != "hangs" for kind, _ in outcomes), output
+        return outcomes
+
+    return run
+
+
+@pytest.mark.parametrize(("count", "connect"), [(2, True), (3, False)], ids=["connected", "only-started"])
+def test_processes_that_are_started_together_build_one_index(
+    parts: tuple[MimicModel, MimicProcessor], together: Any, tmp_path: Path, count: int, connect: bool
+) -> None:
+    """Each encodes a part; all have the whole index."""
+    outcomes = together(tmp_path / "index", count, connect=connect)
+    whole = build(parts, knowledge_base(ENTITIES), None)
+    assert [kind for kind, _ in outcomes] == ["result"] * count, outcomes
+    for _, (ids, directory, _) in outcomes:
+        assert (ids, directory) == (list(whole), str(tmp_path / "index"))
+    sizes = [sum(value[2]) for _, value in outcomes]
+    assert sum(sizes) == ENTITIES
+    assert max(sizes) - min(sizes) <= 1
+    assert_same_index(EntityIndex.from_pretrained(tmp_path / "index"), whole, parts)
+    assert not list((tmp_path / "index").glob("part-*"))
+    for kind, message in together(tmp_path / "index", count, connect=connect):
+        assert kind == "error"
+        assert "already holds an index" in message
+
+
+@pytest.mark.parametrize("fault", ["killed", "full"])
+def test_a_process_that_ends_is_not_waited_for_and_its_part_goes_on(
+    parts: tuple[MimicModel, MimicProcessor], together: Any, tmp_path: Path, fault: str
+) -> None:
+    """Killed, or stopped by a full disk: nothing is lost but its last shard."""
+    one, other = together(tmp_path / "index", 2, faults={1: fault})
+    assert one[0] == "error"
+    assert "Waited for part-00001-of-00002" in one[1]
+    assert "pass shard=None" in one[1]
+    assert other == ("killed", None) if fault == "killed" else "no space" in other[1].lower()
+    outcomes = together(tmp_path / "index", 2)
+    assert [kind for kind, _ in outcomes] == ["result", "result"]
+    assert [value[2] for _, value in outcomes] == [[], [2, 1]]  # of 5 entities 2 were stored
+    assert_same_index(
+        EntityIndex.from_pretrained(tmp_path / "index"), build(parts, knowledge_base(ENTITIES), None), parts
+    )
+
+
+def test_processes_with_other_data_and_too_many_processes_are_refused(together: Any, tmp_path: Path) -> None:
+    for kind, message in together(tmp_path / "index", 2, faults={1: "other data"}):
+        assert kind == "error"
+        assert "parts of different entities" in message
+    assert not (tmp_path / "index" / "index_config.json").exists()
+    for kind, message in together(tmp_path / "few", 3, number=2):
+        assert kind == "error"
+        assert "2 entities cannot be built in 3 parts" in message
+
+
+def test_a_part_of_other_entities_is_not_taken_for_this_one(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path
+) -> None:
+    """Complete since an earlier call, as many, under other ids."""
+    build(parts, knowledge_base(6, start=1), tmp_path / "index", shard=(0, 2))
+    with pytest.raises(EntityIndexError, match=r"part-00000-of-00002 holds a part of other entities"):
+        build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2))
+    build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2), overwrite=True)
+    assert list(build(parts, knowledge_base(6), tmp_path / "index", shard=(1, 2))) == [f"e{row}" for row in range(6)]
+
+
+def test_what_is_left_of_parts_that_were_joined_goes(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
+    """Where the process that joined them was killed before it had deleted them all."""
+    build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2))
+    own = tmp_path / "index" / "part-00000-of-00002"
+    shutil.copytree(own, tmp_path / "kept")
+    index = build(parts, knowledge_base(6), tmp_path / "index", shard=(1, 2))
+    shutil.copytree(tmp_path / "kept", own, copy_function=shutil.copy2)
+    again = build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2))
+    assert list(again) == list(index)
+    assert not own.exists()
+    again.verify()

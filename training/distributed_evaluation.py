@@ -74,7 +74,9 @@ def own_part(
             return None
         shutil.rmtree(directory, ignore_errors=True)
         records = RecordsBetween(knowledge_base.entities(), rows)
-        return EntityIndex.build(model, collator.processor, records, directory if stored else None, **options)
+        return EntityIndex.build(
+            model, collator.processor, records, directory if stored else None, shard=None, **options
+        )
 
     part = None
     try:

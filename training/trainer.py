@@ -343,7 +343,8 @@ class MimicTrainer(Trainer):
         With an `output_dir` it is called by all processes: each encodes a part.
         """
         parts = min(self.args.world_size, len(self.knowledge_base)) if output_dir is not None else 1
-        options = self._encoding() | ({"shard": (self.args.process_index, parts)} if parts > 1 else {})
+        shard = (self.args.process_index, parts) if parts > 1 else None
+        options = self._encoding() | {"shard": shard}
 
         def build() -> EntityIndex | None:
             if self.args.process_index >= max(1, parts) and output_dir is not None:
