@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -37,11 +38,11 @@ from .directory_mimic import (
 )
 from .errors_mimic import EntityIndexError
 from .files_mimic import is_locked, locked, no_space_told, read_json, write_json
-from .identity_mimic import same_model
+from .identity_mimic import model_facts, same_model
 from .image_sources_mimic import ImagePlaces
 from .matching_mimic import Matcher
-from .records_mimic import Records, Span
-from .store_mimic import Store, read_shard, shard_files
+from .records_mimic import Records, Span, table_record
+from .store_mimic import Store, read_shard, shard_files, table_line
 
 logger = logging.getLogger("mimic_el.index")
 
@@ -98,7 +99,7 @@ class RecordsOfPart:
     Args:
         records: read by number, or one after the other, any number of times.
         places: where images that are named by a string are read from.
-        whole: facts of the whole knowledge base, as JSON has them: its size, and a checksum of ids.
+        whole: facts of the whole knowledge base, as JSON has them: its size, and a checksum of some of its records.
     """
 
     records: Any
@@ -128,13 +129,13 @@ def records_of_part(entities: Any, index: int, parts: int, **places: Any) -> Rec
     if total is None:
         total = 0
         for record in records.skip(sys.maxsize):
-            _add_id(digest, record)
+            digest.update(table_line(table_record(record)))
             total += 1
     elif total:
         # Reading all would cost as much as the part itself.
         rows = records.take(total).without_images()
         for place in sorted({place * (total - 1) // (_SAMPLED - 1) for place in range(_SAMPLED)}):
-            _add_id(digest, rows[place])
+            digest.update(table_line(table_record(rows[place])))
     if total < parts:
         raise ValueError(f"{total} entities cannot be built in {parts} parts: use {total} at most.")
     size, larger = divmod(total, parts)
@@ -148,11 +149,7 @@ def records_of_part(entities: Any, index: int, parts: int, **places: Any) -> Rec
         some = anew.take(stop - start)
         # Where images are read from was told by what the records are from.
         part = Span(some.records, some.start, some.stop)
-    return RecordsOfPart(part, records.places, {"entities": total, "ids": digest.hexdigest()})
-
-
-def _add_id(digest: Any, record: Mapping[str, Any]) -> None:
-    digest.update(f"{record.get('id')}\0".encode("utf-8", "surrogatepass"))
+    return RecordsOfPart(part, records.places, {"entities": total, "records": digest.hexdigest()})
 
 
 @dataclass
@@ -202,23 +199,60 @@ def build_part(
             f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
         )
     records = records_of_part(entities, index, parts, allow_urls=builder.allow_urls, image_root=builder.image_root)
-    _note_whole(own, records.whole, overwrite)
+    made_by = json.dumps(model_facts(builder.model, builder.processor), sort_keys=True, default=str)
+    whole = {**records.whole, "dtype": builder.dtype, "model": hashlib.sha256(made_by.encode()).hexdigest()}
     places = records.places
     builder = dataclasses.replace(builder, allow_urls=places.allow_urls, image_root=places.image_root)
-    if not (own / MANIFEST).exists() or overwrite:
+    _note_whole(own, whole, overwrite)
+    if _is_complete(own) and not _holds(own, records.records):
+        if not overwrite:
+            raise EntityIndexError(
+                f"{own} is complete, with entities as they were before: some of theirs are others now. Pass "
+                "overwrite=True in all processes to encode them again."
+            )
+        _begin_again(own)
+    if not _is_complete(own):
         build_in_directory(builder, records.records, own, overwrite)
     every = [part_directory(directory, number, parts) for number in range(parts)]
-    if _joined(directory, own, every):
+    expected = whole if overwrite else None
+    if _joined(directory, own, every, expected):
         return directory
     if not wait:
         return own
     logger.info("Part %d of %d is complete; waiting for the others.", index + 1, parts)
-    _wait_for_others(directory, own, every)
+    _wait_for_others(directory, own, every, expected)
     return directory
 
 
-def _joined(directory: Path, own: Path, every: Sequence[Path]) -> bool:
-    """Joins all parts if all are complete. Whether they are joined now, by whichever process."""
+def _is_complete(part: Path, whole: Mapping[str, Any] | None = None) -> bool:
+    """Whether a part is; and, where that is given, whether it is a part of the same."""
+    return (part / MANIFEST).exists() and (whole is None or _whole_of(part) == whole)
+
+
+def _begin_again(part: Path) -> None:
+    with locked(part):
+        (part / MANIFEST).unlink(missing_ok=True)
+
+
+def _holds(part: Path, records: Any) -> bool:
+    """Whether a part that is complete is of the same records, their images apart."""
+    source = Records(records)
+    for entry in read_manifest(part)["shards"]:
+        digest = hashlib.sha256()
+        for record in source.skip(entry["count"]):
+            digest.update(table_line(table_record(record)))
+        if digest.hexdigest() != entry["files"][shard_files(entry["name"])[1]]["sha256"]:
+            return False
+    return not any(True for _ in source.skip(1))
+
+
+def _joined(directory: Path, own: Path, every: Sequence[Path], expected: Mapping[str, Any] | None) -> bool:
+    """Joins all parts if all are complete. Whether they are joined now, by whichever process.
+
+    Args:
+        expected: what they must be parts of; one of something else, left by an earlier build that is given up, does not
+            count as complete. `None` where that is an error.
+    """
     while own.exists():
         try:
             with locked(directory):
@@ -226,7 +260,7 @@ def _joined(directory: Path, own: Path, every: Sequence[Path]) -> bool:
                 if own.exists() and _is_newer(directory / MANIFEST, own / MANIFEST):
                     shutil.rmtree(own, ignore_errors=True)  # whoever joined them was ended before it came to that
                 elif own.exists():
-                    if not all((path / MANIFEST).exists() for path in every):
+                    if not all(_is_complete(path, expected) for path in every):
                         return False
                     _check_same_whole(every)
                     _merge(every, directory, move=True)
@@ -243,7 +277,7 @@ def _is_newer(one: Path, other: Path) -> bool:
         return False
 
 
-def _wait_for_others(directory: Path, own: Path, every: Sequence[Path]) -> None:
+def _wait_for_others(directory: Path, own: Path, every: Sequence[Path], expected: Mapping[str, Any] | None) -> None:
     """Waits until all parts are joined, as long as processes work on those that are not complete.
 
     Raises:
@@ -251,8 +285,8 @@ def _wait_for_others(directory: Path, own: Path, every: Sequence[Path]) -> None:
     """
     pause, longest = _PAUSES
     sign, since = -1, time.monotonic()
-    while not _joined(directory, own, every):
-        missing = [path for path in every if not (path / MANIFEST).exists()]
+    while not _joined(directory, own, every, expected):
+        missing = [path for path in every if not _is_complete(path, expected)]
         changed = max((_changed(path) for path in missing), default=0)
         if changed != sign or any(is_locked(path) for path in missing):
             sign, since = changed, time.monotonic()
@@ -275,22 +309,25 @@ def _changed(directory: Path) -> int:
 
 
 def _note_whole(own: Path, whole: dict[str, Any], overwrite: bool) -> None:
-    """Notes in a part which entities it is a part of.
+    """Notes in a part what it is a part of.
 
     Raises:
-        EntityIndexError: if it was begun as a part of others.
+        EntityIndexError: if it was begun as a part of something else.
     """
     own.mkdir(parents=True, exist_ok=True)
     known = _whole_of(own)
-    if known is None or overwrite:
-        with no_space_told(own):
-            write_json(own / _WHOLE, whole)
-    elif known != whole:
-        raise EntityIndexError(
-            f"{own} holds a part of other entities: of {known.get('entities')}, now {whole['entities']}, or with "
-            "others among them. Call build with the entities it was begun with, or pass overwrite=True in all "
-            "processes to start again."
-        )
+    if known == whole:
+        return
+    if known is not None:
+        if not overwrite:
+            raise EntityIndexError(
+                f"{own} was begun as a part of other entities ({known.get('entities')}, now {whole['entities']}, or "
+                "others among them), of another model or in another precision. Make the call that it was begun with, "
+                "or pass overwrite=True in all processes to start again."
+            )
+        _begin_again(own)
+    with no_space_told(own):
+        write_json(own / _WHOLE, whole)
 
 
 def _whole_of(part: Path) -> dict[str, Any] | None:
@@ -302,13 +339,13 @@ def _whole_of(part: Path) -> dict[str, Any] | None:
 
 
 def _check_same_whole(every: Sequence[Path]) -> None:
-    """Refuses parts that processes with other data have made."""
-    facts = [_whole_of(part) for part in every]
+    """Refuses parts that processes with other data have made. Of which model they are is checked in joining them."""
+    facts = [{key: (_whole_of(part) or {}).get(key) for key in ("entities", "records")} for part in every]
     for part, found in zip(every, facts, strict=True):
         if found != facts[0]:
             raise EntityIndexError(
                 f"{part} and {every[0]} are parts of different entities. All processes must read the same data: the "
-                "same data set, revision and options. Pass overwrite=True to start again."
+                "same data set, revision and options. Pass overwrite=True in all of them to start again."
             )
 
 

@@ -334,10 +334,42 @@ def test_a_part_of_other_entities_is_not_taken_for_this_one(
 ) -> None:
     """Complete since an earlier call, as many, under other ids."""
     build(parts, knowledge_base(6, start=1), tmp_path / "index", shard=(0, 2))
-    with pytest.raises(EntityIndexError, match=r"part-00000-of-00002 holds a part of other entities"):
+    with pytest.raises(EntityIndexError, match=r"part-00000-of-00002 was begun as a part of other entities"):
         build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2))
     build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2), overwrite=True)
     assert list(build(parts, knowledge_base(6), tmp_path / "index", shard=(1, 2))) == [f"e{row}" for row in range(6)]
+
+
+def test_overwriting_takes_nothing_of_what_is_given_up(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other part, complete since an earlier call with other entities, is not joined before it is made again."""
+    build(parts, knowledge_base(6, start=1), tmp_path / "index", shard=(1, 2))
+    first = build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2), overwrite=True)
+    assert list(first) == ["e0", "e1", "e2"]
+    encoded: list[int] = []
+    write_shard = building_mimic.write_shard
+    monkeypatch.setattr(
+        building_mimic, "write_shard", lambda *args: (encoded.append(len(args[1])), write_shard(*args))[1]
+    )
+    both = build(parts, knowledge_base(6), tmp_path / "index", shard=(1, 2), overwrite=True)
+    assert list(both) == [f"e{row}" for row in range(6)]
+    assert encoded == [2, 1]  # the first part was of the same, and is kept
+
+
+def test_a_complete_part_whose_entities_have_changed(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one of many records, which the sample does not see."""
+    monkeypatch.setattr(parts_mimic, "_SAMPLED", 2)
+    build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2))
+    changed = knowledge_base(6)
+    changed[1]["description"] = "another"
+    with pytest.raises(EntityIndexError, match="is complete, with entities as they were before"):
+        build(parts, changed, tmp_path / "index", shard=(0, 2))
+    build(parts, changed, tmp_path / "index", shard=(0, 2), overwrite=True)
+    index = build(parts, changed, tmp_path / "index", shard=(1, 2))
+    assert index.entity("e1")["description"] == "another"
 
 
 def test_what_is_left_of_parts_that_were_joined_goes(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
