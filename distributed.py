@@ -290,7 +290,7 @@ class RayEntityIndex(SearchableIndex):
             asked = [rows_of(part) for part in range(parts)]
             results = self._each(
                 "search",
-                [(shared, rows) for rows in asked],
+                [(shared, rows) if rows else None for rows in asked],
                 [
                     {
                         "top_k": top_k,
@@ -494,21 +494,23 @@ class RayEntityIndex(SearchableIndex):
         """What every part answers to the same question."""
         return self._each(name, [args] * len(self._actors))
 
-    def _each(self, name: str, args: Sequence[tuple], kwargs: Sequence[Mapping[str, Any]] | None = None) -> list[Any]:
-        """What every part answers to its own question."""
+    def _each(
+        self, name: str, args: Sequence[tuple | None], kwargs: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[Any]:
+        """What every part answers to its own question; `None` of one that is asked none."""
         if not self._actors:
             raise EntityIndexError(_CLOSED)
         options = kwargs or [{}] * len(args)
         asks = [
-            (lambda actor=actor, own=own, named=named: getattr(actor, name).remote(*own, **named))
+            None if own is None else functools.partial(getattr(actor, name).remote, *own, **named)
             for actor, own, named in zip(self._actors, args, options, strict=True)
         ]
-        asked = [ask() for ask in asks]
+        asked = [None if ask is None else ask() for ask in asks]
         answers: list[Any] = []
         faults: list[Exception] = []
         for part, (ask, ref) in enumerate(zip(asks, asked, strict=True)):
             try:
-                answers.append(self._get(part, ask, ref))
+                answers.append(None if ask is None else self._get(part, ask, ref))
             except Exception as error:  # the others are waited for: Ray tells of answers that nobody takes
                 faults.append(error)
         if faults:

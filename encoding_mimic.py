@@ -152,13 +152,17 @@ class _CompiledAdapter:
         return pooled, BaseModelOutput(last_hidden_state=tokens)
 
 
-def compiled(model: MimicModel) -> MimicModel:
+def compiled(model: MimicModel, own: bool = False) -> MimicModel:
     """A model that shares the matcher with this one, and has a copy of its encoder with compiled towers, for encoding
-    in the mode of evaluation. It is compiled when it is first called; weights that change later do not count."""
+    in the mode of evaluation. It is compiled when it is first called; weights that change later do not count.
+
+    Args:
+        own: whether the encoder is nobody else's, and need not be copied.
+    """
     other = copy.copy(model)
     other._modules = dict(model._modules)
     # A copy: what was compiled before is known by its module, whose weights may have changed since.
-    encoder: Any = copy.deepcopy(model.encoder)
+    encoder: Any = model.encoder if own else copy.deepcopy(model.encoder)
     encoder.adapter = _CompiledAdapter(encoder.adapter, encoder.backbone)
     other.encoder = encoder
     return other
@@ -182,7 +186,7 @@ class EntityEncoder:
         chosen = encoding_dtype(dtype, model.device)
         self._model = in_precision(model, chosen)
         if compile_encoder:
-            self._model = compiled(self._model)
+            self._model = compiled(self._model, own=self._model is not model)
         self._pixel_dtype = chosen or torch.float32
         self._kept: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._bytes = 0

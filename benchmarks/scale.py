@@ -6,7 +6,8 @@
     python benchmarks/scale.py accuracy     # what larger batches and hard negatives do on the sample: three seeds
     python benchmarks/scale.py arithmetic   # bytes and machines for 10^7 and 10^8 entities, from the published sizes
 
-Each part prints lines that docs/scale.md quotes. Processes are started by torchrun; each has `--threads` threads.
+Each part prints a Markdown table, which docs/scale.md quotes. Processes are started by torchrun; each has `--threads`
+threads.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ def launched(processes: int, *options: str) -> dict[str, Any]:
 
 def training(args: argparse.Namespace) -> None:
     common = ["--width", str(args.width), "--threads", str(args.threads), "--steps", str(args.steps)]
-    print("batch  processes  chunk   seconds a step   MB above the inputs   mentions a second")
-    rows = [(64, 1, 0), (64, 2, 0), (64, 1, 16), (256, 1, 0), (256, 2, 0)]
+    print("| batch | processes | chunk | seconds a step | MB above the inputs, in a process | mentions a second |")
+    print("|---" * 6 + "|")
+    rows = [(64, 1, 0), (64, 2, 0), (256, 1, 0), (256, 2, 0), (256, 2, 32)]
     rows += [(size, 1, 32) for size in SIZES if size <= args.largest]
     for size, processes, chunk in rows:
         options = ["step", "--batch", str(size), *common]
@@ -130,8 +132,8 @@ def training(args: argparse.Namespace) -> None:
             options[options.index("--steps") + 1] = "1"
         found = launched(processes, *options)
         print(
-            f"{size:5}  {processes:9}  {chunk or '-':>5}  {found['seconds']:14.2f}  {found['mb']:20.0f}"
-            f"  {size / found['seconds']:18.1f}",
+            f"| {size:,} | {processes} | {chunk or ''} | {found['seconds']:.2f} | {found['mb']:,.0f} |"
+            f" {size / found['seconds']:.1f} |",
             flush=True,
         )
 
@@ -191,11 +193,12 @@ def sample(args: argparse.Namespace) -> tuple[Any, Any, list[Any], list[Any]]:
 def evaluation(args: argparse.Namespace) -> None:
     options = ["--width", str(args.width), "--threads", str(args.threads)]
     options += ["--entities", str(args.entities), "--mentions", str(args.mentions)]
-    print("processes  build s  rank s  MB of features in a process    MRR")
+    print("| processes | build, s | ranks, s | features in a process, MB | MRR |")
+    print("|---" * 5 + "|")
     for processes in (1, 2, 1, 2):
         found = launched(processes, "evaluate", *options)
         print(
-            f"{processes:9}  {found['build']:7.2f}  {found['rank']:6.2f}  {found['mb']:28.1f}  {found['mrr']:.4f}",
+            f"| {processes} | {found['build']:.2f} | {found['rank']:.2f} | {found['mb']:.1f} | {found['mrr']:.4f} |",
             flush=True,
         )
 
@@ -258,8 +261,9 @@ def ray_parts(args: argparse.Namespace) -> None:
         one, many = seconds(lambda: whole.search(mentions[:1], 10), 15), seconds(lambda: whole.search(mentions, 10), 3)
         exact = wanted.stats.exact_pairs
         print(f"{len(features):,} entities, {args.mentions} mentions, top 10, {whole.bytes_per_entity:,.0f} bytes each")
-        print("parts      one mention ms   mentions a second   pairs scored exactly   same answers")
-        print(f"no Ray  {1000 * one:14.1f}  {args.mentions / many:18.0f}  {exact:21,}", flush=True)
+        print("\n| parts | one mention, ms | mentions a second | pairs scored exactly | same answers |")
+        print("|---" * 5 + "|")
+        print(f"| no Ray | {1000 * one:.0f} | {args.mentions / many:.0f} | {exact:,} | |", flush=True)
         paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH")]))
         environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(args.threads)}}
         ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=environment)
@@ -276,7 +280,7 @@ def ray_parts(args: argparse.Namespace) -> None:
                 one = seconds(functools.partial(index.search, mentions[:1], 10), 15)
                 many = seconds(functools.partial(index.search, mentions, 10), 3)
             print(
-                f"{count:5}   {1000 * one:14.1f}  {args.mentions / many:18.0f}  {found.stats.exact_pairs:21,}   {same}",
+                f"| {count} | {1000 * one:.0f} | {args.mentions / many:.0f} | {found.stats.exact_pairs:,} | {same} |",
                 flush=True,
             )
         ray.shutdown()
@@ -337,11 +341,12 @@ def arithmetic(args: argparse.Namespace) -> None:
     with torch.no_grad():
         features: EntityFeatures = model.matcher.entity_features(encoded, torch.ones(8, 40, dtype=torch.bool))
     records = [{"id": str(row), "name": "", "description": ""} for row in range(8)]
-    print("bytes an entity, and GB (machines of 64 GB) for 10^7 and 10^8 entities")
+    print("| | bytes an entity | 10^7 entities, and machines of 64 GB | 10^8 entities, and machines of 64 GB |")
+    print("|---" * 4 + "|")
     for dtype in ("float32", "float16", "int8"):
         size = EntityIndex.from_features(features, records, model, dtype=dtype).bytes_per_entity
-        shown = [f"{size * count / 1e9:7.0f} GB ({-(-size * count // 64e9):.0f})" for count in (10**7, 10**8)]
-        print(f"{dtype:8} {size:7.0f}  {'  '.join(shown)}")
+        shown = [f"{size * count / 1e9:,.0f} GB, {-(-size * count // 64e9):.0f}" for count in (10**7, 10**8)]
+        print(f"| {dtype} | {size:,.0f} | {' | '.join(shown)} |")
 
 
 def main() -> None:

@@ -228,22 +228,22 @@ def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cl
 
 
 def test_actors_killed_while_questions_are_asked(parts: Any, whole: Any) -> None:
-    """None of 1,000 is answered wrong, and none is lost."""
+    """Of 1,000 mentions, in 250 calls of four threads, none is answered wrong, and none is lost."""
     _, index, mentions = whole
-    wanted = [index.search(mentions[row : row + 1], 3) for row in range(MENTIONS)]
-    asked = itertools.count()
+    wanted = [index.search(mentions[row : row + 4], 3) for row in range(0, MENTIONS, 4)]
+    calls = itertools.count()
     answered: list[int] = []
     killers: list[threading.Timer] = []
 
     def ask() -> None:
-        while (number := next(asked)) < 1000:
-            if number in (100, 600):
+        while (number := next(calls)) < 250:
+            if number in (50, 150):
                 # Both are killed, one after the other, while they search or before.
-                part = parts._actors[int(number == 600)]
+                part = parts._actors[int(number == 150)]
                 killers.append(threading.Timer(0.002, lambda part=part: ray.kill(part, no_restart=False)))
                 killers[-1].start()
-            row = number % MENTIONS
-            assert_same_answers(parts.search(mentions[row : row + 1], 3), wanted[row])
+            block = number % len(wanted)
+            assert_same_answers(parts.search(mentions[4 * block : 4 * block + 4], 3), wanted[block])
             answered.append(number)
 
     with ThreadPoolExecutor(4) as threads:
@@ -252,4 +252,4 @@ def test_actors_killed_while_questions_are_asked(parts: Any, whole: Any) -> None
     assert len(killers) == 2
     for killer in killers:
         killer.join()
-    assert sorted(answered) == list(range(1000))
+    assert sorted(answered) == list(range(250))

@@ -349,9 +349,12 @@ def test_overwriting_takes_nothing_of_what_is_given_up(
     assert list(first) == ["e0", "e1", "e2"]
     encoded: list[int] = []
     write_shard = building_mimic.write_shard
-    monkeypatch.setattr(
-        building_mimic, "write_shard", lambda *args: (encoded.append(len(args[1])), write_shard(*args))[1]
-    )
+
+    def noted(directory: Path, shard: Any) -> Any:
+        encoded.append(len(shard))
+        return write_shard(directory, shard)
+
+    monkeypatch.setattr(building_mimic, "write_shard", noted)
     both = build(parts, knowledge_base(6), tmp_path / "index", shard=(1, 2), overwrite=True)
     assert list(both) == [f"e{row}" for row in range(6)]
     assert encoded == [2, 1]  # the first part was of the same, and is kept
