@@ -166,8 +166,11 @@ class Searcher:
         plainly = torch.full((len(query),), exhaustive, dtype=torch.bool, device=mentions.device)
         before = self.stats.exact_pairs
         if not exhaustive and k > _LARGE_PART * len(self.blocks):
-            floor = torch.maximum(self._guessed_threshold(mentions, k), top.floor)
-            plainly = self._unprunable(query, floor, 0, len(self.blocks), part=_FIRST_FRACTION, ranks=False)
+            reach = top.floor
+            plainly = self._unprunable(query, reach, 0, len(self.blocks), part=_FIRST_FRACTION, ranks=False)
+            if bool(plainly.any()):  # the floor alone decides little
+                reach = torch.maximum(self._guessed_threshold(mentions, k), reach)
+                plainly = self._unprunable(query, reach, 0, len(self.blocks), part=_FIRST_FRACTION, ranks=False)
         for way, picked, some in self._ways(query, plainly):
             part = top.part(picked)
             self._top_of_all(some, way, part, advance)

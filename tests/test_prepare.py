@@ -31,6 +31,18 @@ from mimic_el.datasets_scripts.prepare import main
 sys.exit(main(sys.argv[1:]))
 """
 
+# The same, but it hardly goes on once there are so many files, until somebody ends it.
+RUN_SLOWLY = """
+import os, pathlib, time
+from mimic_el.datasets_scripts.shards import Manifest
+save, out, files = Manifest.save, pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1]), int(os.environ["FILES"])
+def slowly(self):
+    save(self)
+    if len(list(out.rglob("kb-*.parquet"))) >= files:
+        time.sleep(1)
+Manifest.save = slowly
+"""
+
 # What a reader does, with nothing of ours installed.
 READER = """
 import json, os, sys
@@ -215,8 +227,13 @@ def test_output_of_another_input_is_not_overwritten(tmp_path: Path, capsys: pyte
 def run_until(data: Path, out: Path, files: int, stop: signal.Signals) -> tuple[int, str]:
     """Start the command, with a file for each entity, and send `stop` when there are `files` of them."""
     arguments = ["custom", "--data_dir", str(data), "--output_dir", str(out), "--max_shard_size", "1KB"]
+    code = RUN.replace("sys.exit(", RUN_SLOWLY + "sys.exit(")
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "FILES": str(files)},
     )
     deadline = time.monotonic() + 60
     while len(list(out.rglob("kb-*.parquet"))) < files and process.poll() is None and time.monotonic() < deadline:
