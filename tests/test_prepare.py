@@ -33,8 +33,9 @@ sys.exit(main(sys.argv[1:]))
 
 # The same, but it hardly goes on once there are so many files, until somebody ends it.
 RUN_SLOWLY = """
-import os, pathlib, time
+import os, pathlib, signal, time
 from mimic_el.datasets_scripts.shards import Manifest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which what runs in the background ignores
 save, out, files = Manifest.save, pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1]), int(os.environ["FILES"])
 def slowly(self):
     save(self)
