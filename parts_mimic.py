@@ -125,30 +125,23 @@ def records_of_part(entities: Any, index: int, parts: int, **places: Any) -> Rec
             "file, not a generator. Give each build its own part, and join them with EntityIndex.merge."
         )
     digest = hashlib.sha256()
-    total = records.total
-    if total is None:
-        total = 0
-        for record in records.skip(sys.maxsize):
-            digest.update(table_line(table_record(record)))
-            total += 1
-    elif total:
-        # Reading all would cost as much as the part itself.
-        rows = records.take(total).without_images()
-        for place in sorted({place * (total - 1) // (_SAMPLED - 1) for place in range(_SAMPLED)}):
+    every: Any = None
+    if records.at_once is not None:  # read one after the other
+        lines = (table_line(table_record(record)) for record in records.skip(sys.maxsize))
+        total = sum(1 for _ in map(digest.update, lines))
+    else:
+        total = records.total or 0
+        every = records.take(total)
+        rows = every.without_images()  # of which some are read: reading all would cost as much as the part itself
+        for place in sorted({place * (total - 1) // (_SAMPLED - 1) for place in range(_SAMPLED if total else 0)}):
             digest.update(table_line(table_record(rows[place])))
     if total < parts:
         raise ValueError(f"{total} entities cannot be built in {parts} parts: use {total} at most.")
     size, larger = divmod(total, parts)
     start = index * size + min(index, larger)
     stop = start + size + (index < larger)
-    if records.total is None:
-        part: Any = _Between(entities, start, stop)
-    else:
-        anew = records.anew(entities)
-        anew.take(start)
-        some = anew.take(stop - start)
-        # Where images are read from was told by what the records are from.
-        part = Span(some.records, some.start, some.stop)
+    # Where images are read from was told by what the records are from: these are as they are.
+    part = _Between(entities, start, stop) if every is None else Span(every.records, start, stop)
     return RecordsOfPart(part, records.places, {"entities": total, "records": digest.hexdigest()})
 
 

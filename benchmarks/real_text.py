@@ -194,15 +194,14 @@ def trained(name: str, seed: int, encoder: Path, world: World, args: argparse.Na
 
 
 def encode(model: MimicModel, processor: MimicProcessor, mentions: list[dict[str, Any]]) -> MentionFeatures:
-    """Features of mentions."""
-    collator, parts = MentionEntityCollator(processor, [dict(_NOBODY)]), []
+    """Features of mentions, read from the start of their sentences."""
+    parts = []
     for start in range(0, len(mentions), 64):
+        some = mentions[start : start + 64]
+        said, sentences = ([mention[name] for mention in some] for name in ("mention", "sentence"))
         with torch.inference_mode():
-            parts.append(model.encode_mentions(**collator.encode_mentions(mentions[start : start + 64])))
+            parts.append(model.encode_mentions(**processor.process_mentions(said, sentences, [None] * len(some))))
     return MentionFeatures.cat(parts)
-
-
-_NOBODY = {"id": "nobody", "name": "", "description": "", "images": []}
 
 
 def measures(ranks: np.ndarray) -> dict[str, float]:

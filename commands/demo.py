@@ -8,16 +8,14 @@ from typing import Annotated
 import typer
 
 from .inputs import CommandError
+from .options import IndexOption
 
 
 def demo(
     model: Annotated[
         str | None, typer.Option("--model", help="A MIMIC checkpoint with an index: a directory or a Hub id.")
     ] = None,
-    index: Annotated[
-        str | None,
-        typer.Option("--index", help="An index: a directory or a Hub id (default: the one the model names)."),
-    ] = None,
+    index: IndexOption = None,
     entities: Annotated[
         str | None,
         typer.Option("--entities", help="A data set with the entities' images, to show them: a directory or a Hub id."),

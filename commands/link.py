@@ -23,6 +23,7 @@ from .options import (
     ByName,
     DeviceOption,
     ImageRootOption,
+    IndexOption,
     Method,
     ModelOption,
     OnError,
@@ -54,10 +55,7 @@ def link(
         ),
     ] = None,
     image: Annotated[str | None, typer.Option("--image", help="The image beside it: a path or a URL.")] = None,
-    index: Annotated[
-        str | None,
-        typer.Option("--index", help="An index: a directory or a Hub id (default: the one the model names)."),
-    ] = None,
+    index: IndexOption = None,
     entities: Annotated[
         str | None,
         typer.Option("--entities", help="In place of an index, entities to encode now: as in `mimic-el index build`."),

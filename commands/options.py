@@ -75,6 +75,9 @@ class ByName(str, Enum):  # noqa: UP042
 
 
 ModelOption = Annotated[str, typer.Option("--model", help="A MIMIC checkpoint: a directory or a Hub id.")]
+IndexOption = Annotated[
+    str | None, typer.Option("--index", help="An index: a directory or a Hub id (default: the one the model names).")
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda:0, ... (default: an accelerator if there is one)")
 ]

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
     start = time.time()
     torch.set_num_threads(args.threads)
 
-    print("Training a small model from random weights on the sample. About five minutes on two cores.", flush=True)
+    print("Training a small model from random weights on the sample. About three minutes on two cores.", flush=True)
     command = [str(args.config), "--dataset_name", str(args.dataset), "--output_dir", str(args.output_dir)]
     if (args.output_dir / "train_results.json").is_file():
         command.append("--overwrite_output_dir")  # a finished run; an interrupted one goes on

@@ -197,7 +197,7 @@ def test_entities_that_cannot_be_cut_into_parts(parts: tuple[MimicModel, MimicPr
 
 
 def test_parts_of_what_is_read_one_after_the_other(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
-    """A table that is read anew each time, and a data set that is streamed."""
+    """A table that is read anew each time, a data set that is streamed, and what has a length but no numbers."""
 
     class Table:
         def __iter__(self) -> Any:
@@ -206,7 +206,8 @@ def test_parts_of_what_is_read_one_after_the_other(parts: tuple[MimicModel, Mimi
     whole = build(parts, knowledge_base(ENTITIES), None)
     plain = [{**entity, "images": []} for entity in knowledge_base(ENTITIES)]
     streamed = datasets.Dataset.from_list(plain).to_iterable_dataset()
-    for name, entities in (("table", Table()), ("streamed", streamed)):
+    sized: Any = {entity["id"]: entity for entity in plain}.values()
+    for name, entities in (("table", Table()), ("streamed", streamed), ("sized", sized)):
         for number in range(3):
             index = build(parts, entities, tmp_path / name, shard=(number, 3))
         assert list(index) == list(whole)
