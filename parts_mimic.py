@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,10 @@ from .store_mimic import Store, read_shard, shard_files, table_line
 
 logger = logging.getLogger("mimic_el.index")
 
-# What a part notes of the entities that it is a part of, so that parts of other entities are not joined with it.
+# What a part notes of the entities that it is a part of, so that parts of other entities are not joined with it; and
+# the index that was joined, so that a process that comes late knows it for its own.
 _WHOLE = "part_of.json"
+_STARTED = time.time()
 _SAMPLED = 64
 # A part on which no process works, and which has not changed for so many seconds, is given up.
 _SILENCE = 600.0
@@ -187,34 +189,64 @@ def build_part(
         ValueError: as of [`records_of_part`].
     """
     own = part_directory(directory, index, parts)
-    if (directory / MANIFEST).exists() and not overwrite and not own.exists():
-        raise EntityIndexError(
-            f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
-        )
     records = records_of_part(entities, index, parts, allow_urls=builder.allow_urls, image_root=builder.image_root)
     made_by = json.dumps(model_facts(builder.model, builder.processor), sort_keys=True, default=str)
     whole = {**records.whole, "dtype": builder.dtype, "model": hashlib.sha256(made_by.encode()).hexdigest()}
     places = records.places
     builder = dataclasses.replace(builder, allow_urls=places.allow_urls, image_root=places.image_root)
-    _note_whole(own, whole, overwrite)
-    if _is_complete(own) and not _holds(own, records.records):
-        if not overwrite:
-            raise EntityIndexError(
-                f"{own} is complete, with entities as they were before: some of theirs are others now. Pass "
-                "overwrite=True in all processes to encode them again."
-            )
-        _begin_again(own)
-    if not _is_complete(own):
+    # Nobody joins the parts meanwhile: one that is complete may go at any other moment.
+    with _turn(directory):
+        if (directory / MANIFEST).exists() and not own.exists():
+            if wait and _was_joined(directory, whole, overwrite):
+                return directory
+            if not overwrite:
+                raise EntityIndexError(
+                    f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
+                )
+        _note_whole(own, whole, overwrite)
+        complete = _is_complete(own)
+        if complete and not _holds(own, records.records):
+            if not overwrite:
+                raise EntityIndexError(
+                    f"{own} is complete, with entities as they were before: some of theirs are others now. Pass "
+                    "overwrite=True in all processes to encode them again."
+                )
+            _begin_again(own)
+            complete = False
+    if not complete:
         build_in_directory(builder, records.records, own, overwrite)
     every = [part_directory(directory, number, parts) for number in range(parts)]
-    expected = whole if overwrite else None
-    if _joined(directory, own, every, expected):
+    if _joined(directory, own, every, whole, overwrite):
         return directory
     if not wait:
         return own
     logger.info("Part %d of %d is complete; waiting for the others.", index + 1, parts)
-    _wait_for_others(directory, own, every, expected)
+    _wait_for_others(directory, own, every, whole, overwrite)
     return directory
+
+
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """Holds an index's directory, however long others hold it before."""
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked(directory))
+                break
+            except EntityIndexError as error:
+                if not isinstance(error.__cause__, TimeoutError):
+                    raise
+        yield
+
+
+def _was_joined(directory: Path, whole: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether an index is what this build would give, joined by the others before this process came to it, since its
+    part was complete already; one that is to be replaced only if that was in this launch."""
+    facts = _whole_of(directory)
+    manifest = read_manifest(directory)
+    if facts != {**whole, "generation": manifest["generation"]}:
+        return False
+    return not overwrite or (directory / MANIFEST).stat().st_mtime > _STARTED
 
 
 def _is_complete(part: Path, whole: Mapping[str, Any] | None = None) -> bool:
@@ -239,27 +271,27 @@ def _holds(part: Path, records: Any) -> bool:
     return not any(True for _ in source.skip(1))
 
 
-def _joined(directory: Path, own: Path, every: Sequence[Path], expected: Mapping[str, Any] | None) -> bool:
+def _joined(directory: Path, own: Path, every: Sequence[Path], whole: Mapping[str, Any], overwrite: bool) -> bool:
     """Joins all parts if all are complete. Whether they are joined now, by whichever process.
 
     Args:
-        expected: what they must be parts of; one of something else, left by an earlier build that is given up, does not
-            count as complete. `None` where that is an error.
+        whole: what they are parts of.
+        overwrite: whether one of something else is left by a build that is given up, and so is not complete yet; else
+            it is an error.
     """
+    expected = whole if overwrite else None
     while own.exists():
-        try:
-            with locked(directory):
-                # Two may be complete at the same moment: one of them joins all, the other finds that done.
-                if own.exists() and _is_newer(directory / MANIFEST, own / MANIFEST):
-                    shutil.rmtree(own, ignore_errors=True)  # whoever joined them was ended before it came to that
-                elif own.exists():
-                    if not all(_is_complete(path, expected) for path in every):
-                        return False
-                    _check_same_whole(every)
-                    _merge(every, directory, move=True)
-        except EntityIndexError as error:
-            if not isinstance(error.__cause__, TimeoutError):  # another is joining them
-                raise
+        with _turn(directory):
+            # Two may be complete at the same moment: one of them joins all, the other finds that done.
+            if own.exists() and _is_newer(directory / MANIFEST, own / MANIFEST):
+                shutil.rmtree(own, ignore_errors=True)  # whoever joined them was ended before it came to that
+            elif own.exists():
+                if not all(_is_complete(path, expected) for path in every):
+                    return False
+                _check_same_whole(every)
+                _merge(every, directory, move=True)
+                facts = {**whole, "generation": read_manifest(directory)["generation"]}
+                write_json(directory / _WHOLE, facts)
     return True
 
 
@@ -270,7 +302,9 @@ def _is_newer(one: Path, other: Path) -> bool:
         return False
 
 
-def _wait_for_others(directory: Path, own: Path, every: Sequence[Path], expected: Mapping[str, Any] | None) -> None:
+def _wait_for_others(
+    directory: Path, own: Path, every: Sequence[Path], whole: Mapping[str, Any], overwrite: bool
+) -> None:
     """Waits until all parts are joined, as long as processes work on those that are not complete.
 
     Raises:
@@ -278,8 +312,8 @@ def _wait_for_others(directory: Path, own: Path, every: Sequence[Path], expected
     """
     pause, longest = _PAUSES
     sign, since = -1, time.monotonic()
-    while not _joined(directory, own, every, expected):
-        missing = [path for path in every if not _is_complete(path, expected)]
+    while not _joined(directory, own, every, whole, overwrite):
+        missing = [path for path in every if not _is_complete(path, whole if overwrite else None)]
         changed = max((_changed(path) for path in missing), default=0)
         if changed != sign or any(is_locked(path) for path in missing):
             sign, since = changed, time.monotonic()

@@ -6,7 +6,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 # Several workers with a thread for each core would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -297,6 +297,13 @@ def test_processes_that_are_started_together_build_one_index(
     assert max(sizes) - min(sizes) <= 1
     assert_same_index(EntityIndex.from_pretrained(tmp_path / "index"), whole, parts)
     assert not list((tmp_path / "index").glob("part-*"))
+    # Once more: all have it, and nothing is encoded. Other entities are refused.
+    assert [value[2] for _, value in together(tmp_path / "index", count, connect=connect)] == [[]] * count
+    for kind, message in together(tmp_path / "index", count, connect=connect, number=ENTITIES - 1):
+        assert kind == "error"
+        assert "already holds an index" in message
+    # Nor is an index that was changed since what this build would give.
+    EntityIndex.from_pretrained(tmp_path / "index").remove(["e0"])
     for kind, message in together(tmp_path / "index", count, connect=connect):
         assert kind == "error"
         assert "already holds an index" in message
@@ -318,6 +325,19 @@ def test_a_process_that_ends_is_not_waited_for_and_its_part_goes_on(
     assert_same_index(
         EntityIndex.from_pretrained(tmp_path / "index"), build(parts, knowledge_base(ENTITIES), None), parts
     )
+
+
+def test_a_process_whose_part_was_joined_before_it_came_has_the_index(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its part was complete since an earlier launch, so the others did not wait for it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    build(parts, knowledge_base(6), tmp_path / "index", shard=(0, 2))
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        index = build(parts, knowledge_base(6), tmp_path / "index")
+        assert list(index) == [f"e{row}" for row in range(6)]
+        assert not list((tmp_path / "index").glob("part-*"))
 
 
 def test_processes_with_other_data_and_too_many_processes_are_refused(together: Any, tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mimic_el.spans_mimic import around_mention, checked_place, fold, folded_name, place_of, plain_name
 
 
 @given(st.text(max_size=40))
+@example("\x85\xad")
 @settings(max_examples=300, deadline=None)
 def test_every_folded_character_comes_from_a_place_in_the_text(text: str):
     """In order, and what it was made of folds to something that has it: NFKC and case folding, done by Python."""
@@ -24,8 +25,9 @@ def test_every_folded_character_comes_from_a_place_in_the_text(text: str):
     for character, start, end in zip(folded.text, folded.starts, folded.ends, strict=True):
         part = text[start:end]
         whole = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part).casefold())
-        expected = " " if character == " " else character
-        assert expected in whole or part in "‘’ʼ‛“”„‐‑‒–—−" or (character == " " and part.isspace()) or "-" in character
+        # White space stays so beside what is not seen, such as a soft hyphen.
+        blank = "".join(c for c in part if unicodedata.category(c) != "Cf").isspace()
+        assert character in whole or part in "‘’ʼ‛“”„‐‑‒–—−" or (character == " " and blank) or "-" in character
 
 
 @given(st.text(alphabet="aZß é\u0301ﬁ北ア서\u00ad\n -", max_size=30))
