@@ -9,10 +9,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# The same examples in every run.
-hypothesis.settings.register_profile("same", derandomize=True)
-hypothesis.settings.load_profile("same")
-
 # Several workers with a thread for each core would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 sys.path.insert(0, str(Path(__file__).parent))  # lets test files import hub_server
 
 from hub_server import HUB_VARIABLES, Hub
+
+# The same examples in every run.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 HUB = pytest.StashKey[Hub]()
 
