@@ -1,4 +1,4 @@
-"""Answers with probabilities: the entities that were found, and NIL, in the order of how probable they are.
+"""The answers of mentions: the entities that an index finds, re-ranked, or with probabilities and NIL among them.
 
 Between the index, which knows scores, and calibration_mimic.py, which knows arrays.
 """
@@ -17,7 +17,9 @@ from .configuration_mimic import MimicConfig
 from .errors_mimic import CalibrationError
 from .index_mimic import EntityIndex
 from .matching_mimic import MentionFeatures
+from .mentions_mimic import Mention
 from .names_mimic import names_of
+from .rerank_mimic import Reranker, reranked
 
 # Below all scores, and above what a float32 cannot hold.
 _LOWEST = -1e30
@@ -25,6 +27,53 @@ _HOW = (
     "Calibrate it on mentions with known answers: `mimic-el calibrate`, or mimic_el.training.calibrate(model, index, "
     "mentions, processor=processor)."
 )
+
+
+def answers_of(
+    index: EntityIndex,
+    calibration: Calibration | None,
+    features: MentionFeatures,
+    mentions: Sequence[Mention],
+    top_k: int = 5,
+    *,
+    candidates: Sequence[str] | str | None = None,
+    method: str = "pruned",
+    reranker: Reranker | None = None,
+    rerank_top_k: int = 10,
+    min_probability: float | None = None,
+    coverage: float | None = None,
+) -> list[list[dict[str, Any]]]:
+    """The answers of M mentions, best first.
+
+    Args:
+        index: the knowledge base.
+        calibration: of the model, if it has one: then, and without a re-ranker, answers have probabilities.
+        features: of the mentions.
+        mentions: what they say, and perhaps candidates of their own.
+        others: as of [`MultimodalEntityLinkingPipeline`].
+    """
+    allowed = [candidates if mention.candidates is None else mention.candidates for mention in mentions]
+    words = [mention.mention for mention in mentions]
+    if calibration is not None and reranker is None:
+        return calibrated_links(
+            index,
+            calibration,
+            features,
+            words,
+            top_k,
+            candidates=allowed,
+            method=method,
+            min_probability=min_probability,
+            coverage=coverage,
+        )
+    wanted = top_k if reranker is None else max(top_k, rerank_top_k)
+    found = index.link_encoded(features, wanted, candidates=allowed, names=words, method=method)
+    if reranker is None:
+        return found
+    return [
+        reranked(reranker, mention, entities, rerank_top_k, top_k)
+        for mention, entities in zip(mentions, found, strict=True)
+    ]
 
 
 def calibration_for(config: MimicConfig, index: EntityIndex, warn: bool = True) -> Calibration | None:
@@ -178,4 +227,4 @@ def name_fits(
     return fits
 
 
-__all__ = ["calibrated_links", "calibration_for", "name_fits", "needs_calibration"]
+__all__ = ["answers_of", "calibrated_links", "calibration_for", "name_fits", "needs_calibration"]

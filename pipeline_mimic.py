@@ -12,34 +12,24 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.utils import logging
 
-from .answers_mimic import calibrated_links, calibration_for, needs_calibration
-from .calibration_mimic import Calibration, is_newer, proper_fraction
-from .configuration_mimic import PIPELINE_TASK, MimicConfig, check_context_window
+from .answers_mimic import answers_of, calibration_for
+from .calibration_mimic import Calibration
+from .calls_mimic import checked_call
+from .configuration_mimic import MimicConfig
+from .default_index_mimic import index_of_entities, opened_index
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
 from .errors_mimic import EntityIndexError, MentionError
 from .explain_mimic import Explainer
-from .files_mimic import is_there, no_space_told
+from .files_mimic import no_space_told
 from .image_sources_mimic import ImagePlaces
-from .index_card_mimic import hub_id
 from .index_mimic import EntityIndex
 from .items_mimic import Answer, Answers, answered
-from .mentions_mimic import Mention, check_on_error, features_of, tokens_of
+from .mentions_mimic import Mention, features_of, tokens_of
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
 from .records_mimic import placed_record, places_of, undecoded
-from .rerank_mimic import Reranker, reranked
-from .search_mimic import METHODS
-from .searchable_mimic import BY_NAME
 
 logger = logging.get_logger(__name__)
-
-_BAR_FROM_ENTITIES = 500
-# The arguments of a call.
-_CALL = (
-    *("top_k", "candidates", "method", "min_probability", "coverage", "context_window", "mention_detector"),
-    *("reranker", "rerank_top_k", "on_error", "on_image_error"),
-)
-
 
 _COMPUTING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a forked process has no thread that would give the lock back
@@ -144,22 +134,15 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             raise ValueError("`index_kwargs` are for opening an index; for building one of `entities`, `build_kwargs`.")
         if entities is None and build_kwargs:
             raise ValueError("`build_kwargs` are for building an index of `entities`; none are given.")
-        index_kwargs = dict(index_kwargs or {})
         self._entities: Any = None  # whose images explanations show
         self._places: dict[str, Any] = {"allow_urls": allow_urls, "image_root": image_root}
         if entities is not None:
-            count = len(entities) if hasattr(entities, "__len__") else _BAR_FROM_ENTITIES
-            options = {"show_progress": count >= _BAR_FROM_ENTITIES, **self._places, **(build_kwargs or {})}
-            index = EntityIndex.build(self.model, self.processor, entities, **options)
+            index = index_of_entities(self.model, self.processor, entities, {**self._places, **(build_kwargs or {})})
             if hasattr(entities, "__getitem__") and not hasattr(entities, "iloc"):
                 self._entities = entities
-        elif index is not None or self._config.default_index:
-            if local_files_only is not None:
-                index_kwargs.setdefault("local_files_only", local_files_only)
-            if index is None:
-                index = _default_index(self._config, index_kwargs)
-            elif isinstance(index, str | os.PathLike):
-                index = EntityIndex.from_pretrained(index, **index_kwargs)
+        else:
+            local = {} if local_files_only is None else {"local_files_only": local_files_only}
+            index = opened_index(self._config, index, {**local, **(index_kwargs or {})})
         self._index: EntityIndex | None = None
         self._known_calibration: tuple[Any, Any, Calibration | None] | None = None
         if index is not None:
@@ -196,62 +179,11 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             known = self._known_calibration = block, index, calibration_for(self._config, index)
         return known[2]
 
-    def _sanitize_parameters(
-        self,
-        top_k: int | None = None,
-        candidates: Sequence[str] | str | None = None,
-        method: str | None = None,
-        min_probability: float | None = None,
-        coverage: float | None = None,
-        context_window: str | None = None,
-        mention_detector: Any = None,
-        on_error: str | None = None,
-        on_image_error: str | None = None,
-        reranker: Any = None,
-        rerank_top_k: int | None = None,
-        **unknown: Any,
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if unknown:
-            raise TypeError(
-                f"The pipeline {PIPELINE_TASK} has no parameter {', '.join(sorted(unknown))}; it takes "
-                f"{', '.join(_CALL[:-1])} and {_CALL[-1]}."
-            )
-        if isinstance(candidates, str) and candidates not in BY_NAME:
-            raise ValueError(
-                f"`candidates` must be a list of entity ids, got the string {candidates!r}. (By name they are "
-                f"{' or '.join(map(repr, BY_NAME))}.)"
-            )
-        # What is wrong with the call must not be taken for a fault of each of its mentions.
-        for name, value in (("top_k", top_k), ("rerank_top_k", rerank_top_k)):
-            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if reranker is not None and not callable(reranker):
-            raise TypeError(
-                "`reranker` must be a callable that takes a mention and its entities and gives a score for each, got "
-                f"{type(reranker).__name__}."
-            )
-        if method is not None and method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
-        self._check_probabilities(min_probability, coverage, top_k, reranker)
-        if context_window is not None:
-            check_context_window(f"The pipeline {PIPELINE_TASK}", context_window)
-        if on_error is not None:
-            check_on_error(on_error)
-        if on_image_error not in (None, "raise", "warn"):
-            raise ValueError(f'`on_image_error` must be "raise" or "warn", got {on_image_error!r}.')
-        reading = {"on_image_error": on_image_error, "keep_source": None if reranker is None else True}
-        forward: dict[str, Any] = {"top_k": top_k, "method": method, "candidates": candidates}
-        forward |= {"reranker": reranker, "rerank_top_k": rerank_top_k}
-        forward |= {"min_probability": min_probability, "coverage": coverage}
-        answering = {
-            "context_window": context_window,
-            "on_error": on_error,
-            "detector": None if mention_detector is None else self._detector(mention_detector),
-        }
-        return tuple(  # type: ignore[return-value]
-            {name: value for name, value in parameters.items() if value is not None}
-            for parameters in (reading, forward, answering)
-        )
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        reading, linking, answering = checked_call(self._config, **parameters)
+        if "detector" in answering:
+            answering["detector"] = self._detector(answering["detector"])
+        return reading, linking, answering
 
     def _detector(self, given: Any) -> Any:
         """What finds mentions; one that is named by a directory or Hub id is loaded once, not in every call."""
@@ -261,28 +193,6 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         if known is None or known[0] != name:
             known = self._loaded_detector = name, detector_of(name)
         return known[1]
-
-    def _check_probabilities(
-        self, min_probability: Any, coverage: Any, top_k: int | None, reranker: Reranker | None
-    ) -> None:
-        """Makes sure that what was asked of probabilities can be done, whatever the mentions are."""
-        if reranker is not None and (min_probability is not None or coverage is not None):
-            raise ValueError(
-                "`min_probability` and `coverage` are of the model's own answers: those of a `reranker` have no "
-                "probabilities. Leave one of them out."
-            )
-        if min_probability is not None:
-            proper_fraction("min_probability", min_probability)
-        if coverage is not None:
-            proper_fraction("coverage", coverage, ends=False)
-            if top_k is not None:
-                raise ValueError("`coverage` gives a set of the size that it takes: leave `top_k` out.")
-        block: Any = self._config.calibration
-        for name, value in (("min_probability", min_probability), ("coverage", coverage)):
-            if value is not None and (block is None or is_newer(block)):
-                raise needs_calibration(name, self._config)
-        if coverage is not None:
-            Calibration.from_dict(block).threshold(coverage)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Links one mention or document, a list of them, or a data set: see the class.
@@ -378,13 +288,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     def _forward(
         self,
         input_tensors: dict[str, Any],
-        top_k: int = 5,
-        method: str = "pruned",
-        candidates: Sequence[str] | str | None = None,
-        reranker: Reranker | None = None,
-        rerank_top_k: int = 10,
-        min_probability: float | None = None,
-        coverage: float | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         mentions: list[Mention] = input_tensors["mentions"]
         was_training = self.model.training
@@ -400,29 +304,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         finally:
             if was_training:
                 self.model.train()
-        allowed = [candidates if mention.candidates is None else mention.candidates for mention in mentions]
-        names = [mention.mention for mention in mentions]
-        if self.calibration is not None and reranker is None:
-            found = calibrated_links(
-                self.index,
-                self.calibration,
-                features,
-                names,
-                top_k,
-                candidates=allowed,
-                method=method,
-                min_probability=min_probability,
-                coverage=coverage,
-            )
-            return {"found": found}
-        wanted = top_k if reranker is None else max(top_k, rerank_top_k)
-        found = self.index.link_encoded(features, wanted, candidates=allowed, names=names, method=method)
-        if reranker is not None:
-            found = [
-                reranked(reranker, mention, entities, rerank_top_k, top_k)
-                for mention, entities in zip(mentions, found, strict=True)
-            ]
-        return {"found": found}
+        return {"found": answers_of(self.index, self.calibration, features, mentions, **options)}
 
     def postprocess(self, model_outputs: Answer, on_error: str = "raise") -> Any:
         return model_outputs.result(on_error)
@@ -509,38 +391,6 @@ class _Stream(IterableDataset[Any]):
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _default_index(config: MimicConfig, index_kwargs: dict[str, Any]) -> EntityIndex:
-    """The index that a checkpoint names: in a folder of its own, or a repository of the Hub.
-
-    A configuration is input from outside: nothing else on this machine is opened.
-    """
-    name, revision, checkpoint = config.default_index, config.default_index_revision, str(config.name_or_path or "")
-    if not isinstance(name, str) or not (revision is None or isinstance(revision, str)):
-        raise EntityIndexError(
-            f"The checkpoint {checkpoint!r} names {name!r}, of the revision {revision!r}, as its default index: these "
-            "must be strings. Pass `index=` or `entities=`."
-        )
-    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-    own_folder = inside and bool(checkpoint) and is_there(Path(checkpoint, name), directory=True)
-    of_repository = inside and "/" not in name and bool(checkpoint) and not is_there(checkpoint)
-    if not own_folder and not of_repository and (not inside or hub_id(name) is None):
-        raise EntityIndexError(
-            f"The checkpoint {checkpoint!r} names {name[:200]!r} as its default index, a place that is not in the "
-            "checkpoint and no Hub repository. If you want that index, or another, pass `index=` or `entities=`."
-        )
-    try:
-        if own_folder:
-            return EntityIndex.from_pretrained(Path(checkpoint, name), **index_kwargs)
-        if of_repository:
-            return EntityIndex.from_hub(checkpoint, **{"repo_type": "model", "subfolder": name, **index_kwargs})
-        return EntityIndex.from_hub(name, **{"revision": revision, **index_kwargs})
-    except (EntityIndexError, OSError) as error:  # without a network, or none of that name
-        raise EntityIndexError(
-            f"{error} The checkpoint {checkpoint!r} names {name!r} as its default index; to use another knowledge "
-            "base, pass `index=` or `entities=`."
-        ) from error
 
 
 __all__ = ["MultimodalEntityLinkingPipeline"]

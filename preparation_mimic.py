@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import BatchFeature
+from transformers import BatchFeature, CLIPImageProcessorPil
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import PILImageResampling
 
+from .backbones_mimic import backbone_of
 from .errors_mimic import MimicImageError
 from .images_mimic import ImageInput, check_size, load_image
 
@@ -149,6 +150,43 @@ class ImagePreparation:
         return (*shape[1:], 3) if kwargs.get("data_format") == "channels_last" else shape
 
 
+# --- The image processor of a backbone
+
+
+def image_processor_for(backbone_config: Any, own: dict[str, Any] | None = None) -> CLIPImageProcessorPil:
+    """As [`MimicProcessor.image_processor_for`]."""
+    adapter = backbone_of(backbone_config)
+    image_processor = CLIPImageProcessorPil(**adapter.image_settings(backbone_config, own))
+    side, (height, width) = adapter.image_size(backbone_config), _size_of(image_processor)
+    if (height, width) != (side, side):
+        raise ValueError(
+            f"The image processor of this {adapter.model_type!r} checkpoint makes images of {height} x {width} "
+            f"pixels (0: of no fixed size), but the model reads {side} x {side}. Correct `size` and `crop_size` "
+            "in its preprocessor_config.json."
+        )
+    return image_processor
+
+
+def settings_of(image_processor: Any) -> dict[str, Any]:
+    """Those settings of an image processor, of whatever backend, that CLIP's has too."""
+    settings = image_processor.to_dict()
+    names = ["size", "crop_size", "resample", "do_center_crop", "do_resize", "do_rescale", "do_normalize"]
+    names += ["rescale_factor", "image_mean", "image_std"]
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+def _size_of(image_processor: Any) -> tuple[int, int]:
+    """Height and width, in pixels, of the images that an image processor makes; zeros where they are not fixed."""
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    try:
+        return int(size["height"]), int(size["width"])
+    except (KeyError, TypeError):
+        return 0, 0
+
+
+# --- Sizes
+
+
 def _resized_size(given: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
     """The width and height that a size without a fixed shape makes of an image, at most."""
     width, height = given
@@ -168,4 +206,4 @@ def _is_scaled(source: Any) -> bool:
     return isinstance(source, np.ndarray) and source.dtype.kind == "f" and bool(source.max(initial=0) <= 1)
 
 
-__all__ = ["ImagePreparation"]
+__all__ = ["ImagePreparation", "image_processor_for", "settings_of"]

@@ -11,12 +11,11 @@ import torch
 from transformers import AutoTokenizer, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
 from transformers.utils import logging
 
-from .backbones_mimic import backbone_of
 from .configuration_mimic import HUB_KWARGS, MimicConfig, check_context_window
 from .images_mimic import ImageInput, first_image, listed
-from .preparation_mimic import ImagePreparation
-from .spans_mimic import CHARACTERS_A_TOKEN, around_mention, checked_place
-from .texts_mimic import check_unicode, needed_text
+from .preparation_mimic import ImagePreparation, image_processor_for, settings_of
+from .templates_mimic import TextTemplate
+from .texts_mimic import check_unicode
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +69,7 @@ class MimicProcessor(ProcessorMixin):
     ) -> None:
         if image_processor is not None and not isinstance(image_processor, CLIPImageProcessorPil):
             # Where torchvision is installed transformers loads that backend, whose pixels differ.
-            image_processor = CLIPImageProcessorPil(**_image_settings(image_processor))
+            image_processor = CLIPImageProcessorPil(**settings_of(image_processor))
         super().__init__(image_processor, tokenizer, **kwargs)
         if not isinstance(text_max_length, int) or text_max_length < 3:
             raise ValueError(
@@ -152,16 +151,7 @@ class MimicProcessor(ProcessorMixin):
         Raises:
             ValueError: if it makes images of another size than the backbone reads.
         """
-        adapter = backbone_of(backbone_config)
-        image_processor = CLIPImageProcessorPil(**adapter.image_settings(backbone_config, own))
-        side, (height, width) = adapter.image_size(backbone_config), image_size_of(image_processor)
-        if (height, width) != (side, side):
-            raise ValueError(
-                f"The image processor of this {adapter.model_type!r} checkpoint makes images of {height} x {width} "
-                f"pixels (0: of no fixed size), but the model reads {side} x {side}. Correct `size` and `crop_size` "
-                "in its preprocessor_config.json."
-            )
-        return image_processor
+        return image_processor_for(backbone_config, own)
 
     def process_mentions(
         self,
@@ -204,7 +194,7 @@ class MimicProcessor(ProcessorMixin):
         def template(heads: list[str], bodies: list[str]) -> list[str]:
             return self.mention_texts(heads, bodies, starts, ends, context_window)  # type: ignore[arg-type]
 
-        return self._process("mentions", "texts", mentions, texts, rows, on_image_error, template=template, **kwargs)
+        return self._process("mentions", "texts", mentions, texts, rows, template, on_image_error, **kwargs)
 
     def mention_texts(
         self,
@@ -229,39 +219,17 @@ class MimicProcessor(ProcessorMixin):
         """
         window = self.context_window if context_window is None else context_window
         check_context_window("MimicProcessor", window)
-        filled = [mention + self.separator + text for mention, text in zip(mentions, texts, strict=True)]
         if window == "start":
-            return filled
-        for row, tokens in enumerate(self._token_counts(filled, special=True)):
-            if tokens <= self.text_max_length:
-                continue
-            mention, text = mentions[row], texts[row]
-            place = checked_place(mention, text, starts and starts[row], ends and ends[row])
-            if place is not None:
-                filled[row] = self._around(mention, text, *place)
-        return filled
+            return self._template.filled(mentions, texts)
+        return self._template.around_mentions(mentions, texts, starts, ends)
 
-    def _around(self, mention: str, text: str, start: int, end: int) -> str:
-        """The template of one mention, filled with the words around it."""
-        head = mention + self.separator
-        room = self.text_max_length - self._token_counts([head], special=True)[0]
-        while room > 0:
-            first, last = around_mention(text, start, end, room, self._token_counts)
-            filled = head + text[first:last]
-            over = self._token_counts([filled], special=True)[0] - self.text_max_length
-            if over <= 0 or (first, last) == (start, end):
-                return filled
-            room -= over  # words beside each other may take more tokens than each alone
-        return head + text[start:end]
+    def entity_texts(self, names: Sequence[str], descriptions: Sequence[str]) -> list[str]:
+        """The template of N entities, filled: what [`~MimicProcessor.tokenize`] takes."""
+        return self._template.filled(names, descriptions)
 
-    def _token_counts(self, texts: Sequence[str], special: bool = False) -> list[int]:
-        """How many tokens texts have; of a long one as many as show that it is too long."""
-        cut = [text[: self.text_max_length * CHARACTERS_A_TOKEN] for text in texts]
-        made = self.tokenizer(cut, add_special_tokens=special, padding=False, truncation=False, verbose=False)
-        return [
-            len(ids) if len(short) == len(text) else max(len(ids), self.text_max_length + 1)
-            for ids, short, text in zip(made["input_ids"], cut, texts, strict=True)
-        ]
+    @property
+    def _template(self) -> TextTemplate:
+        return TextTemplate(self.tokenizer, self.text_max_length, self.separator)
 
     def process_entities(
         self,
@@ -285,7 +253,9 @@ class MimicProcessor(ProcessorMixin):
         Returns, raises: as [`~MimicProcessor.process_mentions`].
         """
         rows = _one_for_each("names", names, images)
-        return self._process("names", "descriptions", names, descriptions, rows, on_image_error, labels, **kwargs)
+        return self._process(
+            "names", "descriptions", names, descriptions, rows, self.entity_texts, on_image_error, labels, **kwargs
+        )
 
     def _process(
         self,
@@ -294,9 +264,9 @@ class MimicProcessor(ProcessorMixin):
         heads: Sequence[str] | str,
         bodies: Sequence[str] | str,
         images: list[Any],
+        template: Callable[[list[str], list[str]], list[str]],
         on_image_error: str,
         labels: Sequence[str] | None = None,
-        template: Callable[[list[str], list[str]], list[str]] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         if isinstance(heads, str) or isinstance(bodies, str):
@@ -312,11 +282,7 @@ class MimicProcessor(ProcessorMixin):
         _check_texts(heads_name, heads)
         _check_texts(bodies_name, bodies)
         options = self._merge_kwargs(**kwargs) if kwargs else {}
-        if template is None:
-            texts = [head + self.separator + body for head, body in zip(heads, bodies, strict=True)]
-        else:
-            texts = template(heads, bodies)
-        inputs = self.tokenize(texts, **options.get("text_kwargs", {}))
+        inputs = self.tokenize(template(heads, bodies), **options.get("text_kwargs", {}))
         firsts = [first_image(image) for image in images]
         inputs["pixel_values"] = self.pixels(firsts, on_image_error, labels, **options.get("images_kwargs", {}))
         return inputs
@@ -327,19 +293,9 @@ class MimicProcessor(ProcessorMixin):
         """What a call says, by what it is for; where it says nothing, the published way of reading texts."""
         kinds: Any = self.valid_processor_kwargs if ModelProcessorKwargs is None else ModelProcessorKwargs
         merged = super()._merge_kwargs(kinds, tokenizer_init_kwargs=tokenizer_init_kwargs, **kwargs)
-        merged["text_kwargs"] = {**self._text_defaults, **merged["text_kwargs"]}
+        merged["text_kwargs"] = {**self._template.usual_options, **merged["text_kwargs"]}
         merged["images_kwargs"].setdefault("return_tensors", "pt")
         return merged
-
-    @property
-    def _text_defaults(self) -> dict[str, Any]:
-        return {
-            "padding": "max_length",
-            "truncation": True,
-            "max_length": self.text_max_length,
-            "return_attention_mask": True,
-            "return_tensors": "pt",
-        }
 
     def tokenize(self, texts: list[str], **kwargs: Any) -> BatchFeature:
         """`input_ids` and `attention_mask` of texts that already have their template, each (B, text_max_length).
@@ -348,13 +304,7 @@ class MimicProcessor(ProcessorMixin):
             texts: B texts. Of a long one only the part that the tokens can need is looked at.
             **kwargs: what the tokenizer takes; by default texts are cut and padded to `text_max_length` tokens.
         """
-        options = {**self._text_defaults, **kwargs}
-        limit = options["max_length"]
-        if options["truncation"] in (True, "longest_first", "only_first") and isinstance(limit, int):
-            texts = [needed_text(self.tokenizer, text, limit) for text in texts]
-        encoded = self.tokenizer(texts, **options)
-        names = encoded.keys() if kwargs else ("input_ids", "attention_mask")
-        return BatchFeature({name: encoded[name] for name in names})
+        return self._template.tokenized(texts, **kwargs)
 
     def pixels(
         self,
@@ -477,15 +427,6 @@ class MimicProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
 
-def image_size_of(image_processor: Any) -> tuple[int, int]:
-    """Height and width, in pixels, of the images that an image processor makes; zeros where they are not fixed."""
-    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-    try:
-        return int(size["height"]), int(size["width"])
-    except (KeyError, TypeError):
-        return 0, 0
-
-
 def _check_texts(name: str, texts: Sequence[Any]) -> None:
     for row, text in enumerate(texts):
         if not isinstance(text, str):
@@ -517,11 +458,4 @@ def _flat(images: Any) -> list[Any]:
     return flat
 
 
-def _image_settings(image_processor: Any) -> dict[str, Any]:
-    settings = image_processor.to_dict()
-    names = ["size", "crop_size", "resample", "do_center_crop", "do_resize", "do_rescale", "do_normalize"]
-    names += ["rescale_factor", "image_mean", "image_std"]
-    return {name: settings[name] for name in names if settings.get(name) is not None}
-
-
-__all__ = ["MimicProcessor", "image_size_of"]
+__all__ = ["MimicProcessor"]

@@ -41,7 +41,8 @@ from mimic_el.training.knowledge_base import KnowledgeBase
 from mimic_el.training.model_card import TrainingRun
 from mimic_el.training.resume import UNREADABLE_LOG, checkpoint_to_resume
 from mimic_el.training.start import build_model, load_model
-from mimic_el.training.trainer import INDEX_FOLDER, MimicTrainer
+from mimic_el.training.trainer import MimicTrainer
+from mimic_el.training.upload import INDEX_FOLDER
 
 logger = logging.getLogger("mimic_el.train")
 

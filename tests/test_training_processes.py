@@ -11,8 +11,8 @@ from gloo import outcomes_together, run_together
 from python_processes import ForkingPython, own_python
 
 from mimic_el.training.arguments import MimicTrainingArguments
+from mimic_el.training.callbacks import batch_note
 from mimic_el.training.processes import refuse_other_engines
-from mimic_el.training.trainer import batch_note
 
 TESTS = str(Path(__file__).parent)
 

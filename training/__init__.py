@@ -9,7 +9,8 @@ from .calibration import calibrate
 from .collator import MentionEntityCollator
 from .evaluation import HITS_AT, RankedMentions, in_batch_metrics, mel_ranking, rank_mentions
 from .knowledge_base import KnowledgeBase, require_columns
-from .trainer import INDEX_FOLDER, MimicTrainer
+from .trainer import MimicTrainer
+from .upload import INDEX_FOLDER
 
 __all__ = [
     "HITS_AT",

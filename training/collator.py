@@ -108,9 +108,10 @@ class MentionEntityCollator:
         entities = [self._records[row] for row in entity_rows]
         images = [_pick(entity.get("images"), draw) for entity in entities]
         batch = self.encode_mentions(mentions)
-        separator = self.processor.separator
         joined = self._inputs(
-            [(entity["name"] or "") + separator + (entity["description"] or "") for entity in entities],
+            self.processor.entity_texts(
+                [entity["name"] or "" for entity in entities], [entity["description"] or "" for entity in entities]
+            ),
             [image for image, _ in images],
             [f"entity {entity['id']}, image {place}" for entity, (_, place) in zip(entities, images, strict=True)],
         )

@@ -8,11 +8,14 @@ first mentions of the epoch fill it up: a process without a mention could not ta
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, Sampler
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+from transformers import TrainingArguments
 
 
 def part_of(count: int, index: int, parts: int) -> slice:
@@ -75,6 +78,52 @@ class DealtStream(torch.utils.data.IterableDataset):
             first = first or batch
             batch = _filled(batch, first, self.processes)
             yield from batch[part_of(len(batch), self.index, self.processes)]
+
+
+def dealt_loader(
+    dataset: Any,
+    sampler_of: Callable[[Any], Any],
+    collate: Callable[[list[Any]], Any],
+    batch_size: int,
+    args: TrainingArguments,
+    accelerator: Accelerator,
+) -> DataLoader:
+    """This process's part of each batch of the training, on its device.
+
+    Args:
+        dataset: the mentions, by number or as a stream; the same in all processes.
+        sampler_of: gives the order of mentions that have numbers.
+        collate: makes a batch of its mentions.
+        batch_size: mentions of a step in all processes together.
+        args: says which process this is, and how batches are loaded.
+        accelerator: knows the device.
+    """
+    index, count = args.process_index, args.world_size
+    options: dict[str, Any] = {
+        "collate_fn": collate,
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+    }
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        stream = DealtStream(dataset, batch_size, index, count)
+        loader = DataLoader(stream, batch_size=stream.batch_size, **options)
+    else:
+        batches = DealtBatches(sampler_of(dataset), batch_size, index, count, args.dataloader_drop_last)
+        loader = DataLoader(dataset, batch_sampler=batches, **options)
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=1,  # it is dealt out already
+        process_index=0,
+        put_on_device=accelerator.device_placement,
+        rng_types=list(accelerator.rng_types or []),
+        dispatch_batches=False,
+        use_seedable_sampler=True,  # the same order in all processes
+        data_seed=args.data_seed,
+        non_blocking=accelerator.non_blocking,
+    )
 
 
 def _filled(batch: list[Any], first: list[Any], least: int) -> list[Any]:

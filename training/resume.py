@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import MimicTrainingArguments
 from .data import MISSING_LOG
-from .trainer import INDEX_FOLDER
+from .upload import INDEX_FOLDER
 
 logger = logging.getLogger("mimic_el.train")
 

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import speed_metrics
 
-from ..hub_files_mimic import REPLACED, hub_files
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MimicModel
 from ..processing_mimic import MimicProcessor
 from ..records_mimic import undecoded
 from .arguments import MimicTrainingArguments
 from .calibration import ForgetCalibration
+from .callbacks import BatchNote, EvaluateEveryFewEpochs, RefreshHardNegatives, SessionTime
 from .collator import MentionEntityCollator
-from .dealing import DealtBatches, DealtStream
+from .dealing import dealt_loader
 from .distributed_evaluation import ENTITIES_IN_MEMORY, own_part, ranked_by_all
 from .evaluation import RankedMentions, rank_mentions
 from .gather import shared_loss, without_unused_parameters
@@ -47,91 +34,7 @@ from .hard_negatives import TABLE, MentionsWithNegatives, best_wrong_entities
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
 from .processes import all_of_them, check_same_data, refuse_other_engines
-
-logger = logging.getLogger("mimic_el.train")
-
-INDEX_FOLDER = "index"
-
-
-class EvaluateEveryFewEpochs(TrainerCallback):
-    """Leaves out the evaluations that `eval_strategy="epoch"` asks for except every `epochs`-th and the last."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.eval_strategy == "epoch" and state.global_step < state.max_steps:
-            control.should_evaluate &= round(state.epoch or 0) % self.epochs == 0
-
-
-class SessionTime(TrainerCallback, ExportableState):
-    """Keeps in each checkpoint how many seconds training took up to it, so that sessions can be added up."""
-
-    def __init__(self) -> None:
-        self.before = 0.0
-        self._start: float | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start = time.monotonic()
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: under `before`, the seconds of all sessions so far."""
-        now = 0.0 if self._start is None else time.monotonic() - self._start
-        return {"args": {}, "attributes": {"before": self.before + now}}
-
-
-class RefreshHardNegatives(TrainerCallback):
-    """Has the hard negatives searched anew when an epoch begins, after every so many, and keeps them in checkpoints."""
-
-    def __init__(self, trainer: MimicTrainer, mentions: MentionsWithNegatives, epochs: int) -> None:
-        self.trainer, self.mentions, self.epochs = trainer, mentions, epochs
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        epoch = round(state.epoch or 0)
-        # In the middle of an epoch, after an interruption, those of the checkpoint are still good.
-        if epoch and epoch % self.epochs == 0 and abs(epoch - (state.epoch or 0)) < 1e-6:
-            self.mentions.table = self.trainer.find_hard_negatives()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.mentions.table is not None and args.should_save:
-            folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            np.save(folder / TABLE, self.mentions.table)
-
-
-class BatchNote(TrainerCallback):
-    """Says in the log what a step is: how many processes, and what a mention's negatives are."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.should_log:
-            logger.info("%s", batch_note(args))
-
-
-def batch_note(args: TrainingArguments) -> str:
-    """What a step is, in words."""
-    each, count = args.per_device_train_batch_size, args.world_size
-    total = args.batch_of_all(each) if isinstance(args, MimicTrainingArguments) else each * count
-    processes = "1 process" if count == 1 else f"{count} processes"
-    note = f"{processes}, {total} mentions in a batch"
-    if count > 1:
-        gather = getattr(args, "gather_negatives", False)
-        note += f", {each} at most in each; the negatives are the entities of "
-        note += "all processes" if gather else "the mention's own process"
-    if args.gradient_accumulation_steps > 1:
-        note += f"; gradients of {args.gradient_accumulation_steps} batches are added up, which adds no negatives"
-    if chunk := getattr(args, "cached_batch_size", None):
-        note += f"; encoded {chunk} at a time"
-    if isinstance(args, MimicTrainingArguments) and args.hard_negatives:
-        first = args.hard_negatives_epochs + 1
-        note += f"; {args.hard_negatives} hard negatives for each mention from epoch {first} on"
-    return note + "."
+from .upload import INDEX_FOLDER, upload_run, uploaded_index
 
 
 class MimicTrainer(Trainer):
@@ -219,7 +122,7 @@ class MimicTrainer(Trainer):
         self._merge = data_collator.merge_duplicates
         self.add_callback(BatchNote())
         if isinstance(train_dataset, MentionsWithNegatives) and isinstance(args, MimicTrainingArguments):
-            self.add_callback(RefreshHardNegatives(self, train_dataset, args.hard_negatives_epochs))
+            self.add_callback(RefreshHardNegatives(self.find_hard_negatives, train_dataset, args.hard_negatives_epochs))
         self.add_callback(SessionTime())
         self.add_callback(ForgetCalibration())
         if isinstance(args, MimicTrainingArguments):
@@ -246,36 +149,10 @@ class MimicTrainer(Trainer):
         check_same_data(self.knowledge_base, self.train_dataset)
         args, each = self.args, self._train_batch_size
         total = args.batch_of_all(each) if isinstance(args, MimicTrainingArguments) else each * count
-        options: dict[str, Any] = {
-            "collate_fn": self.data_collator,
-            "num_workers": args.dataloader_num_workers,
-            "pin_memory": args.dataloader_pin_memory,
-            "persistent_workers": args.dataloader_persistent_workers,
-            "prefetch_factor": args.dataloader_prefetch_factor,
-        }
-        dataset: Any = self.train_dataset
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset = DealtStream(dataset, total, args.process_index, count)
-            loader = DataLoader(dataset, batch_size=dataset.batch_size, **options)
-        else:
-            sampler = self._get_train_sampler(dataset)
-            assert sampler is not None
-            batches = DealtBatches(sampler, total, args.process_index, count, args.dataloader_drop_last)
-            loader = DataLoader(dataset, batch_sampler=batches, **options)
-        accelerator = self.accelerator
-        prepared = prepare_data_loader(
-            loader,
-            accelerator.device,
-            num_processes=1,  # it is dealt out already
-            process_index=0,
-            put_on_device=accelerator.device_placement,
-            rng_types=list(accelerator.rng_types or []),
-            dispatch_batches=False,
-            use_seedable_sampler=True,  # the same order in all processes
-            data_seed=args.data_seed,
-            non_blocking=accelerator.non_blocking,
+        prepared = dealt_loader(
+            self.train_dataset, self._get_train_sampler, self.data_collator, total, args, self.accelerator
         )
-        accelerator._dataloaders.append(prepared)
+        self.accelerator._dataloaders.append(prepared)
         return prepared
 
     def compute_loss(  # type: ignore[override]
@@ -505,41 +382,23 @@ class MimicTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        output_dir = Path(args.output_dir or ".")
         repo_id = str(self.hub_model_id)
-        config = self.accelerator.unwrap_model(self.model).config
-        local_index = config.default_index
-        try:
-            if (output_dir / INDEX_FOLDER).is_dir():
-                index = EntityIndex.from_pretrained(output_dir / INDEX_FOLDER)
-                config.default_index = f"{repo_id}-index"
-                index.push_to_hub(
-                    config.default_index,
-                    token=token,
-                    private=args.hub_private_repo if private is None else private,
-                    model_id=repo_id,
-                    source=self.run.dataset_id,
-                )
-                config.save_pretrained(output_dir)
+        with uploaded_index(
+            Path(args.output_dir or "."),
+            self._mimic_model().config,  # type: ignore[arg-type]
+            repo_id,
+            source=self.run.dataset_id,
+            private=args.hub_private_repo if private is None else private,
+            token=token,
+        ):
             self.create_model_card(model_name=kwargs.get("model_name") or repo_id)
-            files, _ = hub_files(output_dir, "model")
-            api, revision = HfApi(token=token), revision or args.hub_revision
-            there = api.list_repo_files(repo_id, revision=revision)
-            old = [path for path in there if any(fnmatchcase(path, pattern) for pattern in REPLACED["model"])]
-            return api.create_commit(
+            return upload_run(
+                Path(args.output_dir or "."),
                 repo_id,
-                [
-                    *(CommitOperationAdd(path, file) for path, file in files.items()),
-                    *(CommitOperationDelete(path) for path in old if path not in files),
-                ],
                 commit_message=commit_message or "End of training",
-                revision=revision,
+                revision=revision or args.hub_revision,
+                token=token,
             )
-        finally:
-            # The checkpoint here goes on with the index beside it.
-            if config.default_index != local_index:
-                config.default_index = local_index
-                config.save_pretrained(output_dir)
 
     def _on_main_process(self, function: Callable[[], Any]) -> Any:
         """The function's result in all processes; only the main one runs it, and its failure is that of all."""
