@@ -36,11 +36,12 @@ for rank in range(count):
             sys.stdout.flush(); sys.stderr.flush()
             os._exit(status)
     children.append(child)
-deadline, running = time.monotonic() + limit, set(children)
-while running and time.monotonic() < deadline:
+deadline, running, stopped = time.monotonic() + limit, set(children), set()
+while running - stopped and time.monotonic() < deadline:
     for child in list(running):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            running.discard(child)
+        ended, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        if ended:
+            (stopped.add if os.WIFSTOPPED(status) else running.discard)(child)
     time.sleep(0.01)
 for child in running:
     os.kill(child, signal.SIGKILL)
@@ -72,8 +73,8 @@ def outcomes_together(
     connect: bool = True,
     **given: Any,
 ) -> tuple[list[tuple[str, Any]], str]:
-    """For each process ("result", value), ("error", "Kind: message"), ("hangs", None) or ("killed", None); and all that
-    they wrote.
+    """For each process ("result", value), ("error", "Kind: message"), ("killed", None) or, if it still runs or was
+    stopped when the others had ended, ("hangs", None); and all that they wrote.
 
     Args:
         limit: seconds after which processes that still run are ended.

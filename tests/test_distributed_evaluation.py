@@ -27,8 +27,8 @@ from mimic_el import MimicModel, MimicProcessor, MimicTrainer, MimicTrainingArgu
 from mimic_el.training import distributed_evaluation
 model, processor = MimicModel.from_pretrained(path), MimicProcessor.from_pretrained(path)
 args = MimicTrainingArguments(output_dir="out", use_cpu=True, ddp_backend="gloo", report_to="none", disable_tqdm=True,
-                              eval_strategy="no", load_best_model_at_end=False,
-                              per_device_eval_batch_size=4)
+                              eval_strategy="no", load_best_model_at_end=False, per_device_eval_batch_size=4,
+                              ddp_timeout=globals().get("timeout", 60))
 entities = toy_data.entities()[:known]
 trainer = MimicTrainer(model, args, entities=entities, processing_class=processor)
 mentions = toy_data.mention_dataset("val", 11)
@@ -76,7 +76,10 @@ encoded_by_all = distributed_evaluation.encoded_by_all
 distributed_evaluation.encoded_by_all = lambda *a, **k: encoded_by_all(*a, **k, at_once=4)
 ranked = [trainer._rank_by_all(source) for source in (mentions, mentions.to_iterable_dataset())]
 metrics = trainer.evaluate(mentions)
-import os
+few = trainer.rank(mentions.select([4]))  # fewer than processes
+assert few.ids == ["val-4"] and str(few.ranks[0]) == str(ranked[0].ranks[4])
+import os, torch
+torch.distributed.barrier()
 result = [[[None if r != r else float(r) for r in item.ranks] for item in ranked],
           ranked[0].ids, ranked[0].kinds, metrics["eval_mrr"], os.listdir("out") if os.path.isdir("out") else []]
 """
@@ -113,6 +116,50 @@ trainer.evaluate(mentions)
         "error",
         "ProcessError: Process 1 of 2 failed in encoding the knowledge base: OSError: No space left on device",
     )
+
+
+@pytest.mark.parametrize(
+    ("point", "count"), [("count_better", 2), ("_arrays_of_all", 3)], ids=["while it works", "in an exchange"]
+)
+def test_a_process_that_is_killed_is_named(
+    python: ForkingPython, trainer: MimicTrainer, tmp_path: Path, point: str, count: int
+) -> None:
+    """After it has ranked a part of the mentions; the same evaluation again is not disturbed by what it left."""
+    code = (
+        _EVALUATE
+        + """
+import os, signal
+from mimic_el.index_mimic import EntityIndex
+encoded_by_all = distributed_evaluation.encoded_by_all
+distributed_evaluation.encoded_by_all = lambda *a, **k: encoded_by_all(*a, **k, at_once=4)
+distributed_evaluation.ENTITIES_IN_MEMORY = 2
+calls = []
+def dying(function):
+    def called(*args, **kwargs):
+        calls.append(1)
+        if dies and rank == 1 and len(calls) == (2 if point == "count_better" else 4):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return called
+place = EntityIndex if point == "count_better" else distributed_evaluation
+setattr(place, point, dying(getattr(place, point)))
+result = trainer.evaluate(mentions)["eval_mrr"]
+"""
+    )
+    options = {"connect": False, "tests": TESTS, "path": str(trainer.args.output_dir), "known": 9, "timeout": 3}
+    options["point"] = point
+    outcomes, output = outcomes_together(python, count, code, tmp_path / "killed", dies=True, **options)
+    assert outcomes[1] == ("killed", None)
+    for kind, message in outcomes[::2]:
+        assert kind == "error", output
+        assert message.startswith(f"ProcessError: Process 1 of {count} gave no sign of life for"), output
+    if count == 2:
+        again = run_together(python, count, code, tmp_path / "again", dies=False, **options)
+        mentions = toy_data.mention_dataset("val", 11)
+        model: Any = trainer.model
+        processor: Any = trainer.processing_class
+        whole = MimicTrainer(model, trainer.args, entities=toy_data.entities(), processing_class=processor)
+        assert again == [pytest.approx(whole.rank(mentions).metrics()["mrr"])] * 2
 
 
 def test_records_between_are_read_by_number() -> None:

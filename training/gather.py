@@ -8,6 +8,7 @@ features and scores, not what encodes them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -77,7 +78,7 @@ def packed(features: EntityFeatures | MentionFeatures) -> Tensor:
 
 def unpacked(matrix: Tensor, like: _Features) -> _Features:
     """The features of a matrix that [`packed`] made; `like` has their names, shapes and dtypes."""
-    widths = [tensor[:1].numel() // max(1, len(tensor[:1])) for tensor in like.tensors.values()]
+    widths = [math.prod(tensor.shape[1:]) for tensor in like.tensors.values()]
     columns = matrix.split(widths, dim=1)
     return type(like)(
         {

@@ -33,7 +33,15 @@ from .grad_cache import cached_step
 from .hard_negatives import TABLE, MentionsWithNegatives, best_wrong_entities
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
-from .processes import all_of_them, check_same_data, refuse_other_engines
+from .processes import (
+    all_of_them,
+    check_enough,
+    check_same_data,
+    check_same_settings,
+    in_touch,
+    refuse_other_engines,
+    use_timeout,
+)
 from .upload import INDEX_FOLDER, upload_run, uploaded_index
 
 
@@ -119,6 +127,7 @@ class MimicTrainer(Trainer):
         )
         if launched:
             without_unused_parameters(model)
+            use_timeout(args.ddp_timeout_delta)
         self._merge = data_collator.merge_duplicates
         self.add_callback(BatchNote())
         if isinstance(train_dataset, MentionsWithNegatives) and isinstance(args, MimicTrainingArguments):
@@ -139,6 +148,15 @@ class MimicTrainer(Trainer):
         """Everything but the parameters with "bias" in their name, as published: layer norm weights decay too."""
         return [name for name, _ in model.named_parameters() if "bias" not in name]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`transformers.Trainer.train`]. With several processes, one that fails or is gone is named by the others.
+
+        Raises:
+            ProcessError: then.
+        """
+        with in_touch("training", silence=self.args.ddp_timeout):
+            return super().train(*args, **kwargs)
+
     # --- Batches and their loss
 
     def get_train_dataloader(self) -> DataLoader:
@@ -146,9 +164,11 @@ class MimicTrainer(Trainer):
         count = self.args.world_size
         if count == 1 or self.train_dataset is None:
             return super().get_train_dataloader()
-        check_same_data(self.knowledge_base, self.train_dataset)
         args, each = self.args, self._train_batch_size
         total = args.batch_of_all(each) if isinstance(args, MimicTrainingArguments) else each * count
+        check_same_settings(args, self._mimic_model().config)
+        check_same_data(self.knowledge_base, self.train_dataset)
+        check_enough(total, self.train_dataset)
         prepared = dealt_loader(
             self.train_dataset, self._get_train_sampler, self.data_collator, total, args, self.accelerator
         )
@@ -233,10 +253,11 @@ class MimicTrainer(Trainer):
             index = build()
             assert index is not None
             return index
-        if self.is_world_process_zero():
-            shutil.rmtree(output_dir, ignore_errors=True)
-        all_of_them("deleting the index before", lambda: None)
-        all_of_them("encoding the knowledge base", build)
+        with in_touch("encoding the knowledge base", silence=self.args.ddp_timeout):
+            if self.is_world_process_zero():
+                shutil.rmtree(output_dir, ignore_errors=True)
+            all_of_them("deleting the index before", lambda: None)
+            all_of_them("encoding the knowledge base", build)
         return EntityIndex.from_pretrained(output_dir)
 
     def rank(self, mentions: Any, index: EntityIndex | None = None, top_k: int = 0, depth: int = 0) -> RankedMentions:
@@ -278,17 +299,20 @@ class MimicTrainer(Trainer):
 
     def _rank_by_all(self, mentions: Any) -> RankedMentions:
         """As [`rank`], by all processes together, each with its part of the knowledge base."""
-        model = self._mimic_model()
+        model, mentions = self._mimic_model(), undecoded(mentions, "image")
         scratch = Path(self.args.output_dir or ".") / "_evaluation_index"
-        with own_part(model, self.collator, self.knowledge_base, scratch, **self._encoding()) as part:
-            return ranked_by_all(
-                model,
-                self.collator,
-                part,
-                undecoded(mentions, "image"),
-                batch_size=self.args.eval_batch_size,
-                num_workers=self.args.dataloader_num_workers,
-            )
+        with in_touch("evaluation", silence=self.args.ddp_timeout):
+            check_same_settings(self.args, model.config)
+            check_same_data(self.knowledge_base, mentions)
+            with own_part(model, self.collator, self.knowledge_base, scratch, **self._encoding()) as part:
+                return ranked_by_all(
+                    model,
+                    self.collator,
+                    part,
+                    mentions,
+                    batch_size=self.args.eval_batch_size,
+                    num_workers=self.args.dataloader_num_workers,
+                )
 
     def _encoding(self) -> dict[str, Any]:
         """How the knowledge base is encoded."""
@@ -334,7 +358,8 @@ class MimicTrainer(Trainer):
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
             return metrics | speed_metrics(metric_key_prefix, start, num_samples=len(ranked.ids))
 
-        metrics = measure() if together else self._on_main_process(measure)
+        with in_touch("evaluation", silence=self.args.ddp_timeout):
+            metrics = measure() if together else self._on_main_process(measure)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
