@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .features_mimic import LARGEST
 from .matching_mimic import HALF_UNITS, Matcher, MentionFeatures, VisionDualDirection, at_least_float32
 
 # Balls that hold a mention's value vectors.
@@ -57,13 +58,18 @@ class CoarseFeatures:
         return at_least_float32(tensors["image_query_stats"][:, _IMAGE_BOUND]) / HALF_UNITS
 
     def extent(self) -> Tensor:
-        """The largest size of each kind of number but the products, (3,); not finite where any number is not."""
-        rest = 0 * (self.text.sum() + self.cross_modal.sum())
-        return torch.stack([self.most.abs().amax() + rest, self.offset.abs().amax(), self.local[:, -1].amax()])
+        """The largest size of each kind of number but the products, (3,); NaN where any of these is not sound.
+
+        A number is sound if it is finite and no larger than `LARGEST`.
+        """
+        extremes = torch.stack([*self.text.aminmax(), *self.cross_modal.aminmax()]).abs()
+        largest = torch.stack([self.most.abs().amax(), self.offset.abs().amax(), self.local[:, -1].amax()])
+        sound = (torch.cat([extremes, largest]) <= LARGEST).all()
+        return torch.where(sound, largest, torch.nan)
 
     def sizes(self) -> Tensor:
-        """The size of each kind of number of each entity, (N, 4): those of the extent, and the rest."""
-        rest = self.text.abs().sum(dim=1) + self.cross_modal.abs().sum(dim=1)
+        """The size of each kind of number of each entity, (N, 4): those of the extent, and of the vectors' numbers."""
+        rest = torch.maximum(self.text.abs().amax(dim=1), self.cross_modal.abs().amax(dim=1))
         return torch.stack([self.most.abs(), self.offset.abs(), self.local[:, -1], rest], dim=1)
 
 

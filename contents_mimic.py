@@ -29,8 +29,11 @@ from .directory_mimic import (
     verify_files,
 )
 from .errors_mimic import EntityIndexError, UnknownEntityError
+from .matching_mimic import Matcher
 from .names_mimic import NameTable
+from .precision_mimic import whose
 from .records_mimic import entity_id_of
+from .soundness_mimic import impossible_feature
 from .spans_mimic import fold
 from .store_mimic import Shard, Store, join_shards, read_shard, write_shard
 
@@ -91,8 +94,9 @@ class Contents:
             )
         return torch.tensor(sorted(set(self.rows(entity_ids))), dtype=torch.long)
 
-    def verify(self) -> None:
-        """Compares what is stored with its checksums, and looks whether every entity is whole.
+    def verify(self, matcher: Matcher) -> None:
+        """Compares what is stored with its checksums, and looks whether every entity is whole, with features that the
+        matcher may have made.
 
         Raises:
             EntityIndexError: if something is wrong. Says what, and which entity's.
@@ -100,6 +104,15 @@ class Contents:
         if self.directory is not None:
             verify_files(self.directory, self.manifest)
         self.store.check()
+        for shard, start in zip(self.store.shards, self.store.starts, strict=False):
+            removed = self.store.removed[start : start + len(shard)]
+            if found := impossible_feature(matcher, shard.tensors, ~removed):
+                name, rows = found
+                wrong = whose(rows, list(shard.ids()))
+                raise EntityIndexError(
+                    f"The features `{name}` of {wrong} are none that the model of this index gives: they were changed "
+                    "or damaged before they were stored. Build the index again, or remove what is named."
+                )
 
     # --- Names
 

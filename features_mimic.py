@@ -15,6 +15,18 @@ from transformers.utils import ModelOutput
 
 from .layers_mimic import is_traced
 
+# The largest size of a feature: of larger ones, sums of products might not be finite, and scores would have no order.
+# A layer norm's output is fifteen orders of magnitude smaller.
+LARGEST = 1e15
+
+
+def can_be_scored(tensor: Tensor) -> Tensor:
+    """Which rows of a feature, (B,), are finite and no larger than `LARGEST` throughout."""
+    if not tensor.is_floating_point():
+        return torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
+    small = torch.isfinite(tensor) if tensor.dtype == torch.float16 else tensor.abs() <= LARGEST
+    return small.unsqueeze(1).flatten(1).all(dim=1)
+
 
 @dataclass
 class MimicEncoderOutput(ModelOutput):
@@ -125,4 +137,13 @@ def pick_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-__all__ = ["EntityFeatures", "MentionFeatures", "MimicEncoderOutput", "PairScores", "add_prefix", "pick_prefix"]
+__all__ = [
+    "LARGEST",
+    "EntityFeatures",
+    "MentionFeatures",
+    "MimicEncoderOutput",
+    "PairScores",
+    "add_prefix",
+    "can_be_scored",
+    "pick_prefix",
+]

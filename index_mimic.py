@@ -414,12 +414,14 @@ class EntityIndex(SearchableIndex):
 
     def verify(self) -> None:
         """Reads all of an index: of a stored one every file is compared with the checksum that was taken when it was
-        written; of any, every number must be finite, and every entity found by an id of its own.
+        written; of any, every entity must be found by an id of its own, and its features must be finite, and such as
+        the index's model can give: no larger than its layer norms leave them, and in accord with each other.
 
         Raises:
             EntityIndexError: if something is wrong. Says what, and which entity's.
         """
-        self._contents.verify()
+        state = self.state
+        state.contents.verify(state.matcher)
 
 
 def _reopened(kind: type[EntityIndex], directory: Path, read_only: bool) -> EntityIndex:

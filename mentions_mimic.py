@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .errors_mimic import MentionError, MimicError
+from .features_mimic import can_be_scored
 from .images_mimic import ImageInput
 from .matching_mimic import Matcher, MentionFeatures, MimicEncoderOutput
 from .modeling_mimic import MimicModel
@@ -332,7 +333,7 @@ def checked_mentions(mentions: MentionFeatures, matcher: Matcher) -> MentionFeat
 
     Raises:
         TypeError: if they are no features of mentions.
-        ValueError: if they are another model's, or not finite.
+        ValueError: if they are another model's, not finite, or too large.
     """
     if getattr(mentions, "side", None) != "mention":
         raise TypeError(
@@ -343,10 +344,12 @@ def checked_mentions(mentions: MentionFeatures, matcher: Matcher) -> MentionFeat
     if layout_of(mentions.tensors) != expected:
         raise ValueError(f"These are not features of this index's model: their names or shapes differ ({mentions!r}).")
     for name, tensor in mentions.tensors.items():
-        finite = torch.isfinite(tensor.flatten(1)).all(dim=1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            raise ValueError(f"The features of mention {row} are not finite (`{name}`): they have no order.")
+        sound = can_be_scored(tensor)
+        if not bool(sound.all()):
+            row = int((~sound).nonzero()[0])
+            raise ValueError(
+                f"The features of mention {row} are not finite, or too large (`{name}`): scores would have no order."
+            )
     return mentions if mentions.dtype != torch.float64 else mentions.to(torch.float32)
 
 

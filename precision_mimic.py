@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors_mimic import EntityIndexError
+from .features_mimic import can_be_scored
 from .matching_mimic import EntityFeatures, Matcher, MimicEncoderOutput, full_precision
 
 # What features may be stored in.
@@ -28,7 +29,7 @@ def quantized(
         ids: the entities', for messages.
 
     Raises:
-        EntityIndexError: if a number is not finite, or too large for the precision.
+        EntityIndexError: if a number is not finite, or too large, for the precision or for scores.
     """
     with full_precision(features.device):
         return _quantized(features, matcher, dtype, ids)
@@ -52,7 +53,7 @@ def _quantized(
             stored[name + "_scale"] = scale
         else:
             stored[name] = tensor.to(dtype)
-            if wrong := whose(not_finite(stored[name]), ids):
+            if wrong := whose((~can_be_scored(stored[name])).nonzero()[:, 0], ids):
                 raise EntityIndexError(
                     f'The values of `{name}` are too large for float16; use dtype="float32". They are those of {wrong}.'
                 )
@@ -64,17 +65,11 @@ def _quantized(
 
 
 def _check_finite(name: str, tensor: Tensor, ids: Sequence[str] | None) -> None:
-    if wrong := whose(not_finite(tensor), ids):
+    if wrong := whose((~can_be_scored(tensor)).nonzero()[:, 0], ids):
         raise EntityIndexError(
-            f"The model gives `{name}` values that are not finite, of {wrong}; no index can be made of it."
+            f"The model gives `{name}` values that are not finite, or too large, of {wrong}; no index can be made of "
+            "it."
         )
-
-
-def not_finite(tensor: Tensor) -> Tensor:
-    """The rows, int64, that hold a number that is not finite."""
-    if not tensor.is_floating_point():
-        return torch.empty(0, dtype=torch.long)
-    return (~torch.isfinite(tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)).all(dim=1)).nonzero()[:, 0]
 
 
 def whose(rows: Tensor, ids: Sequence[str] | None) -> str:
@@ -129,7 +124,6 @@ __all__ = [
     "dequantized",
     "layout_of",
     "mention_layout",
-    "not_finite",
     "quantized",
     "stored_layout",
     "whose",

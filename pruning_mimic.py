@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .bounds_mimic import COARSE_NAMES, CoarseFeatures, MentionBounds
+from .features_mimic import LARGEST
 from .matching_mimic import (
     HALF_UNITS,
     UNITS,
@@ -197,18 +198,19 @@ class Stages:
         return scores if alive is None else scores.masked_fill_(~alive.to(scores.device), -torch.inf)
 
     def extent(self, coarse: CoarseFeatures, start: int) -> Tensor:
-        """The extent of entities whose rows begin at `start`, but for removed ones if these are not finite.
+        """The extent of entities whose rows begin at `start`, but for removed ones if these are not sound.
 
         Raises:
-            EntityIndexError: if the features of another are not finite. Says whose.
+            EntityIndexError: if the features of another are not finite, or too large. Says whose.
         """
         extent = coarse.extent()
-        if bool(torch.isfinite(extent).all()):
+        if not bool(extent.isnan().any()):
             return extent
         sizes = coarse.sizes()
         alive = self.blocks.alive(start, start + len(sizes))
         if alive is not None:
             sizes[~alive.to(sizes.device)] = 0
+        sizes = sizes.masked_fill(~(sizes <= LARGEST), torch.nan)
         refuse_not_finite(sizes.sum(dim=1), self.blocks, torch.arange(start, start + len(sizes)))
         return sizes[:, :3].amax(dim=0)
 

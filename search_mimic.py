@@ -304,9 +304,11 @@ class Searcher:
             entities = self.blocks.full(slice(first, last), device)
             scores = self.matcher(mentions, entities).total
             self.stats.exact_pairs += scores.numel()
-            self.stages.hidden_removed(scores, first)
-            sums = torch.where(scores == -torch.inf, 0, scores).sum(dim=0)
+            sums = scores.sum(dim=0)
+            if (alive := self.blocks.alive(first, last)) is not None:
+                sums.masked_fill_(~alive.to(device), 0)
             refuse_not_finite(sums, self.blocks, torch.arange(first, last))
+            self.stages.hidden_removed(scores, first)
             yield first, scores, query.margin(self.stages.extent(CoarseFeatures.of(entities.tensors), first))
 
     def _exhaustive_block(self, query: Query, start: int, stop: int, top: _TopK) -> None:

@@ -24,9 +24,10 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .errors_mimic import EntityIndexError
+from .features_mimic import can_be_scored
 from .files_mimic import file_facts, is_small, mapped, no_space_told, regular, size_of, write_atomically
 from .matching_mimic import EntityFeatures, Matcher
-from .precision_mimic import TOKENS, dequantized, layout_of, not_finite, stored_layout, whose
+from .precision_mimic import TOKENS, dequantized, layout_of, stored_layout, whose
 
 _SHARD_NAME = re.compile(r"[a-z]+-[0-9a-z-]+")
 # Types of a table's fields, as `datasets` names them. What its reader would guess wrong is "json": numbers among
@@ -421,18 +422,18 @@ class Store:
         """Reads everything, and makes sure that it is what an index can be searched by.
 
         Raises:
-            EntityIndexError: if a number is not finite, an entity cannot be read or found by its id, or two entities
-                that are not removed have the same id. Says which.
+            EntityIndexError: if a number is not finite, or too large, an entity cannot be read or found by its id, or
+                two entities that are not removed have the same id. Says which.
         """
         seen = IdRows()
         for shard, start in zip(self.shards, self.starts, strict=False):
             ids = list(shard.ids())
             for name, tensor in shard.tensors.items():
-                rows = not_finite(tensor)
+                rows = (~can_be_scored(tensor)).nonzero()[:, 0]
                 if wrong := whose(rows[~self.removed[start + rows]], ids):
                     raise EntityIndexError(
-                        f"The features `{name}` of {wrong} are not finite: scores would have no order. Build the index "
-                        "again, or remove what is named."
+                        f"The features `{name}` of {wrong} are not finite, or too large: scores would have no order. "
+                        "Build the index again, or remove what is named."
                     )
             order = shard.hash_rows
             hashes = np.fromiter(map(hash_id, ids), dtype=np.uint64, count=len(ids))

@@ -58,17 +58,19 @@ class TextGlobalLocalUnit(nn.Module):
         self.layer_norm = UnitLayerNorm(size, eps=config.layer_norm_eps)
 
     def entity_features(self, embeds: Tensor, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        local = self.fc_cls(embeds)
         queries = self.fc_query(tokens) * self.scale
-        features = {
-            "text_embed": embeds,
-            "text_query": queries,
-            "text_local": centered(scaled(self.layer_norm, local)),
-            "text_bias": local @ offset(self.layer_norm, local),
-        }
+        features = {"text_embed": embeds, "text_query": queries, **self.local_features(embeds)}
         if self.mask_padding:
             features["text_mask"] = mask.bool()
         return features
+
+    def local_features(self, embeds: Tensor) -> dict[str, Tensor]:
+        """What the attention's part needs of the pooled texts of entities, (N, projection_dim)."""
+        local = self.fc_cls(embeds)
+        return {
+            "text_local": centered(scaled(self.layer_norm, local)),
+            "text_bias": local @ offset(self.layer_norm, local),
+        }
 
     def mention_features(self, embeds: Tensor, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
         features = {
@@ -181,9 +183,12 @@ class VisionDualDirection(nn.Module):
 
     def key_features(self, embeds: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """`z`: z~; `a`: A_z~; `k`: k~; and the numbers of `KEY_STATS`."""
-        z = centered(self.tokens_fc(tokens.mean(dim=1)))
+        return self.key_features_of(centered(self.tokens_fc(tokens.mean(dim=1))), centered(self.cls_fc(embeds)))
+
+    def key_features_of(self, z: Tensor, k: Tensor) -> dict[str, Tensor]:
+        """The features of keys, of their z~ and k~."""
         projected = self._project(z)
-        vectors = {"z": z, "a": centered(projected), "k": centered(self.cls_fc(embeds))}
+        vectors = {"z": z, "a": centered(projected), "k": k}
         return {**vectors, "stats": self.key_stats(vectors, self._gate(projected))}
 
     def key_stats(self, vectors: dict[str, Tensor], gate: Tensor) -> Tensor:
@@ -195,9 +200,11 @@ class VisionDualDirection(nn.Module):
     def query_features(self, embeds: Tensor) -> dict[str, Tensor]:
         """`q`: q~; `a`: A_q~; `m`: (gamma_b * n)~ with n = LNb(q'); and the numbers of `QUERY_STATS`."""
         query = self.cls_fc(embeds)
-        q = centered(query)
+        return self.query_features_of(centered(query), self.layer_norm(query))
+
+    def query_features_of(self, q: Tensor, n: Tensor) -> dict[str, Tensor]:
+        """The features of queries, of their q~ and n."""
         projected = self._project(q)
-        n = self.layer_norm(query)
         m = centered(scaled(self.layer_norm, n))
         vectors = {"q": q, "a": centered(projected), "m": m}
         bias = n @ offset(self.layer_norm, n)
@@ -255,6 +262,9 @@ class VisionDualDirection(nn.Module):
                 for i, j in zip(rows.split(_PAIRS_AT_ONCE), columns.split(_PAIRS_AT_ONCE), strict=True)
             ]
             score = score.index_put((rows, columns), torch.cat(again))
+        # Divided by a length that is infinite, a product of any size would be a score that looks sound.
+        if not bool(torch.isfinite(x_square.detach().sum() + y_square.detach().sum())):
+            score = score.masked_fill(~(torch.isfinite(x_square) & torch.isfinite(y_square)), torch.nan)
         return score
 
     def score_pairs(self, query: dict[str, Tensor], key: dict[str, Tensor]) -> Tensor:
@@ -300,7 +310,9 @@ class VisionDualDirection(nn.Module):
         r = (x_square / self.size + self.eps).rsqrt()
         gate = torch.tanh(r * gate + self._gate(h0) + offset(self.gate_fc, h0))
         y = gate.unsqueeze(-1) * (r.unsqueeze(-1) * projected + centered(h0)) + k
-        return dot(y, m) * (y.square().mean(dim=-1) + self.eps).rsqrt() + bias
+        y_square = y.square().mean(dim=-1)
+        score = dot(y, m) * (y_square + self.eps).rsqrt() + bias
+        return score + 0 * (x_square.detach() + y_square.detach())  # no number where a square is infinite
 
 
 class VisionDualUnit(nn.Module):

@@ -96,7 +96,8 @@ def test_features_that_are_not_finite_are_refused_by_the_entitys_name(
     monkeypatch.setattr(Matcher, "entity_features", broken)
     kb = [{"id": f"P{row}", "name": f"P {row}"} for row in range(8)]
     for place in (None, tmp_path / "index"):
-        with pytest.raises(EntityIndexError, match=r"`text_local` values that are not finite, of entity 'P[0-9]'"):
+        words = r"`text_local` values that are not finite, or too large, of entity 'P[0-9]'"
+        with pytest.raises(EntityIndexError, match=words):
             EntityIndex.build(model, processor, kb, place, show_progress=False)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mimic_el import pruning_mimic, search_mimic
 from mimic_el.bounds_mimic import MentionBounds, hull_distance
+from mimic_el.errors_mimic import EntityIndexError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MentionFeatures, MimicModel
 from mimic_el.pairs_mimic import ENT2MEN, MEN2ENT, _grouped, score_pairs
@@ -583,7 +584,7 @@ def test_mentions_that_are_not_finite_are_refused(name: str, value: float):
     case = make_case(mentions=3)
     case.mentions.tensors[name][1, 0] = value
     for answer in (lambda: case.index.search(case.mentions), lambda: case.index.rank(case.mentions, ["e1"] * 3)):
-        with pytest.raises(ValueError, match=f"mention 1 are not finite .`{name}`"):
+        with pytest.raises(ValueError, match=f"mention 1 are not finite, or too large .`{name}`"):
             answer()
 
 
@@ -733,3 +734,58 @@ def test_padding_does_not_widen_the_bounds():
         masked = bounds_of(values, mask).hull(row, local)
         alone = bounds_of(values[:, :4]).hull(row, local)
         torch.testing.assert_close(masked, alone, rtol=1e-3, atol=1e-3)
+
+
+# --- Numbers that have no order
+
+
+def every_question(index: EntityIndex, mentions: MentionFeatures) -> dict[str, Callable[[], Any]]:
+    count = len(mentions)
+    ids = [list(index)] * count
+    return {
+        "pruned": lambda: index.search(mentions, len(index)),
+        "exhaustive": lambda: index.search(mentions, len(index), method="exhaustive"),
+        "the best": lambda: index.search(mentions, 1, method="exhaustive"),
+        "candidates": lambda: index.search(mentions, 3, candidates=ids),
+        "ranks": lambda: index.rank(mentions, ["e1"] * count, method="exhaustive"),
+        "its rank": lambda: index.rank(mentions, ["e4"] * count),
+    }
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "name", ["text_embed", "cross_modal", "image_query_q", "image_key_z", "image_key_a", "image_key_k"]
+)
+def test_scores_whose_sums_overflow_are_refused_by_the_entitys_name(name: str, sign: int):
+    """Finite where they are stored, infinite once they are squared or added: a score divided by an infinite length
+    looks sound, and one of minus infinity looks like that of a removed entity."""
+    case = make_case(entities=12, mentions=3)
+    stored = case.index._contents.store.shards[0].tensors[name]
+    stored[4] = sign * 2e38 * torch.sign(stored[4])
+    for answer in every_question(case.index, case.mentions).values():
+        with pytest.raises(EntityIndexError, match="the entity 'e4' are not finite, or too large"):
+            answer()
+    case.index.remove(["e4"])
+    for what, answer in every_question(case.index, case.mentions).items():
+        if what not in ("its rank", "candidates"):
+            answer()
+
+
+def test_a_score_of_minus_infinity_is_refused_where_all_mentions_have_it():
+    """With one mention whose text points the other way, no sum is NaN."""
+    case = make_case(entities=12, mentions=1)
+    stored = case.index._contents.store.shards[0].tensors["text_embed"]
+    stored[4] = -3e38 * torch.sign(case.mentions.tensors["text_embed"][0])
+    for answer in every_question(case.index, case.mentions).values():
+        with pytest.raises(EntityIndexError, match="'e4' are not finite, or too large"):
+            answer()
+
+
+@pytest.mark.parametrize("value", [1e16, 3e38])
+@pytest.mark.parametrize("name", ["text_embed", "text_value", "image_key_z"])
+def test_mentions_that_are_too_large_are_refused(name: str, value: float):
+    case = make_case(mentions=3)
+    case.mentions.tensors[name][2].view(-1)[0] = value
+    for answer in every_question(case.index, case.mentions).values():
+        with pytest.raises(ValueError, match=f"mention 2 are not finite, or too large .`{name}`"):
+            answer()
