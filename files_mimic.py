@@ -178,25 +178,6 @@ def locked(directory: Path) -> Iterator[None]:
             ) from error
 
 
-def is_locked(directory: Path) -> bool:
-    """Whether a process holds a directory now. Makes nothing, and waits for nobody."""
-    path = directory / LOCK
-    try:
-        if fcntl is None:
-            with WeakFileLock(path, timeout=0):
-                return False
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except (OSError, TimeoutError) as error:
-        return isinstance(error, TimeoutError) or path.with_name(_OWNER).exists()
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError as error:
-        return error.errno not in _NO_LOCKS or path.with_name(_OWNER).exists()
-    finally:
-        os.close(descriptor)
-
-
 def _windows_lock(path: Path) -> Any:
     return WeakFileLock(path, timeout=_LOCK_SECONDS)
 
@@ -286,7 +267,6 @@ def _tries(path: Path) -> Iterator[None]:
 __all__ = [
     "LOCK",
     "file_facts",
-    "is_locked",
     "is_small",
     "is_there",
     "json_text",

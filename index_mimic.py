@@ -140,6 +140,7 @@ class EntityIndex(SearchableIndex):
         image_root: bool | str | os.PathLike[str] | None = None,
         encoding_dtype: str | None = None,
         compile_encoder: bool = False,
+        patience: float = 600.0,
     ) -> EntityIndex:
         """Encodes a knowledge base.
 
@@ -178,6 +179,7 @@ class EntityIndex(SearchableIndex):
                 are in. The units compute in float32, and what is stored is of `dtype`.
             compile_encoder: whether the encoder is compiled (`torch.compile`), which takes a minute or so and pays for
                 thousands of entities. A CPU needs a C++ compiler for it, a GPU triton. The last digits differ.
+            patience: in parts, seconds after which a process is given up that is waited for and gives no sign of life.
 
         Raises:
             EntityIndexError: if there are no entities, `output_dir` already holds an index, an unfinished build of
@@ -198,7 +200,7 @@ class EntityIndex(SearchableIndex):
             encoding_dtype,
             compile_encoder,
         )
-        return cls(*built(builder, entities, output_dir, overwrite, shard))
+        return cls(*built(builder, entities, output_dir, overwrite, shard, patience))
 
     @classmethod
     def from_features(

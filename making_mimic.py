@@ -15,9 +15,10 @@ from .contents_mimic import Contents
 from .directory_mimic import new_manifest, open_directory, save_copy
 from .errors_mimic import EntityIndexError
 from .identity_mimic import copy_of_matcher, model_facts
+from .joining_mimic import merge_parts
 from .matching_mimic import EntityFeatures, Matcher
 from .modeling_mimic import MimicModel
-from .parts_mimic import build_part, checked_part, merge_parts, process_of_launch
+from .parts_mimic import build_part, checked_part, process_of_launch
 from .store_mimic import Store
 
 Made = tuple[Matcher, Contents]
@@ -35,16 +36,18 @@ def built(
     output_dir: str | os.PathLike[str] | None,
     overwrite: bool = False,
     shard: tuple[int, int] | str | None = None,
+    patience: float = 600.0,
 ) -> Made:
     """An index of a knowledge base that is encoded now, or of one part of it: see [`EntityIndex.build`]."""
     launched = process_of_launch() if shard == "auto" and output_dir is not None else None
     if launched is not None:
-        return opened(build_part(builder, entities, Path(cast(Any, output_dir)), *launched, overwrite, wait=True))
+        whole = Path(cast(Any, output_dir))
+        return opened(build_part(builder, entities, whole, *launched, overwrite, patience, wait=True))
     if shard is not None and shard != "auto":
         index, parts = checked_part(shard)
         if output_dir is None:
             raise ValueError("`shard` needs an `output_dir`, where the parts are joined.")
-        return opened(build_part(builder, entities, Path(output_dir), index, parts, overwrite))
+        return opened(build_part(builder, entities, Path(output_dir), index, parts, overwrite, patience))
     if output_dir is None:
         manifest, store = build_in_memory(builder, entities)
         return copy_of_matcher(builder.model), Contents(manifest, store)

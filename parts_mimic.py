@@ -1,8 +1,7 @@
-"""An index made in parts: which entities are in which part, and parts joined to one index without encoding them again.
+"""An index made in parts: which entities are in which part, how processes wait for each other, and who joins the parts.
 
 Parts are indexes of their own, each with its lock and its unfinished build to go on with. They may be made by
-processes of one machine, in a directory that several machines share, or by machines that share nothing. Knows files,
-not searches.
+processes of one machine, or in a directory that several machines share. Knows files, not searches.
 """
 
 from __future__ import annotations
@@ -17,57 +16,32 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed as dist
 
+from .alive_mimic import Silence, alive, clock_ahead
 from .building_mimic import Builder, build_in_directory
-from .directory_mimic import (
-    MANIFEST,
-    Manifest,
-    new_manifest,
-    new_shard_name,
-    next_generation,
-    open_directory,
-    publish,
-    read_manifest,
-)
+from .directory_mimic import BUILD_STATE, MANIFEST, Manifest, read_manifest
 from .errors_mimic import EntityIndexError
-from .files_mimic import is_locked, locked, no_space_told, read_json, write_json
-from .identity_mimic import model_facts, same_model
+from .files_mimic import locked, no_space_told, read_json, write_json
+from .identity_mimic import model_facts
 from .image_sources_mimic import ImagePlaces
-from .matching_mimic import Matcher
+from .joining_mimic import merge_locked
 from .records_mimic import Records, Span, table_record
-from .store_mimic import Store, read_shard, shard_files, table_line
+from .store_mimic import shard_files, table_line
 
 logger = logging.getLogger("mimic_el.index")
 
 # What a part notes of the entities that it is a part of, so that parts of other entities are not joined with it; and
-# the index that was joined, so that a process that comes late knows it for its own.
+# the index that was joined, with its parts, so that a process that comes late knows it for its own.
 _WHOLE = "part_of.json"
 _STARTED = time.time()
 _SAMPLED = 64
-# A part on which no process works, and which has not changed for so many seconds, is given up.
-_SILENCE = 600.0
 _PAUSES = 0.05, 2.0
-
-
-@dataclass
-class Part:
-    """One of the indexes that are joined."""
-
-    directory: Path
-    manifest: Manifest
-    store: Store
-    matcher: Matcher
-
-    @classmethod
-    def opened(cls, directory: Path) -> Part:
-        return cls(directory, *open_directory(directory))
 
 
 def part_directory(directory: Path, index: int, parts: int) -> Path:
@@ -173,11 +147,19 @@ def process_of_launch() -> tuple[int, int] | None:
 
 
 def build_part(
-    builder: Builder, entities: Any, directory: Path, index: int, parts: int, overwrite: bool, wait: bool = False
+    builder: Builder,
+    entities: Any,
+    directory: Path,
+    index: int,
+    parts: int,
+    overwrite: bool,
+    patience: float,
+    wait: bool = False,
 ) -> Path:
     """Builds a part; the last that is complete joins all of them to the index in `directory`.
 
     Args:
+        patience: seconds after which a process is given up that is waited for and gives no sign of life.
         wait: whether to wait for the others, as long as processes work on them.
 
     Returns:
@@ -188,65 +170,200 @@ def build_part(
             is given up.
         ValueError: as of [`records_of_part`].
     """
-    own = part_directory(directory, index, parts)
-    records = records_of_part(entities, index, parts, allow_urls=builder.allow_urls, image_root=builder.image_root)
-    made_by = json.dumps(model_facts(builder.model, builder.processor), sort_keys=True, default=str)
-    whole = {**records.whole, "dtype": builder.dtype, "model": hashlib.sha256(made_by.encode()).hexdigest()}
-    places = records.places
-    builder = dataclasses.replace(builder, allow_urls=places.allow_urls, image_root=places.image_root)
-    # Nobody joins the parts meanwhile: one that is complete may go at any other moment.
-    with _turn(directory):
-        if (directory / MANIFEST).exists() and not own.exists():
-            if wait and _was_joined(directory, whole, overwrite):
-                return directory
+    if not patience > 0:
+        raise ValueError(f"`patience` must be a number of seconds above 0, got {patience!r}.")
+    together = _Together(directory, index, parts, overwrite, patience)
+    own = together.own
+    directory.mkdir(parents=True, exist_ok=True)
+    with alive(together.sign(index), patience):
+        records = records_of_part(entities, index, parts, allow_urls=builder.allow_urls, image_root=builder.image_root)
+        together.whole = {**records.whole, **_facts_of(builder)}
+        places = records.places
+        builder = dataclasses.replace(builder, allow_urls=places.allow_urls, image_root=places.image_root)
+        # Nobody joins the parts meanwhile: one that is complete may go at any other moment.
+        with together.turn():
+            if (directory / MANIFEST).exists() and not own.exists():
+                if wait and together.was_joined():
+                    return directory
+                if not overwrite:
+                    raise EntityIndexError(
+                        f"{directory} already holds an index. Name another directory, or pass overwrite=True to "
+                        "replace it."
+                    )
+            _note_whole(own, together.whole, overwrite)
             if not overwrite:
-                raise EntityIndexError(
-                    f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
-                )
-        _note_whole(own, whole, overwrite)
-        complete = _is_complete(own)
-        if complete and not _holds(own, records.records):
-            if not overwrite:
-                raise EntityIndexError(
-                    f"{own} is complete, with entities as they were before: some of theirs are others now. Pass "
-                    "overwrite=True in all processes to encode them again."
-                )
-            _begin_again(own)
-            complete = False
-    if not complete:
-        build_in_directory(builder, records.records, own, overwrite)
-    every = [part_directory(directory, number, parts) for number in range(parts)]
-    if _joined(directory, own, every, whole, overwrite):
+                together.check_same()
+            complete = _is_complete(own)
+            if complete and not _holds(own, records.records):
+                if not overwrite:
+                    raise EntityIndexError(
+                        f"{own} is complete, with entities as they were before: some of theirs are others now. Pass "
+                        "overwrite=True in all processes to encode them again."
+                    )
+                _begin_again(own)
+                complete = False
+        if not complete:
+            build_in_directory(builder, records.records, own, overwrite)
+    if together.joined():
         return directory
     if not wait:
         return own
     logger.info("Part %d of %d is complete; waiting for the others.", index + 1, parts)
-    _wait_for_others(directory, own, every, whole, overwrite)
+    together.wait_for_others()
     return directory
 
 
-@contextmanager
-def _turn(directory: Path) -> Iterator[None]:
-    """Holds an index's directory, however long others hold it before."""
-    with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(locked(directory))
-                break
-            except EntityIndexError as error:
-                if not isinstance(error.__cause__, TimeoutError):
-                    raise
-        yield
+def _facts_of(builder: Builder) -> dict[str, Any]:
+    """What else must be the same of all parts; what is so by default is left out."""
+    made_by = json.dumps(model_facts(builder.model, builder.processor), sort_keys=True, default=str)
+    facts = {"dtype": builder.dtype, "model": hashlib.sha256(made_by.encode()).hexdigest()}
+    return facts | ({"encoding_dtype": builder.encoding_dtype} if builder.encoding_dtype else {})
 
 
-def _was_joined(directory: Path, whole: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether an index is what this build would give, joined by the others before this process came to it, since its
-    part was complete already; one that is to be replaced only if that was in this launch."""
-    facts = _whole_of(directory)
-    manifest = read_manifest(directory)
-    if facts != {**whole, "generation": manifest["generation"]}:
-        return False
-    return not overwrite or (directory / MANIFEST).stat().st_mtime > _STARTED
+class _Together:
+    """The parts of one index, as the process sees them that makes one of them.
+
+    Args:
+        directory: where the index will be.
+        index, count: which of how many parts is made here.
+        overwrite: whether a part of something else is one of a build that is given up, and so not complete yet; else
+            it is an error.
+        patience: as of [`build_part`].
+
+    Attributes:
+        whole: what the parts are parts of.
+    """
+
+    def __init__(self, directory: Path, index: int, count: int, overwrite: bool, patience: float) -> None:
+        self.directory, self.index, self._overwrite, self._patience = directory, index, overwrite, patience
+        self._every = [part_directory(directory, number, count) for number in range(count)]
+        self.own = self._every[index]
+        self.whole: dict[str, Any] = {}
+
+    def sign(self, number: int) -> Path:
+        """The file in which the process shows that it is alive that makes a part."""
+        return self.directory / f".{self._every[number].name}.alive"
+
+    def _silence(self, numbers: Sequence[int]) -> Silence:
+        return Silence([self.sign(number) for number in numbers])
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Holds the index's directory, however long others that are alive hold it before.
+
+        Raises:
+            EntityIndexError: if it is held, and nobody gives a sign of life.
+        """
+        silence = self._silence([number for number in range(len(self._every)) if number != self.index])
+        with ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(locked(self.directory))
+                    break
+                except EntityIndexError as error:
+                    if not isinstance(error.__cause__, TimeoutError) or silence.seconds() > self._patience:
+                        raise
+            yield
+
+    def was_joined(self) -> bool:
+        """Whether an index is what this build would give, joined by the others before this process came to it, since
+        its part was complete already; one that is to be replaced only if that was in this launch."""
+        if _joined_facts(self.directory, read_manifest(self.directory), ("builds",)) != self.whole:
+            return False
+        if not self._overwrite:
+            return True
+        ahead = clock_ahead(self.sign(self.index))
+        return (self.directory / MANIFEST).stat().st_mtime - ahead > _STARTED
+
+    def check_same(self) -> None:
+        """Refuses parts that processes with other data, or other options, have begun."""
+        for part in self._every:
+            found = _whole_of(part)
+            if found is None or found == self.whole:
+                continue
+            both = f"{part} and {self.own}"
+            if any(found.get(name) != self.whole[name] for name in ("entities", "records")):
+                raise EntityIndexError(
+                    f"{both} are parts of different entities. All processes must read the same data: the same data "
+                    "set, revision and options. Pass overwrite=True in all of them to start again."
+                )
+            other = [name for name in {**found, **self.whole} if found.get(name) != self.whole.get(name)]
+            raise EntityIndexError(
+                f"{both} are made with another {' and another '.join(other)}. All processes must have the same model "
+                "and the same options. Pass overwrite=True in all of them to start again."
+            )
+
+    def joined(self) -> bool:
+        """Joins all parts if all are complete. Whether they are joined now, by whichever process."""
+        while self.own.exists():
+            if self._missing() and not self._is_in_the_index():
+                return False
+            with self.turn(), alive(self.sign(self.index), self._patience):
+                # Two may be complete at the same moment: one of them joins all, the other finds that done.
+                if self.own.exists() and self._is_in_the_index():
+                    shutil.rmtree(self.own, ignore_errors=True)  # whoever joined them was ended before it came to that
+                elif self.own.exists() and not self._missing():
+                    self.check_same()
+                    merge_locked(self._every, self.directory, move=True, before_it_counts=self._note_joined)
+                    for number in range(len(self._every)):
+                        self.sign(number).unlink(missing_ok=True)  # of processes that were killed
+        return True
+
+    def _missing(self) -> list[int]:
+        """The parts that are not complete."""
+        expected = self.whole if self._overwrite else None
+        return [number for number, path in enumerate(self._every) if not _is_complete(path, expected)]
+
+    def _note_joined(self, manifest: Manifest) -> None:
+        builds = [read_manifest(part).get("build") for part in self._every]
+        facts = {**self.whole, "builds": builds, **_state(manifest)}
+        write_json(self.directory / _WHOLE, facts)
+
+    def _is_in_the_index(self) -> bool:
+        """Whether the own part, as it is, was joined with the others to the index that is there."""
+        if not (self.directory / MANIFEST).exists() or not _is_complete(self.own):
+            return False
+        facts = _joined_facts(self.directory, read_manifest(self.directory), ())
+        return facts is not None and read_manifest(self.own).get("build") in (facts.get("builds") or [])
+
+    def wait_for_others(self) -> None:
+        """Waits until all parts are joined, as long as processes work on those that are not complete.
+
+        Raises:
+            EntityIndexError: naming the parts that nobody works on.
+        """
+        pause, longest = _PAUSES
+        missing: list[int] = []
+        while not self.joined():
+            if not self._overwrite:
+                self.check_same()
+            before, missing = missing, self._missing()
+            if missing != before:
+                silence = self._silence(missing)
+            elif missing and silence.seconds() > self._patience:
+                names = ", ".join(self._every[number].name for number in missing)
+                raise EntityIndexError(
+                    f"Waited for {names} of the index {self.directory}, on which no process works: none gave a sign of "
+                    f"life for {self._patience:.0f} seconds. All processes must call build with the same entities and "
+                    "options; one that ended says why in its own messages. Make the same call again to go on; or, to "
+                    "build all in one process, pass shard=None."
+                )
+            time.sleep(pause)
+            pause = min(1.5 * pause, longest)
+
+
+def _state(manifest: Manifest) -> dict[str, Any]:
+    """What tells an index from those that it becomes or was."""
+    return {"generation": manifest["generation"], "first_shard": manifest["shards"][0]["name"]}
+
+
+def _joined_facts(directory: Path, manifest: Manifest, without: Sequence[str]) -> dict[str, Any] | None:
+    """What is noted of the parts of the index that is there; `None` if it was not joined, or was changed since."""
+    facts = _whole_of(directory) or {}
+    state = _state(manifest)
+    if {name: facts.get(name) for name in state} != state:
+        return None
+    return {name: value for name, value in facts.items() if name not in (*state, *without)}
 
 
 def _is_complete(part: Path, whole: Mapping[str, Any] | None = None) -> bool:
@@ -271,70 +388,6 @@ def _holds(part: Path, records: Any) -> bool:
     return not any(True for _ in source.skip(1))
 
 
-def _joined(directory: Path, own: Path, every: Sequence[Path], whole: Mapping[str, Any], overwrite: bool) -> bool:
-    """Joins all parts if all are complete. Whether they are joined now, by whichever process.
-
-    Args:
-        whole: what they are parts of.
-        overwrite: whether one of something else is left by a build that is given up, and so is not complete yet; else
-            it is an error.
-    """
-    expected = whole if overwrite else None
-    while own.exists():
-        with _turn(directory):
-            # Two may be complete at the same moment: one of them joins all, the other finds that done.
-            if own.exists() and _is_newer(directory / MANIFEST, own / MANIFEST):
-                shutil.rmtree(own, ignore_errors=True)  # whoever joined them was ended before it came to that
-            elif own.exists():
-                if not all(_is_complete(path, expected) for path in every):
-                    return False
-                _check_same_whole(every)
-                _merge(every, directory, move=True)
-                facts = {**whole, "generation": read_manifest(directory)["generation"]}
-                write_json(directory / _WHOLE, facts)
-    return True
-
-
-def _is_newer(one: Path, other: Path) -> bool:
-    try:
-        return one.stat().st_mtime_ns > other.stat().st_mtime_ns
-    except OSError:
-        return False
-
-
-def _wait_for_others(
-    directory: Path, own: Path, every: Sequence[Path], whole: Mapping[str, Any], overwrite: bool
-) -> None:
-    """Waits until all parts are joined, as long as processes work on those that are not complete.
-
-    Raises:
-        EntityIndexError: naming the parts that nobody works on.
-    """
-    pause, longest = _PAUSES
-    sign, since = -1, time.monotonic()
-    while not _joined(directory, own, every, whole, overwrite):
-        missing = [path for path in every if not _is_complete(path, whole if overwrite else None)]
-        changed = max((_changed(path) for path in missing), default=0)
-        if changed != sign or any(is_locked(path) for path in missing):
-            sign, since = changed, time.monotonic()
-        elif time.monotonic() - since > _SILENCE:
-            raise EntityIndexError(
-                f"Waited for {', '.join(path.name for path in missing)} of the index {directory}, on which no process "
-                f"works: nothing changed there for {_SILENCE:.0f} seconds. All processes must call build with the same "
-                "entities; one that ended says why in its own messages. Make the same call again to go on; or, to "
-                "build all in one process, pass shard=None."
-            )
-        time.sleep(pause)
-        pause = min(1.5 * pause, longest)
-
-
-def _changed(directory: Path) -> int:
-    try:
-        return directory.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
 def _note_whole(own: Path, whole: dict[str, Any], overwrite: bool) -> None:
     """Notes in a part what it is a part of.
 
@@ -345,7 +398,7 @@ def _note_whole(own: Path, whole: dict[str, Any], overwrite: bool) -> None:
     known = _whole_of(own)
     if known == whole:
         return
-    if known is not None:
+    if known is not None and ((own / MANIFEST).exists() or (own / BUILD_STATE).exists()):
         if not overwrite:
             raise EntityIndexError(
                 f"{own} was begun as a part of other entities ({known.get('entities')}, now {whole['entities']}, or "
@@ -365,113 +418,4 @@ def _whole_of(part: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) else None
 
 
-def _check_same_whole(every: Sequence[Path]) -> None:
-    """Refuses parts that processes with other data have made. Of which model they are is checked in joining them."""
-    facts = [{key: (_whole_of(part) or {}).get(key) for key in ("entities", "records")} for part in every]
-    for part, found in zip(every, facts, strict=True):
-        if found != facts[0]:
-            raise EntityIndexError(
-                f"{part} and {every[0]} are parts of different entities. All processes must read the same data: the "
-                "same data set, revision and options. Pass overwrite=True in all of them to start again."
-            )
-
-
-def merge_parts(directories: Sequence[Path], output_dir: Path, *, move: bool = False, overwrite: bool = False) -> None:
-    """Joins stored indexes to one, in their order, by links to their files, or by copies where links are not possible.
-
-    The parts stay as they are, unless they are moved: then they are deleted once the index is complete. Whenever the
-    process is killed, the parts are whole or the index is.
-
-    Raises:
-        EntityIndexError: if a part is missing, damaged or unfinished, parts are of different models or precisions, two
-            have an entity of the same id, or `output_dir` holds an index already.
-    """
-    with locked(output_dir):
-        if (output_dir / MANIFEST).exists() and not overwrite:
-            raise EntityIndexError(
-                f"{output_dir} already holds an index. Name another directory, or pass overwrite=True to replace it."
-            )
-        _merge(directories, output_dir, move)
-
-
-def _merge(directories: Sequence[Path], output_dir: Path, move: bool) -> None:
-    parts = [Part.opened(directory) for directory in directories]
-    _check_fits(parts)
-    manifest = new_manifest(parts[0].manifest["dtype"], parts[0].manifest["model"])
-    manifest["generation"] = next_generation(output_dir)
-    entries: list[dict[str, Any]] = []
-    try:
-        with no_space_told(output_dir):
-            for part in parts:
-                for entry in part.manifest["shards"]:
-                    entries.append(_linked(part.directory, entry, output_dir, len(entries)))
-        manifest["shards"] = entries
-        removed = torch.cat([part.store.removed for part in parts])
-        store = Store([read_shard(output_dir, entry) for entry in entries], removed)
-        publish(output_dir, manifest, store, parts[0].matcher)
-    except BaseException:
-        _remove_linked(output_dir, entries)
-        raise
-    if move:
-        for part in parts:
-            if part.directory.resolve() != output_dir.resolve():
-                shutil.rmtree(part.directory, ignore_errors=True)
-
-
-def _remove_linked(directory: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Deletes what was linked, unless it is the index by now."""
-    with suppress(EntityIndexError):
-        if {entry["name"] for entry in read_manifest(directory)["shards"]} >= {entry["name"] for entry in entries}:
-            return
-    for entry in entries:
-        for file in shard_files(entry["name"]):
-            (directory / file).unlink(missing_ok=True)
-
-
-def _check_fits(parts: Sequence[Part]) -> None:
-    if not parts:
-        raise EntityIndexError("There are no parts to merge: name the directories of one index or more.")
-    first = parts[0]
-    for number, part in enumerate(parts):
-        if any(part.directory.resolve() == other.directory.resolve() for other in parts[:number]):
-            raise EntityIndexError(f"The part {part.directory} is named twice.")
-        if part.manifest["dtype"] != first.manifest["dtype"]:
-            raise EntityIndexError(
-                f"The part {part.directory} is stored in {part.manifest['dtype']}, the part {first.directory} in "
-                f"{first.manifest['dtype']}: parts must have one precision. Build one of them again."
-            )
-        if not same_model(part.manifest["model"], first.manifest["model"]):
-            raise EntityIndexError(
-                f"The part {part.directory} was made by another model or processor than the part {first.directory}: "
-                "their scores cannot be compared. Build one of them again."
-            )
-        for other in parts[:number]:
-            _check_ids(other, part)
-
-
-def _check_ids(one: Part, other: Part) -> None:
-    """Refuses an id that is in both, but for entities that were removed."""
-    for shard in other.store.shards:
-        doubtful = one.store.ids.has(shard.hashes)
-        for row in shard.hash_rows[doubtful].tolist():
-            entity_id = shard.table[row]["id"]
-            if one.store.row(entity_id) is not None and other.store.row(entity_id) is not None:
-                raise EntityIndexError(
-                    f"The parts {one.directory} and {other.directory} both have the entity {entity_id!r}: ids must be "
-                    "unique. Remove it from one of them."
-                )
-
-
-def _linked(source: Path, entry: dict[str, Any], directory: Path, number: int) -> dict[str, Any]:
-    """A shard's files in another directory, and its entry there; its name tells its place."""
-    name, files = new_shard_name(number), {}
-    for old, new in zip(shard_files(entry["name"]), shard_files(name), strict=True):
-        try:
-            os.link(source / old, directory / new)
-        except OSError:  # another file system, or one that has no links; a full disk is told by the copy
-            shutil.copyfile(source / old, directory / new)
-        files[new] = entry["files"][old]
-    return {**entry, "name": name, "files": files}
-
-
-__all__ = ["build_part", "checked_part", "merge_parts", "part_directory", "process_of_launch", "records_of_part"]
+__all__ = ["build_part", "checked_part", "part_directory", "process_of_launch", "records_of_part"]

@@ -16,7 +16,7 @@ import pytest
 
 from mimic_el import files_mimic
 from mimic_el.errors_mimic import EntityIndexError
-from mimic_el.files_mimic import is_locked, locked, mapped, read_json, regular
+from mimic_el.files_mimic import locked, mapped, read_json, regular
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -93,14 +93,7 @@ def test_a_lock_is_held_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ):
         pass
     with locked(tmp_path):
-        assert is_locked(tmp_path)
-    assert not is_locked(tmp_path)
-
-
-def test_asking_for_a_lock_makes_nothing(tmp_path: Path):
-    assert not is_locked(tmp_path / "nothing")
-    assert not is_locked(tmp_path)
-    assert not list(tmp_path.iterdir())
+        pass
 
 
 def test_what_a_lock_must_not_be(tmp_path: Path):
@@ -131,8 +124,7 @@ def test_a_file_system_without_locks(tmp_path: Path):
         ):
             locked(tmp_path).__enter__()
         with locked(tmp_path):
-            assert is_locked(tmp_path)
-        assert not is_locked(tmp_path)
+            pass
     assert not (tmp_path / ".lock-owner").exists()
 
 

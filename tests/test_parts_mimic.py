@@ -1,27 +1,30 @@
-"""Tests of parts_mimic.py: parts of an index built by themselves and joined, and what is refused."""
+"""Tests of parts_mimic.py: parts of an index built by processes that may fail, and what is refused."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 from gloo import outcomes_together
 from python_processes import own_python
-from tiny import encode_mentions, knowledge_base, mentions_of, once, tiny_processor
+from tiny import assert_equal_bytes, assert_same_index, knowledge_base, once, tiny_processor
 from tiny_clip import tiny_model
 
-from mimic_el import building_mimic, parts_mimic
+from mimic_el import building_mimic, files_mimic, parts_mimic
+from mimic_el.directory_mimic import files_of, read_manifest
 from mimic_el.errors_mimic import EntityIndexError, MimicImageError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
 
 ENTITIES = 11
+now_of_this_machine = time.time
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +37,6 @@ def build(
     parts: tuple[MimicModel, MimicProcessor], entities: Any, directory: Path | None, **options: Any
 ) -> EntityIndex:
     return EntityIndex.build(*parts, entities, directory, shard_entities=2, show_progress=False, **options)
-
-
-def assert_same_index(one: EntityIndex, other: EntityIndex, parts: tuple[MimicModel, MimicProcessor]) -> None:
-    """The same entities in the same order, and the same answers."""
-    assert list(one.entities()) == list(other.entities())
-    mentions = encode_mentions(*parts, mentions_of(knowledge_base(4)))
-    found, wanted = one.search(mentions, 5), other.search(mentions, 5)
-    assert found.entity_ids == wanted.entity_ids
-    # Rounding differs with the batch in which an entity was encoded.
-    np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 3, ENTITIES])
@@ -94,91 +87,6 @@ def test_a_part_that_was_interrupted_goes_on(
         index = build(parts, entities, tmp_path / "index", shard=(1, 2))
     assert encoded == [2, 1]  # 5 entities, of which a shard of 2 was there
     assert_same_index(index, build(parts, entities, None), parts)
-
-
-def test_parts_of_machines_that_share_nothing_are_merged(
-    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path
-) -> None:
-    directories = [tmp_path / "a", tmp_path / "b"]
-    build(parts, knowledge_base(6), directories[0])
-    second = build(parts, knowledge_base(6, start=6), directories[1])
-    second.remove(["e7"])
-    index = EntityIndex.merge(directories, tmp_path / "index")
-    known = [entity for entity in knowledge_base(12) if entity["id"] != "e7"]
-    assert_same_index(index, build(parts, known, None), parts)
-    assert "e7" not in index
-    linked = next((tmp_path / "index").glob("shard-*.safetensors"))
-    assert os.stat(linked).st_nlink == 2  # nothing was copied
-    assert len(EntityIndex.from_pretrained(directories[0])) == 6  # the parts stay
-    index.compact()  # and are not changed by changes of the index
-    assert len(EntityIndex.from_pretrained(directories[1])) == 5
-
-    moved = EntityIndex.merge(directories, tmp_path / "moved", move=True)
-    assert len(moved) == 11
-    assert not any(directory.exists() for directory in directories)
-    moved.verify()
-
-
-def test_files_are_copied_where_they_cannot_be_linked(
-    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: Any) -> None:
-        raise OSError("no links here")
-
-    monkeypatch.setattr(parts_mimic.os, "link", refuse)
-    one = build(parts, knowledge_base(4), tmp_path / "a")
-    assert_same_index(EntityIndex.merge([tmp_path / "a"], tmp_path / "index"), one, parts)
-
-
-def test_a_merge_that_fails_leaves_nothing(
-    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a full disk, when the second shard is copied, and when the list of files is written."""
-    build(parts, knowledge_base(6), tmp_path / "a")
-    for name in ("_linked", "publish"):
-        function = getattr(parts_mimic, name)
-        calls: list[int] = []
-
-        def full(*args: Any, function: Any = function, calls: list[int] = calls, name: str = name) -> Any:
-            calls.append(1)
-            if name == "publish" or len(calls) == 2:
-                raise OSError(28, "No space left on device")
-            return function(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(parts_mimic, name, full)
-            with pytest.raises((OSError, EntityIndexError)):
-                EntityIndex.merge([tmp_path / "a"], tmp_path / "index", move=True)
-        assert not list((tmp_path / "index").glob("shard-*"))
-        assert len(EntityIndex.from_pretrained(tmp_path / "a")) == 6
-    assert len(EntityIndex.merge([tmp_path / "a"], tmp_path / "index", move=True)) == 6
-
-
-def test_parts_that_do_not_fit_are_refused(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
-    build(parts, knowledge_base(4), tmp_path / "a")
-    build(parts, knowledge_base(4, start=3), tmp_path / "common")
-    build(parts, knowledge_base(4, start=4), tmp_path / "int8", dtype="int8")
-    other = tiny_model(seed=1)
-    build((other, tiny_processor(other)), knowledge_base(4, start=4), tmp_path / "other")
-    shutil.copytree(tmp_path / "a", tmp_path / "cut")
-    next((tmp_path / "cut").glob("shard-*.jsonl")).unlink()
-    for name, message in (
-        ("common", "both have the entity 'e3'"),
-        ("int8", "is stored in int8, the part .* in float16"),
-        ("other", "was made by another model or processor"),
-        ("cut", "lacks its file"),
-        ("nothing", "There is no entity index in"),
-        ("a", "is named twice"),
-    ):
-        with pytest.raises(EntityIndexError, match=message):
-            EntityIndex.merge([tmp_path / "a", tmp_path / name], tmp_path / "index")
-        assert not list((tmp_path / "index").glob("shard-*"))
-    with pytest.raises(EntityIndexError, match="There are no parts to merge"):
-        EntityIndex.merge([], tmp_path / "index")
-    with pytest.raises(ValueError, match="must be a list of directories"):
-        EntityIndex.merge(str(tmp_path / "a"), tmp_path / "index")
-    with pytest.raises(EntityIndexError, match="already holds an index"):
-        EntityIndex.merge([tmp_path / "common"], tmp_path / "a")
 
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 3, "1/2", (True, 2), (0.0, 2)])
@@ -240,30 +148,51 @@ _TOGETHER = """
 import os, signal, sys
 sys.path.insert(0, tests)
 import tiny, tiny_clip
-from mimic_el import EntityIndex, building_mimic, parts_mimic
+from mimic_el import EntityIndex, building_mimic, joining_mimic, parts_mimic
 
-parts_mimic._SILENCE, parts_mimic._PAUSES = silence, (0.01, 0.05)
+parts_mimic._PAUSES = 0.01, 0.05
 model = tiny_clip.tiny_model()
 write_shard, written = building_mimic.write_shard, []
 
+fault = faults.get(str(rank))
+
 def noted(directory, shard):
-    if faults.get(str(rank)) == "killed" and len(written) == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if faults.get(str(rank)) == "full" and len(written) == 1:
+    if fault in ("killed", "stopped") and len(written) == 1:
+        os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+    if fault == "full" and len(written) == 1:
         raise OSError(28, "No space left on device")
     written.append(len(shard))
     return write_shard(directory, shard)
 
 building_mimic.write_shard = noted
-entities = tiny.knowledge_base(number, start=5 if faults.get(str(rank)) == "other data" else 0)
-index = EntityIndex.build(model, tiny.tiny_processor(model), entities, place, shard_entities=2, show_progress=False)
+if fault == "killed in joining":
+    publish = joining_mimic.publish
+    def killed(directory, *args):
+        try:
+            os.close(os.open(first, os.O_CREAT | os.O_EXCL))  # of those that come to this, the first
+        except FileExistsError:
+            return publish(directory, *args)
+        os.kill(os.getpid(), signal.SIGKILL)
+    joining_mimic.publish = killed
+entities = tiny.knowledge_base(number, start=5 if fault == "other data" else 0)
+options = {"encoding_dtype": "bfloat16"} if fault == "other options" else {}
+index = EntityIndex.build(model, tiny.tiny_processor(model), entities, place, shard_entities=2, show_progress=False,
+                          patience=patience, **options)
 result = [list(index), str(index.directory), written]
 """
 
 
 @pytest.fixture(scope="module")
 def together(hub: Any) -> Any:
-    def run(folder: Path, count: int, *, connect: bool = True, faults: Any = (), number: int = ENTITIES) -> Any:
+    def run(
+        folder: Path,
+        count: int,
+        *,
+        connect: bool = True,
+        faults: Any = (),
+        number: int = ENTITIES,
+        patience: float = 60.0,
+    ) -> Any:
         outcomes, output = outcomes_together(
             own_python(hub),
             count,
@@ -274,9 +203,11 @@ def together(hub: Any) -> Any:
             faults=dict(faults),
             place=str(folder),
             number=number,
-            silence=1.0 if faults else 60.0,
+            patience=patience,
+            first=str(folder.with_name("first")),
         )
-        assert all(kind != "hangs" for kind, _ in outcomes), output
+        stopped = [rank for rank, fault in dict(faults).items() if fault == "stopped"]
+        assert all(kind != "hangs" for rank, (kind, _) in enumerate(outcomes) if rank not in stopped), output
         return outcomes
 
     return run
@@ -309,22 +240,95 @@ def test_processes_that_are_started_together_build_one_index(
         assert "already holds an index" in message
 
 
-@pytest.mark.parametrize("fault", ["killed", "full"])
+@pytest.fixture(scope="module")
+def undisturbed(together: Any, tmp_path_factory: pytest.TempPathFactory) -> EntityIndex:
+    directory = tmp_path_factory.mktemp("undisturbed") / "index"
+    assert [kind for kind, _ in together(directory, 2)] == ["result", "result"]
+    return EntityIndex.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped", "full"])
 def test_a_process_that_ends_is_not_waited_for_and_its_part_goes_on(
-    parts: tuple[MimicModel, MimicProcessor], together: Any, tmp_path: Path, fault: str
+    undisturbed: EntityIndex, together: Any, tmp_path: Path, fault: str
 ) -> None:
-    """Killed, or stopped by a full disk: nothing is lost but its last shard."""
-    one, other = together(tmp_path / "index", 2, faults={1: fault})
+    """Killed, or stopped, or by a full disk: nothing is lost but its last shard."""
+    one, other = together(tmp_path / "index", 2, faults={1: fault}, patience=1.0)
     assert one[0] == "error"
     assert "Waited for part-00001-of-00002" in one[1]
+    assert "none gave a sign of life for 1 seconds" in one[1]
     assert "pass shard=None" in one[1]
-    assert other == ("killed", None) if fault == "killed" else "no space" in other[1].lower()
+    assert "no space" in other[1].lower() if fault == "full" else other[0] in ("killed", "hangs")
     outcomes = together(tmp_path / "index", 2)
     assert [kind for kind, _ in outcomes] == ["result", "result"]
     assert [value[2] for _, value in outcomes] == [[], [2, 1]]  # of 5 entities 2 were stored
-    assert_same_index(
-        EntityIndex.from_pretrained(tmp_path / "index"), build(parts, knowledge_base(ENTITIES), None), parts
-    )
+    assert_equal_bytes(EntityIndex.from_pretrained(tmp_path / "index"), undisturbed)
+
+
+def test_one_that_is_killed_while_it_joins_the_parts_is_stood_in_for(
+    undisturbed: EntityIndex, together: Any, tmp_path: Path
+) -> None:
+    """Between the links to the shards and the list of files; the other joins them, and nothing is left over."""
+    outcomes = together(tmp_path / "index", 2, faults=dict.fromkeys(range(2), "killed in joining"))
+    assert sorted(kind for kind, _ in outcomes) == ["killed", "result"]
+    index = EntityIndex.from_pretrained(tmp_path / "index")
+    assert_equal_bytes(index, undisturbed)
+    left = {path.name for path in (tmp_path / "index").iterdir()}
+    assert left - {path.name for path in Path(str(undisturbed.directory)).iterdir() if "-" not in path.name} == {
+        file for file in files_of(read_manifest(tmp_path / "index")) if "-" in file
+    }
+    # Once more, after the fact: both have it, and nothing is encoded.
+    assert [value[2] for _, value in together(tmp_path / "index", 2)] == [[], []]
+
+
+def test_clocks_that_differ(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of machines and of the file system: an index of before is not taken for the one that is built, and one of
+    this launch is."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    directory = tmp_path / "index"
+    hour = 3600.0
+    for ahead in (-hour, hour):
+        shutil.rmtree(directory, ignore_errors=True)
+        for number in range(2):
+            build(parts, knowledge_base(6), directory, shard=(number, 2))
+        # The old index was written by a machine whose clock is wrong; the new one has another name in it.
+        now = time.time() + ahead
+        os.utime(directory / "index_config.json", (now, now))
+        renamed = [{**entity, "name": f"New {entity['id']}"} for entity in knowledge_base(6)]
+        build(parts, renamed, directory, shard=(1, 2), overwrite=True)
+        assert (directory / "part-00001-of-00002").exists()
+        index = build(parts, renamed, directory, shard=(0, 2), overwrite=True)
+        assert index.entity("e0")["name"] == "New e0"
+        assert not list(directory.glob("part-*"))
+        # A process that comes when they are joined already, whose clock is wrong.
+        with monkeypatch.context() as patch:
+            patch.setattr(parts_mimic.time, "time", lambda ahead=ahead: now_of_this_machine() + ahead)
+            for since, joined_now in ((-60.0, True), (60.0, False)):
+                patch.setattr(parts_mimic, "_STARTED", time.time() + since)
+                together = parts_mimic._Together(directory, 0, 2, True, 1.0)
+                together.whole = {
+                    name: value
+                    for name, value in json.loads((directory / "part_of.json").read_text()).items()
+                    if name not in ("builds", "generation", "first_shard")
+                }
+                assert together.was_joined() is joined_now
+
+
+def test_a_directory_that_a_dead_machine_holds_is_given_up(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without locks, where nobody can tell whether the owner is alive."""
+    monkeypatch.setattr(files_mimic, "_flock", lambda *_: False)
+    monkeypatch.setattr(files_mimic, "_LOCK_SECONDS", 0.05)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / ".lock-owner").write_text("a-machine-that-is-gone 1")
+    with pytest.raises(EntityIndexError, match=r"the file .*\.lock-owner says that another process"):
+        build(parts, knowledge_base(4), tmp_path / "index", shard=(0, 2), patience=0.2)
+    (tmp_path / "index" / ".lock-owner").unlink()
+    assert len(build(parts, knowledge_base(4), tmp_path / "index", shard=(0, 2), patience=0.2)) == 2
+    with pytest.raises(ValueError, match="`patience` must be a number of seconds above 0"):
+        build(parts, knowledge_base(4), tmp_path / "index", shard=(1, 2), patience=0)
 
 
 def test_a_process_whose_part_was_joined_before_it_came_has_the_index(
@@ -341,10 +345,11 @@ def test_a_process_whose_part_was_joined_before_it_came_has_the_index(
 
 
 def test_processes_with_other_data_and_too_many_processes_are_refused(together: Any, tmp_path: Path) -> None:
-    for kind, message in together(tmp_path / "index", 2, faults={1: "other data"}):
-        assert kind == "error"
-        assert "parts of different entities" in message
-    assert not (tmp_path / "index" / "index_config.json").exists()
+    for fault, told in (("other data", "parts of different entities"), ("other options", "another encoding_dtype")):
+        for kind, message in together(tmp_path / fault, 2, faults={1: fault}, patience=2.0):
+            assert kind == "error"
+            assert told in message or "Waited for part-0000" in message
+        assert not (tmp_path / fault / "index_config.json").exists()
     for kind, message in together(tmp_path / "few", 3, number=2):
         assert kind == "error"
         assert "2 entities cannot be built in 3 parts" in message

@@ -120,3 +120,22 @@ def once(items: Iterable[Any]) -> Iterator[Any]:
 def small_shards(monkeypatch: pytest.MonkeyPatch, entities: int) -> None:
     """Makes the shards of all that is built, changed and saved from now on hold so many entities."""
     monkeypatch.setattr(directory_mimic, "SHARD_ENTITIES", entities)
+
+
+def assert_same_index(one: EntityIndex, other: EntityIndex, parts: tuple[MimicModel, MimicProcessor]) -> None:
+    """The same entities in the same order, and the same answers."""
+    assert list(one.entities()) == list(other.entities())
+    mentions = encode_mentions(*parts, mentions_of(knowledge_base(4)))
+    found, wanted = one.search(mentions, 5), other.search(mentions, 5)
+    assert found.entity_ids == wanted.entity_ids
+    # Rounding differs with the batch in which an entity was encoded.
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5)
+
+
+def assert_equal_bytes(one: EntityIndex, other: EntityIndex) -> None:
+    assert list(one.entities()) == list(other.entities())
+    rows = slice(0, len(other))
+    found, wanted = (index._contents.store.full(rows, torch.device("cpu")).tensors for index in (one, other))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+    one.verify()

@@ -1,0 +1,149 @@
+"""Tests of joining_mimic.py: stored indexes joined to one, what is refused, and what is left when it is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gloo import outcomes_together
+from python_processes import own_python
+from tiny import assert_equal_bytes, assert_same_index, knowledge_base, tiny_processor
+from tiny_clip import tiny_model
+
+from mimic_el import joining_mimic
+from mimic_el.errors_mimic import EntityIndexError
+from mimic_el.index_mimic import EntityIndex
+from mimic_el.modeling_mimic import MimicModel
+from mimic_el.processing_mimic import MimicProcessor
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[MimicModel, MimicProcessor]:
+    model = tiny_model()
+    return model, tiny_processor(model)
+
+
+def build(
+    parts: tuple[MimicModel, MimicProcessor], entities: Any, directory: Path | None, **options: Any
+) -> EntityIndex:
+    return EntityIndex.build(*parts, entities, directory, shard_entities=2, show_progress=False, **options)
+
+
+def test_parts_of_machines_that_share_nothing_are_merged(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path
+) -> None:
+    directories = [tmp_path / "a", tmp_path / "b"]
+    build(parts, knowledge_base(6), directories[0])
+    second = build(parts, knowledge_base(6, start=6), directories[1])
+    second.remove(["e7"])
+    index = EntityIndex.merge(directories, tmp_path / "index")
+    known = [entity for entity in knowledge_base(12) if entity["id"] != "e7"]
+    assert_same_index(index, build(parts, known, None), parts)
+    assert "e7" not in index
+    linked = next((tmp_path / "index").glob("shard-*.safetensors"))
+    assert os.stat(linked).st_nlink == 2  # nothing was copied
+    assert len(EntityIndex.from_pretrained(directories[0])) == 6  # the parts stay
+    index.compact()  # and are not changed by changes of the index
+    assert len(EntityIndex.from_pretrained(directories[1])) == 5
+
+    moved = EntityIndex.merge(directories, tmp_path / "moved", move=True)
+    assert len(moved) == 11
+    assert not any(directory.exists() for directory in directories)
+    moved.verify()
+
+
+def test_files_are_copied_where_they_cannot_be_linked(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(joining_mimic.os, "link", refuse)
+    one = build(parts, knowledge_base(4), tmp_path / "a")
+    assert_same_index(EntityIndex.merge([tmp_path / "a"], tmp_path / "index"), one, parts)
+
+
+def test_a_merge_that_fails_leaves_nothing(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk, when the second shard is copied, and when the list of files is written."""
+    build(parts, knowledge_base(6), tmp_path / "a")
+    for name in ("_linked", "publish"):
+        function = getattr(joining_mimic, name)
+        calls: list[int] = []
+
+        def full(*args: Any, function: Any = function, calls: list[int] = calls, name: str = name) -> Any:
+            calls.append(1)
+            if name == "publish" or len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return function(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(joining_mimic, name, full)
+            with pytest.raises((OSError, EntityIndexError)):
+                EntityIndex.merge([tmp_path / "a"], tmp_path / "index", move=True)
+        assert not list((tmp_path / "index").glob("shard-*"))
+        assert len(EntityIndex.from_pretrained(tmp_path / "a")) == 6
+    assert len(EntityIndex.merge([tmp_path / "a"], tmp_path / "index", move=True)) == 6
+
+
+def test_parts_that_do_not_fit_are_refused(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
+    build(parts, knowledge_base(4), tmp_path / "a")
+    build(parts, knowledge_base(4, start=3), tmp_path / "common")
+    build(parts, knowledge_base(4, start=4), tmp_path / "int8", dtype="int8")
+    other = tiny_model(seed=1)
+    build((other, tiny_processor(other)), knowledge_base(4, start=4), tmp_path / "other")
+    shutil.copytree(tmp_path / "a", tmp_path / "cut")
+    next((tmp_path / "cut").glob("shard-*.jsonl")).unlink()
+    for name, message in (
+        ("common", "both have the entity 'e3'"),
+        ("int8", "is stored in int8, the part .* in float16"),
+        ("other", "was made by another model or processor"),
+        ("cut", "lacks its file"),
+        ("nothing", "There is no entity index in"),
+        ("a", "is named twice"),
+    ):
+        with pytest.raises(EntityIndexError, match=message):
+            EntityIndex.merge([tmp_path / "a", tmp_path / name], tmp_path / "index")
+        assert not list((tmp_path / "index").glob("shard-*"))
+    with pytest.raises(EntityIndexError, match="There are no parts to merge"):
+        EntityIndex.merge([], tmp_path / "index")
+    with pytest.raises(ValueError, match="must be a list of directories"):
+        EntityIndex.merge(str(tmp_path / "a"), tmp_path / "index")
+    with pytest.raises(EntityIndexError, match="already holds an index"):
+        EntityIndex.merge([tmp_path / "common"], tmp_path / "a")
+
+
+@pytest.mark.parametrize("move", [False, True], ids=["linked", "moved"])
+def test_a_process_that_is_killed_while_it_joins(
+    parts: tuple[MimicModel, MimicProcessor], hub: Any, tmp_path: Path, move: bool
+) -> None:
+    """Between the links to the shards and the list of files: the parts are whole, and the same call joins them."""
+    directories = [str(tmp_path / name) for name in ("a", "b")]
+    for number, directory in enumerate(directories):
+        build(parts, knowledge_base(3, start=3 * number), Path(directory))
+    wanted = EntityIndex.merge(directories, tmp_path / "undisturbed")
+    code = """
+        import os, signal
+        from mimic_el import EntityIndex, joining_mimic
+        joining_mimic.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        EntityIndex.merge(directories, place, move=move)
+    """
+    place = tmp_path / "index"
+    given = {"directories": directories, "place": str(place), "move": move}
+    outcomes, _ = outcomes_together(own_python(hub), 1, code, tmp_path / "run", connect=False, **given)
+    assert outcomes == [("killed", None)]
+    left = set(place.glob("shard-*"))
+    assert left
+    with pytest.raises(EntityIndexError, match="There is no entity index"):
+        EntityIndex.from_pretrained(place)
+    for directory in directories:
+        EntityIndex.from_pretrained(directory).verify()
+    index = EntityIndex.merge(directories, place, move=move)
+    assert_equal_bytes(index, wanted)
+    assert not left & set(place.glob("shard-*"))
+    assert len(list(place.glob("shard-*"))) == len(list((tmp_path / "undisturbed").glob("shard-*")))
+    assert [Path(directory).exists() for directory in directories] == [not move] * 2
