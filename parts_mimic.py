@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -215,8 +214,7 @@ def build_part(
 
 def _facts_of(builder: Builder) -> dict[str, Any]:
     """What else must be the same of all parts; what is so by default is left out."""
-    made_by = json.dumps(model_facts(builder.model, builder.processor), sort_keys=True, default=str)
-    facts = {"dtype": builder.dtype, "model": hashlib.sha256(made_by.encode()).hexdigest()}
+    facts = {"dtype": builder.dtype, "model": model_facts(builder.model, builder.processor)["fingerprint"]}
     return facts | ({"encoding_dtype": builder.encoding_dtype} if builder.encoding_dtype else {})
 
 

@@ -18,7 +18,7 @@ PUBLISHED_BATCH = 128
 
 
 # The arguments of `ModelArguments` that are `MimicConfig`'s.
-_CONFIG_ARGUMENTS = (
+CONFIG_ARGUMENTS = (
     "text_max_length",
     "image_hidden_size",
     "tglu_hidden_size",
@@ -112,7 +112,7 @@ class ModelArguments:
 
     def config_overrides(self) -> dict[str, Any]:
         """What `MimicConfig` is given."""
-        return {name: getattr(self, name) for name in _CONFIG_ARGUMENTS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in CONFIG_ARGUMENTS if getattr(self, name) is not None}
 
 
 @dataclass

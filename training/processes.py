@@ -27,6 +27,7 @@ from torch import distributed as dist
 from transformers import TrainingArguments
 
 from ..errors_mimic import MimicError
+from .arguments import CONFIG_ARGUMENTS
 from .gather import process_count, process_index
 from .knowledge_base import KnowledgeBase
 
@@ -333,13 +334,13 @@ _SETTINGS = """
 
 
 def check_same_settings(args: TrainingArguments, config: Any) -> None:
-    """Makes sure that all processes were given the same options, and a model of the same configuration.
+    """Makes sure that all processes were given the same options, and a model that is configured alike.
 
     Raises:
         ValueError: in all processes, naming one that was not, and the option.
     """
     own = {name: repr(getattr(args, name, None)) for name in _SETTINGS}
-    own |= {f"the model's {name}": repr(value) for name, value in config.to_dict().items() if name != "_name_or_path"}
+    own |= {f"the model's {name}": repr(getattr(config, name, None)) for name in CONFIG_ARGUMENTS}
     every: list[Any] = [None] * process_count()
     dist.all_gather_object(every, own)
     for place, other in enumerate(every):
