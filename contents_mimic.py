@@ -103,6 +103,12 @@ class Contents:
         """
         if self.directory is not None:
             verify_files(self.directory, self.manifest)
+            path = names_path(self.directory, self.manifest)
+            if path is not None and not self._stored_names(path).holds(self._made_names()):
+                raise EntityIndexError(
+                    f"The index file {path} does not hold the names that the index's tables give: one of them was "
+                    "changed or damaged. Restore it; or delete that file and call build_names() to make it again."
+                )
         self.store.check()
         for shard, start in zip(self.store.shards, self.store.starts, strict=False):
             removed = self.store.removed[start : start + len(shard)]
@@ -124,9 +130,21 @@ class Contents:
             if path is None:
                 return None
             if path.exists():
-                return NameTable.load(path, len(self.store))[0]
+                return self._stored_names(path)
         # In memory; or another process has replaced the file since this state was opened.
+        return self._made_names()
+
+    def _made_names(self) -> NameTable:
         return NameTable.of(record for shard in self.store.shards for record in shard.table)
+
+    def _stored_names(self, path: Path) -> NameTable:
+        names, shards = NameTable.load(path, len(self.store))
+        if shards != [shard.name for shard in self.store.shards]:
+            raise EntityIndexError(
+                f"The index file {path} holds names of other shards, or of the same in another order: it or the list "
+                "of shards was changed or damaged. Restore the index, or build it again."
+            )
+        return names
 
     def _known_names(self) -> tuple[NameTable, np.ndarray | None]:
         """The names, and for each row whether its entity was removed, where some were.
@@ -236,7 +254,7 @@ class Contents:
             return dataclasses.replace(self, manifest=manifest)
         if self.names is None:  # in the Hub's cache, which must not be changed: in memory
             made = dataclasses.replace(self)
-            made.__dict__["names"] = NameTable.of(record for shard in self.store.shards for record in shard.table)
+            made.__dict__["names"] = self._made_names()
             return made
         return self
 

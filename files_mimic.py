@@ -13,7 +13,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,30 @@ _MAPPED_FROM = 16 * 2**10
 # --- Writing --------------------------------------------------------------------------------------------------------
 
 
+def make_directory(directory: Path) -> Path:
+    """Makes a directory, unless it is there.
+
+    Raises:
+        EntityIndexError: if that is not possible, such as where a file lies.
+        OSError: if the disk is full.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        if _is_full(error):
+            raise
+        place = ascii(os.fspath(directory))
+        raise EntityIndexError(f"{place:.200} cannot be made a directory: {error}. Name another place.") from error
+    return directory
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file so that it is either whole or not there, whenever the process ends."""
+    """Writes a file so that it is either whole or not there, whenever the process ends.
+
+    Raises:
+        EntityIndexError: if it cannot be written there, such as where a directory lies.
+        OSError: if the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
@@ -51,8 +73,25 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> Exception:
+    """What to raise of an error of the system; that of a full disk as it is."""
+    if _is_full(error):
+        return error
+    return EntityIndexError(
+        f"{path} cannot be written: {error.strerror or error}. Look at what lies there and who may write there, or "
+        "name another place."
+    )
+
+
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def json_text(value: Any) -> str:
@@ -77,8 +116,7 @@ def no_space_told(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full:
+        if not _is_full(error):
             raise
         raise EntityIndexError(
             f"No space is left on the disk of {directory}. What is finished is kept: make room and run the same "
@@ -165,8 +203,7 @@ def locked(directory: Path) -> Iterator[None]:
         EntityIndexError: if another process holds it, or the lock's file is something else.
     """
     with no_space_told(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / LOCK
+        path = make_directory(directory) / LOCK
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise EntityIndexError(f"{path} is no regular file, so it cannot serve as a lock. Remove it.")
         try:
@@ -184,7 +221,10 @@ def _windows_lock(path: Path) -> Any:
 
 @contextmanager
 def _posix_lock(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o664)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o664)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     try:
         with nullcontext() if _flock(descriptor, path) else _owned(path.with_name(_OWNER)):
             yield
@@ -271,6 +311,7 @@ __all__ = [
     "is_there",
     "json_text",
     "locked",
+    "make_directory",
     "mapped",
     "no_space_told",
     "read_json",

@@ -136,6 +136,11 @@ class NameTable:
         """With the names of rows behind its own."""
         return self._sorted([self._unsorted(), other._unsorted()])
 
+    def holds(self, other: NameTable) -> bool:
+        """Whether it is the same table as another, and tells each name of it in a text."""
+        same = all(np.array_equal(getattr(self, name), getattr(other, name)) for name in _ARRAYS if name != "sizes")
+        return same and not bool((other.sizes & ~self.sizes).any())  # more sizes: of names that were there before
+
     def _unsorted(self) -> dict[str, np.ndarray]:
         hashes = np.empty_like(self.hashes)
         hashes[self.order] = self.hashes

@@ -26,7 +26,7 @@ from .alive_mimic import Silence, alive, clock_ahead
 from .building_mimic import Builder, build_in_directory
 from .directory_mimic import BUILD_STATE, MANIFEST, Manifest, read_manifest
 from .errors_mimic import EntityIndexError
-from .files_mimic import locked, no_space_told, read_json, write_json
+from .files_mimic import locked, make_directory, no_space_told, read_json, write_json
 from .identity_mimic import model_facts
 from .image_sources_mimic import ImagePlaces
 from .joining_mimic import merge_locked
@@ -392,7 +392,7 @@ def _note_whole(own: Path, whole: dict[str, Any], overwrite: bool) -> None:
     Raises:
         EntityIndexError: if it was begun as a part of something else.
     """
-    own.mkdir(parents=True, exist_ok=True)
+    make_directory(own)
     known = _whole_of(own)
     if known == whole:
         return

@@ -20,7 +20,7 @@ from .default_index_mimic import index_of_entities, opened_index
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
 from .errors_mimic import EntityIndexError, MentionError
 from .explain_mimic import Explainer
-from .files_mimic import no_space_told
+from .files_mimic import make_directory, no_space_told
 from .image_sources_mimic import ImagePlaces
 from .index_mimic import EntityIndex
 from .items_mimic import Answer, Answers, answered
@@ -357,6 +357,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             **kwargs: as of any pipeline.
         """
         with no_space_told(Path(save_directory)):
+            make_directory(Path(save_directory))
             if save_index:
                 self.index.save_pretrained(Path(save_directory) / "index")
                 self._config.default_index = "index"

@@ -318,14 +318,14 @@ def shard_files(name: Any) -> tuple[str, str]:
 def check_shards(shards: Sequence[Shard], matcher: Matcher, dtype: torch.dtype, where: Path) -> None:
     """Makes sure that the features of all shards are what the matcher scores."""
     expected = stored_layout(matcher, dtype)
-    length = 0
+    lengths: set[int] = set()
     for shard in shards:
         tensors = shard.tensors
         same = layout_of(tensors) == layout_of(expected)
         same = same and all(tensor.dtype == expected[name].dtype for name, tensor in tensors.items())
         if same:
-            length = length or tensors["text_query"].shape[1]
-            same = all(tensors[name].shape[1] == length for name in TOKENS if name in tensors)
+            lengths |= {tensors[name].shape[1] for name in TOKENS if name in tensors}
+            same = len(lengths) == 1 and lengths != {0}
         if not same:
             raise EntityIndexError(
                 f"The features in {where / shard_files(shard.name)[0]} are not those that this index's model makes: "

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_files_mimic import in_time  # noqa: F401  a fixture
 from tiny import index_of, knowledge_base, mention_features, random_encoded, small_shards, tiny_processor
@@ -309,7 +310,7 @@ def refit(place: Path) -> None:
     """Makes sizes, checksums and digest fit files that were changed: what a forger does."""
     path = place / MANIFEST
     manifest = json.loads(path.read_text())
-    for files in (manifest["files"], *(entry["files"] for entry in manifest["shards"])):
+    for files in (manifest["files"], *(entry["files"] for entry in [*manifest["shards"], manifest["names"]])):
         for name in files:
             files[name] = directory_mimic.file_facts(place / name)
     path.write_text(json.dumps(sealed(manifest)))
@@ -388,6 +389,47 @@ def test_a_shard_or_the_removed_rows_taken_out(place: Path):
         (place / MANIFEST).write_text(json.dumps(sealed(changed)))
         with pytest.raises(EntityIndexError):
             EntityIndex.from_pretrained(place)
+
+
+def test_shards_in_another_order_are_found(place: Path):
+    """Rows that were removed, and those of names, would be other entities'."""
+    manifest = json.loads((place / MANIFEST).read_text())
+    manifest["shards"].reverse()
+    (place / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    index = EntityIndex.from_pretrained(place)
+    for act in (index.verify, lambda: index.find("Orange")):
+        with pytest.raises(EntityIndexError, match="in another order"):
+            act()
+
+
+@pytest.mark.parametrize("name", ["rows", "written", "texts", "hashes", "order"])
+def test_names_that_are_not_those_of_the_tables_are_found(name: str, place: Path):
+    path = next(place.glob("names-*"))
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors[name][:2] = tensors[name][:2].flip(0) if name != "texts" else tensors[name][:2] + 1
+    save_file(tensors, path, metadata=metadata)
+    refit(place)
+    with pytest.raises(EntityIndexError, match="does not hold the names"):
+        EntityIndex.from_pretrained(place).verify()
+    path.unlink()
+    EntityIndex.from_pretrained(place).build_names()
+    EntityIndex.from_pretrained(place).verify()
+
+
+@pytest.mark.parametrize("which", ["one shard", "all shards"])
+@pytest.mark.parametrize("length", [0, 1])
+def test_features_of_another_number_of_tokens_are_refused(which: str, length: int, place: Path):
+    shards = sorted(place.glob("shard-*.safetensors"))
+    if which == "all shards" and length:
+        pytest.skip("texts of one token are possible")
+    for path in shards if which == "all shards" else shards[:1]:
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+        tensors["feature.text_query"] = tensors["feature.text_query"][:, :length].clone()
+        save_file(tensors, path)
+    refit(place)
+    with pytest.raises(EntityIndexError, match="are not those that this index's model makes"):
+        EntityIndex.from_pretrained(place)
 
 
 def test_a_removed_row_twice(place: Path):

@@ -16,7 +16,7 @@ import pytest
 
 from mimic_el import files_mimic
 from mimic_el.errors_mimic import EntityIndexError
-from mimic_el.files_mimic import locked, mapped, read_json, regular
+from mimic_el.files_mimic import locked, make_directory, mapped, read_json, regular, write_text
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -146,4 +146,46 @@ def test_an_error_of_the_file_system_is_not_told_as_another_process(tmp_path: Pa
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
+        pass
+
+
+# --- Places where nothing can be written
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "pipe", "nowhere", "x" * 300, "zero\0", "half\ud800"])
+def test_a_place_that_can_be_no_directory_is_told(place: str, tmp_path: Path):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "not" / "there")
+    for act in (make_directory, lambda path: locked(path).__enter__()):
+        with pytest.raises(EntityIndexError, match=r"cannot be made a directory: .*Name another place"):
+            act(tmp_path / place)
+
+
+def test_a_directory_in_the_place_of_a_file_is_told_and_nothing_is_left(tmp_path: Path):
+    (tmp_path / "README.md").mkdir()
+    with pytest.raises(EntityIndexError, match=r"README\.md cannot be written: Is a directory"):
+        write_text(tmp_path / "README.md", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_place_where_one_may_not_write_is_told(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(path: Any, *args: Any, **kwargs: Any) -> Any:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "touch", refused)
+    with pytest.raises(EntityIndexError, match=f"cannot be written: {os.strerror(code)}"):
+        write_text(tmp_path / "README.md", "text")
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(EntityIndexError, match=f"cannot be written: {os.strerror(code)}"), locked(tmp_path):
+        pass
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Any, *args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(EntityIndexError, match="No space is left on the disk"), locked(tmp_path / "new"):
         pass
