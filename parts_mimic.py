@@ -173,7 +173,7 @@ def build_part(
         raise ValueError(f"`patience` must be a number of seconds above 0, got {patience!r}.")
     together = _Together(directory, index, parts, overwrite, patience)
     own = together.own
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with alive(together.sign(index), patience):
         records = records_of_part(entities, index, parts, allow_urls=builder.allow_urls, image_root=builder.image_root)
         together.whole = {**records.whole, **_facts_of(builder)}
