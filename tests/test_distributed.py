@@ -1,4 +1,4 @@
-"""Tests of distributed.py on a local Ray cluster of two nodes: the answers are those of one index, whoever dies."""
+"""Tests of distributed/ on a local Ray cluster of two nodes: the answers are those of one index, whoever dies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tiny import (
 )
 from tiny_clip import tiny_model
 
-from mimic_el.distributed import RayEntityIndex, _check_facts
+from mimic_el.distributed import RayEntityIndex
+from mimic_el.distributed.index import _check_facts
 from mimic_el.errors_mimic import EntityIndexError, UnknownEntityError
 from mimic_el.identity_mimic import model_facts
 from mimic_el.index_mimic import EntityIndex
@@ -109,6 +110,13 @@ def test_candidates_floors_and_ranks(parts: Any, whole: Any) -> None:
     assert found.entity_ids == wanted.entity_ids
     answers = [None if row == 2 else f"e{(11 * row) % ENTITIES}" for row in range(MENTIONS)]
     np.testing.assert_array_equal(parts.rank(mentions, answers).ranks, index.rank(mentions, answers).ranks)
+    # It may itself be a part of a knowledge base.
+    scores = parts.answer_scores(mentions, answers)
+    np.testing.assert_allclose(scores, index.answer_scores(mentions, answers), rtol=1e-5)
+    gold, wanted = np.nan_to_num(scores), ["e1" if answer is None else answer for answer in answers]
+    np.testing.assert_array_equal(
+        parts.count_better(mentions, gold, wanted), index.count_better(mentions, gold, wanted)
+    )
 
 
 def test_the_bounds_of_one_part_prune_the_others(parts: Any, whole: Any) -> None:
@@ -139,6 +147,10 @@ def test_what_is_refused(parts: Any, whole: Any, directories: list[str], tmp_pat
         parts.search(mentions, candidates=[["nothere"]] * MENTIONS)
     with pytest.raises(ValueError, match="`method` must be one of"):
         parts.search(mentions, method="guess")
+    with pytest.raises(EntityIndexError, match="An index in parts has no shortlist"):
+        parts.search(mentions, num_candidates=5)
+    with pytest.raises(ValueError, match="answers for 1 and scores for 2"):
+        parts.count_better(mentions, [0.0, 1.0], ["e1"])
     with pytest.raises(EntityIndexError, match="named twice"):
         RayEntityIndex([directories[0], directories[0]])
     with pytest.raises(EntityIndexError, match=r"part-none \(1 of 1\) cannot be reached: .*EntityIndexError"):
@@ -220,7 +232,7 @@ def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cl
         with pytest.raises(EntityIndexError, match="p1 cannot be read from this machine"):
             index.save_pretrained(tmp_path / "more")
         features = encode_mentions(model, processor, mentions_of(known[:1]))
-        ray.kill(index._actors[1])
+        ray.kill(index._actors.actors[1])
         with pytest.raises(EntityIndexError, match=r"p1 \(2 of 2\) cannot be reached"):
             index.search(features, 3)
     with pytest.raises(EntityIndexError, match="was closed"):
@@ -239,7 +251,7 @@ def test_actors_killed_while_questions_are_asked(parts: Any, whole: Any) -> None
         while (number := next(calls)) < 250:
             if number in (50, 150):
                 # Both are killed, one after the other, while they search or before.
-                part = parts._actors[int(number == 150)]
+                part = parts._actors.actors[int(number == 150)]
                 killers.append(threading.Timer(0.002, lambda part=part: ray.kill(part, no_restart=False)))
                 killers[-1].start()
             block = number % len(wanted)
