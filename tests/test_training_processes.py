@@ -185,6 +185,7 @@ def undisturbed(python: ForkingPython, tmp_path_factory: pytest.TempPathFactory)
         ("cached", "gradients of features", 2, 1, "killed", _GONE),
         ("plain", "checkpoint", 2, 0, "full", "Process 0 of 2 failed in training: OSError: [Errno 28] No space left"),
     ],
+    ids=["killed-in-gather", "killed-main-process", "stopped", "killed-in-cached-step", "disk-full-in-checkpoint"],
 )
 def test_a_process_that_ends_in_a_step_is_named_and_training_goes_on(
     python: ForkingPython,
@@ -220,46 +221,6 @@ def test_a_process_that_ends_in_a_step_is_named_and_training_goes_on(
             found = torch.load(tmp_path / f"{name}-{rank}.pt")
             for key, value in weights.items():
                 torch.testing.assert_close(found[key], value, rtol=0, atol=0, msg=key)
-
-
-def test_slow_failing_and_killed_processes(python: ForkingPython, tmp_path: Path) -> None:
-    """Waiting has no limit of time, the error of one is that of all, and what was killed is not waited for."""
-    code = """
-        import os, signal, time
-        from datetime import timedelta
-        import torch
-        from torch import distributed as dist
-        from mimic_el.training import processes
-        dist.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=1))
-        processes._PULSE = 0.05
-
-        def slow():
-            time.sleep(2.0 if rank == 1 else 0.0)
-            return rank
-
-        result = [processes.all_of_them("slow work", slow)]
-        def failing():
-            if rank == 1:
-                raise ValueError("no such thing")
-        try:
-            processes.all_of_them("failing work", failing)
-        except Exception as error:
-            result.append(f"{type(error).__name__}: {error}")
-        def killed():
-            if rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            processes.all_of_them("fatal work", killed, silence=0.5)
-        except processes.ProcessError as error:
-            result.append(str(error))
-    """
-    outcomes, output = outcomes_together(python, 2, code, tmp_path, connect=False)
-    assert outcomes[1] == ("killed", None)
-    assert outcomes[0][0] == "result", output
-    done, failed, silent = outcomes[0][1]
-    assert done == 0
-    assert failed == "ProcessError: Process 1 of 2 failed in failing work: ValueError: no such thing"
-    assert "Process 1 of 2 gave no sign of life" in silent
 
 
 def test_what_processes_do_not_share_is_refused_in_all(

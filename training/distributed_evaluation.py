@@ -2,7 +2,7 @@
 
 Each process encodes its part of the entities and its part of the mentions, and gets the features of all mentions. So
 time and memory fall with the number of processes. Between two exchanges each works for itself, and waits for the
-others as long as that takes them (see processes.py). With one process it is the same without exchanges.
+others as long as that takes them (see watch.py). With one process it is the same without exchanges.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .dealing import part_of
 from .evaluation import RankedMentions, encoded_and_named, finite_features
 from .gather import gathered, process_count, process_index
 from .knowledge_base import KnowledgeBase
-from .processes import all_of_them
+from .watch import all_of_them
 
 # A part of fewer entities is kept in memory.
 ENTITIES_IN_MEMORY = 10_000

@@ -20,7 +20,7 @@ from .collator import MentionEntityCollator
 from .distributed_evaluation import encoded_by_all, own_part
 from .gather import process_count
 from .knowledge_base import KnowledgeBase
-from .processes import all_of_them
+from .watch import all_of_them
 
 logger = logging.getLogger("mimic_el.train")
 

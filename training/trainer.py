@@ -33,16 +33,9 @@ from .grad_cache import cached_step
 from .hard_negatives import TABLE, MentionsWithNegatives, best_wrong_entities
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
-from .processes import (
-    all_of_them,
-    check_enough,
-    check_same_data,
-    check_same_settings,
-    in_touch,
-    refuse_other_engines,
-    use_timeout,
-)
+from .processes import check_enough, check_same_data, check_same_settings, refuse_other_engines, use_timeout
 from .upload import INDEX_FOLDER, upload_run, uploaded_index
+from .watch import all_of_them, in_touch
 
 
 class MimicTrainer(Trainer):
