@@ -51,7 +51,7 @@ SHARD_ENTITIES = 8192
 _SHARDS_BEFORE_GROWTH, _MOST_GROWTH = 64, 8
 _OPENINGS = 20
 _WAIT_SECONDS = 0.01
-_PART = re.compile(r"(shard|removed|matcher|names|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss)")
+_PART = re.compile(r"(shard|removed|matcher|names|first-stage)-[0-9a-z-]+\.(safetensors|jsonl|faiss|json)")
 # Ours, and those that safetensors makes while it writes.
 _TEMPORARY = re.compile(rf"\.({_PART.pattern}|{MANIFEST}|{BUILD_STATE}|README\.md)\.[0-9]+\.tmp|\.tmp[A-Za-z0-9]{{6}}")
 

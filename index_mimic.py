@@ -422,8 +422,7 @@ class EntityIndex(SearchableIndex):
         Raises:
             EntityIndexError: if something is wrong. Says what, and which entity's.
         """
-        state = self.state
-        state.contents.verify(state.matcher)
+        self.state.verify()
 
 
 def _reopened(kind: type[EntityIndex], directory: Path, read_only: bool) -> EntityIndex:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .errors_mimic import EntityIndexError
+from .files_mimic import file_facts, read_json, regular, write_json
 from .matching_mimic import HALF_UNITS, UNITS, MentionFeatures
 from .store_mimic import Store
 
@@ -45,11 +47,24 @@ def shortlist_vectors(tensors: dict[str, Tensor]) -> np.ndarray:
     return torch.cat(parts, dim=1).detach().cpu().contiguous().numpy()
 
 
+def _width(store: Store) -> int:
+    return shortlist_vectors(store.gather(slice(0, 1), _NAMES, torch.device("cpu"))).shape[1]
+
+
+def _facts_path(path: Path) -> Path:
+    """Where the size and the checksum of a shortlist's file are noted."""
+    return path.with_suffix(".json")
+
+
+def _damaged(path: Path | None, why: str) -> EntityIndexError:
+    return EntityIndexError(f"The shortlist {path or ''} is damaged: {why}. Call build_shortlist() to make it again.")
+
+
 class Shortlist:
     """A faiss index over the rows of an entity index."""
 
-    def __init__(self, index: Any) -> None:
-        self.index = index
+    def __init__(self, index: Any, path: Path | None = None) -> None:
+        self.index, self._path = index, path
 
     @classmethod
     def build(cls, store: Store, factory: str | None, show_progress: bool) -> Shortlist:
@@ -59,7 +74,7 @@ class Shortlist:
         lists = max(1, int(4 * count**0.5))
         factory = factory or ("Flat" if count < _FLAT_BELOW else f"IVF{lists},SQ8")
         device = torch.device("cpu")
-        width = shortlist_vectors(store.gather(slice(0, 1), _NAMES, device)).shape[1]
+        width = _width(store)
         try:
             index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
             if not index.is_trained:
@@ -77,12 +92,40 @@ class Shortlist:
     def save(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}.tmp")
         _faiss().write_index(self.index, str(temporary))
+        facts = file_facts(temporary)
         os.replace(temporary, path)
+        write_json(_facts_path(path), facts)
 
     @classmethod
-    def load(cls, path: Path) -> Shortlist:
+    def load(cls, path: Path, store: Store) -> Shortlist:
+        """Opens an index, memory-mapped, of the rows of a store.
+
+        Raises:
+            EntityIndexError: if the file is missing or damaged, or of other rows.
+        """
         faiss = _faiss()
-        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
+        try:
+            index = faiss.read_index(str(regular(path)), faiss.IO_FLAG_MMAP)
+            width = _width(store)
+            if (index.d, index.ntotal, index.metric_type) != (width, len(store), faiss.METRIC_INNER_PRODUCT):
+                raise ValueError(f"it holds {index.ntotal} rows of width {index.d}, not {len(store)} of {width}")
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
+            raise _damaged(path, str(error)) from error
+        return cls(index, path)
+
+    @staticmethod
+    def verify(path: Path) -> None:
+        """Compares a file with the checksum that was taken when it was written.
+
+        Raises:
+            EntityIndexError: if it differs, or the checksum cannot be read.
+        """
+        try:
+            known, found = read_json(_facts_path(path)), file_facts(regular(path))
+        except (OSError, ValueError) as error:
+            raise _damaged(path, str(error)) from error
+        if known != found:
+            raise _damaged(path, "its checksum differs")
 
     def instead_of_all(
         self, store: Store, mentions: MentionFeatures, allowed: Sequence[Tensor | None], count: int, nprobe: int
@@ -97,6 +140,8 @@ class Shortlist:
         found = self.candidates(some.tensors, count + store.removed_count, nprobe)
         for row, candidates in zip(free, found, strict=True):
             candidates = candidates[candidates >= 0]
+            if bool((candidates >= len(store)).any()):
+                raise _damaged(self._path, "it names rows that there are not")
             result[row] = candidates[~store.removed[candidates]][:count].sort().values
         return result
 
@@ -107,7 +152,10 @@ class Shortlist:
         """
         if hasattr(self.index, "nprobe"):
             self.index.nprobe = min(nprobe, self.index.nlist)
-        _, rows = self.index.search(shortlist_vectors(mentions), min(count, self.index.ntotal))
+        try:
+            _, rows = self.index.search(shortlist_vectors(mentions), min(count, self.index.ntotal))
+        except RuntimeError as error:
+            raise _damaged(self._path, str(error)) from error
         return torch.from_numpy(rows)
 
 

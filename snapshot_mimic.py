@@ -95,6 +95,12 @@ class Snapshot:
     contents: Contents
     _shortlist: Shortlist | None = field(default=None, init=False, repr=False)
 
+    def verify(self) -> None:
+        self.contents.verify(self.matcher)
+        path = self.contents.directory and shortlist_path(self.contents.directory, self.contents.manifest)
+        if path is not None and path.exists():
+            Shortlist.verify(path)
+
     # --- Entities and names
 
     @property
@@ -277,11 +283,11 @@ class Snapshot:
         """
         if self._shortlist is None:
             path = self.contents.directory and shortlist_path(self.contents.directory, self.contents.manifest)
-            if path is None or not path.is_file():
+            if path is None or not path.exists():
                 raise EntityIndexError(
                     "This index has no shortlist of its entities as they are now; call build_shortlist() first."
                 )
-            self._shortlist = Shortlist.load(path)
+            self._shortlist = Shortlist.load(path, self.contents.store)
         return self._shortlist
 
 

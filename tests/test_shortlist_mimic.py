@@ -1,5 +1,6 @@
 """The approximate first stage: what it finds, where it is kept, what is said without it."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,65 @@ def test_bad_arguments(index: EntityIndex, mentions: MentionFeatures, monkeypatc
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
         index.build_shortlist(show_progress=False)
+
+
+@pytest.fixture
+def stored(index: EntityIndex, tmp_path: Path) -> Path:
+    """An index of 400 entities with a shortlist, on disk."""
+    index.save_pretrained(tmp_path)
+    opened = EntityIndex.from_pretrained(tmp_path)
+    opened.build_shortlist("IVF4,Flat", show_progress=False)
+    return next(tmp_path.glob("first-stage-*.faiss"))
+
+
+def _other_rows(path: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    whole = faiss.read_index(str(path))
+    few = faiss.IndexFlatIP(whole.d)
+    few.add(np.zeros((3, whole.d), dtype=np.float32))
+    faiss.write_index(few, str(path))
+
+
+def _unknown_rows(path: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    whole = faiss.read_index(str(path))
+    vectors = whole.reconstruct_n(0, whole.ntotal) if whole.make_direct_map() is None else None
+    other = faiss.index_factory(whole.d, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
+    other.train(vectors)
+    other.add_with_ids(vectors, np.arange(whole.ntotal) + 10**6)
+    faiss.write_index(other, str(path))
+
+
+DAMAGE: dict[str, Any] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "another file": lambda path: path.write_text("text"),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "other rows": _other_rows,
+    "rows that there are not": _unknown_rows,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_told(name: str, stored: Path, mentions: MentionFeatures):
+    DAMAGE[name](stored)
+    opened = EntityIndex.from_pretrained(stored.parent)
+    with pytest.raises(EntityIndexError, match=r"shortlist .* is damaged: .*Call build_shortlist\(\)"):
+        opened.search(mentions, 3, num_candidates=20, nprobe=4)
+    with pytest.raises(EntityIndexError, match=r"shortlist .* is damaged"):
+        opened.verify()
+
+
+def test_verify_finds_any_byte_that_was_changed(stored: Path):
+    EntityIndex.from_pretrained(stored.parent).verify()
+    data = bytearray(stored.read_bytes())
+    data[len(data) // 2] ^= 1
+    stored.write_bytes(data)
+    with pytest.raises(EntityIndexError, match="is damaged: its checksum differs"):
+        EntityIndex.from_pretrained(stored.parent).verify()
+
+
+def test_a_change_deletes_all_of_a_shortlist(stored: Path):
+    EntityIndex.from_pretrained(stored.parent).remove(["e1"])
+    assert not list(stored.parent.glob("first-stage-*"))
