@@ -92,6 +92,10 @@ class Contents:
             raise ValueError(
                 f"Candidates must be a list of entity ids for each mention, got the string {entity_ids!r}."
             )
+        if not isinstance(entity_ids, Iterable):
+            raise ValueError(
+                f"`candidates` of a mention must be a list of entity ids, got {type(entity_ids).__name__}."
+            )
         return torch.tensor(sorted(set(self.rows(entity_ids))), dtype=torch.long)
 
     def verify(self, matcher: Matcher) -> None:

@@ -114,6 +114,8 @@ def _item(record: Mapping[str, Any], where: str) -> Item:
     candidates: Any = record.get("candidates")
     if isinstance(candidates, str):
         raise MentionError(f"`candidates` of a mention must be a list of entity ids, got the string {candidates!r}.")
+    if not is_absent(candidates) and not isinstance(candidates, Iterable):
+        raise MentionError(f"`candidates` of a mention must be a list of entity ids, got {type(candidates).__name__}.")
     candidates = None if is_absent(candidates) else list(candidates)
     spans = record.get("spans")
     spans = None if is_absent(spans) else spans

@@ -142,7 +142,10 @@ class SearchableIndex(ABC):
 
         Raises:
             EntityIndexError: if the index was made without names: see [`EntityIndex.build_names`].
+            TypeError: if it is no string.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"A name is a string, got {type(name).__name__}.")
         return self.state.find(name, max_distance)
 
     def find_mentions(self, text: str, *, lower_case: bool = False) -> list[tuple[int, int]]:
@@ -158,7 +161,10 @@ class SearchableIndex(ABC):
 
         Raises:
             EntityIndexError: if the index was made without names: see [`EntityIndex.build_names`].
+            TypeError: if it is no string.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"A text is a string, got {type(text).__name__}.")
         return self.state.find_mentions(text, lower_case)
 
     # --- Links

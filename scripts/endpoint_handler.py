@@ -20,6 +20,9 @@ from transformers import pipeline
 _MAX_IMAGE_BYTES = 10 * 2**20
 _MAX_INPUTS = 256
 _MAX_TEXT = 100_000
+_MAX_SPANS = 1000
+# What a request may set. Not here: what would load another model, or start processes.
+_PARAMETERS = ("top_k", "candidates", "method", "min_probability", "coverage", "context_window", "on_error")
 
 
 class EndpointHandler:
@@ -52,7 +55,7 @@ class EndpointHandler:
         """The answer to a request.
 
         Args:
-            data: `inputs`, and perhaps `parameters` as of the pipeline's call.
+            data: `inputs`, and perhaps `parameters`: of those of the pipeline's call, what concerns the answers.
 
         Raises:
             ValueError: if the request is not as described.
@@ -60,12 +63,16 @@ class EndpointHandler:
         inputs, parameters = data.get("inputs"), data.get("parameters") or {}
         if not isinstance(parameters, Mapping):
             raise ValueError(f"`parameters` must be an object, got {type(parameters).__name__}.")
+        if unknown := [name for name in parameters if name not in _PARAMETERS]:
+            raise ValueError(
+                f"No parameter {str(unknown[0])[:80]!r} is taken here; there are {', '.join(_PARAMETERS)}."
+            )
         several = isinstance(inputs, list)
         items = inputs if isinstance(inputs, list) else [inputs]
         if len(items) > _MAX_INPUTS:
             raise ValueError(f"At most {_MAX_INPUTS} inputs are taken in one request, got {len(items)}.")
         read = [self._read(item) for item in items]
-        options = {"batch_size": 16, **parameters}
+        options: dict[str, Any] = {"batch_size": 16, **parameters}
         # As from a generator, which the pipeline does not trust as it does a caller's own list.
         answers = list(self._linker((item for item in read), **options))
         return answers if several else answers[0]
@@ -79,6 +86,9 @@ class EndpointHandler:
         text = item.get("text")
         if isinstance(text, str) and len(text) > _MAX_TEXT:
             raise ValueError(f"A text has at most {_MAX_TEXT:,} characters here, got {len(text):,}.")
+        spans = item.get("spans")
+        if isinstance(spans, list) and len(spans) > _MAX_SPANS:
+            raise ValueError(f"A document has at most {_MAX_SPANS:,} `spans` here, got {len(spans):,}.")
         return {**item, "image": self._image(item.get("image"))}
 
     @staticmethod

@@ -142,7 +142,7 @@ class _Events:
 
     @_told
     def link(self, text: str, image: Any, mention: str, top_k: float, own: OwnEntities) -> tuple[Any, ...]:
-        linked = self._linking.link(text, image, mention, int(top_k), own)
+        linked = self._linking.link(text, image, mention, top_k, own)
         text = text.strip("\n")
         spans, at = [], 0
         for one in linked:

@@ -78,6 +78,13 @@ class Settings:
         return cls(**{**values, "examples": tuple(examples)})
 
 
+def _written(what: str, value: Any) -> str:
+    """What a visitor wrote, or nothing; a program may send anything."""
+    if not isinstance(value, str | None):
+        raise PageError(f"`{what}` is a text, got {type(value).__name__}.")
+    return value or ""
+
+
 class OwnEntities:
     """Entities that a visitor added: an index of their own, beside the shared one. It never changes."""
 
@@ -141,13 +148,13 @@ class Linking:
             PageError: if something of it is missing or too large.
             MimicImageError: if the image cannot be read.
         """
-        text, mention = (text or "").strip("\n"), (mention or "").strip()
+        text, mention = _written("text", text).strip("\n"), _written("mention", mention).strip()
         if not text.strip():
             raise PageError("Write a text first.")
         if len(text) > MAX_TEXT:
             raise PageError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are read here.")
-        if not 1 <= int(top_k) <= 20:
-            raise PageError(f"Between 1 and 20 entities can be shown, not {top_k}.")
+        if not isinstance(top_k, int | float) or not 1 <= top_k <= 20:
+            raise PageError(f"Between 1 and 20 entities can be shown, not {str(top_k)[:80]}.")
         document: dict[str, Any] = {"text": text, "image": image}
         if mention:
             start = text.find(mention)
@@ -185,12 +192,18 @@ class Linking:
         own: OwnEntities | None = None,
     ) -> Explanation:
         """Why the mention at a place of the text got an entity: see [`Explainer.explain`]."""
+        if not all(isinstance(place, int) for place in (start, end)):
+            raise PageError("`start` and `end` are the places of a mention in the text: integers.")
+        text, entity_id = _written("text", text), _written("entity_id", entity_id)
+        versus = _written("versus", versus) or None
+        if len(text) > MAX_TEXT:
+            raise PageError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are read here.")
         index: Any = self.index if own is None or own.index is None else _Both(self.index, own)
         images = self.images if own is None else _BothImages(self.images, own)
         mention = {"mention": text[start:end], "text": text, "image": image, "start": start, "end": end}
         with self._turn:
             explainer = Explainer(self.linker.model, self.linker.processor, index, images)
-            return explainer.explain(mention, entity_id, versus or None)
+            return explainer.explain(mention, entity_id, versus)
 
     def with_entity(self, own: OwnEntities, name: str, description: str, image: Any) -> tuple[OwnEntities, str]:
         """The visitor's entities with one more, and its id.
@@ -199,7 +212,7 @@ class Linking:
             PageError: if it has no name, something of it is too long, or there are too many.
             MimicImageError: if the image cannot be read.
         """
-        name, description = (name or "").strip(), (description or "").strip()
+        name, description = _written("name", name).strip(), _written("description", description).strip()
         if not name:
             raise PageError("The entity needs a name.")
         if len(name) > MAX_NAME or len(description) > MAX_DESCRIPTION:

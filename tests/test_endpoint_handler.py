@@ -71,6 +71,17 @@ def test_it_answers_where_only_transformers_is_installed(clean: ForkingPython, c
         ({"inputs": {"mention": "a", "text": "x" * 200_000}}, "at most 100,000 characters"),
         ({"inputs": [{"mention": "a", "text": "a"}] * 300}, "At most 256 inputs"),
         ({"inputs": {"mention": "a", "text": "a"}, "parameters": [1]}, "`parameters` must be an object"),
+        ({"inputs": {"text": "a", "spans": [[0, 1]] * 2000}}, "at most 1,000 `spans`"),
+        # A request must not make the server load a model, from wherever, nor start processes.
+        (
+            {"inputs": {"text": "a"}, "parameters": {"mention_detector": "someone/model"}},
+            "No parameter 'mention_detector'",
+        ),
+        ({"inputs": {"text": "a"}, "parameters": {"reranker": "someone/model"}}, "No parameter 'reranker'"),
+        ({"inputs": {"text": "a"}, "parameters": {"num_workers": 64}}, "No parameter 'num_workers'"),
+        ({"inputs": {"text": "a"}, "parameters": {"batch_size": 10**9}}, "No parameter 'batch_size'"),
+        ({"inputs": {"mention": "a", "text": "a"}, "parameters": {"candidates": 5}}, "`candidates` .* must be a list"),
+        ({"inputs": {"mention": "a", "text": "a", "candidates": 5}}, "`candidates` .* must be a list"),
     ],
 )
 def test_what_it_does_not_take_is_told(checkpoint: Path, request_: dict[str, Any], message: str):

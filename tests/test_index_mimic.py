@@ -1184,3 +1184,16 @@ def test_warnings_are_not_swallowed(linker: Linker, kb: list[dict[str, Any]]):
 
     with pytest.warns(UserWarning, match="the source is old"):
         build(linker, entities())
+
+
+@pytest.mark.parametrize("value", [None, 5, 1.5, True, b"Orange", ["Orange"]])
+def test_what_is_no_text_is_not_looked_for(value: Any):
+    model = tiny_model(text_max_length=24)
+    index = EntityIndex.build(model, tiny_processor(model), knowledge_base(3), show_progress=False)
+    for ask in (index.find, index.find_mentions):
+        with pytest.raises(TypeError, match=r"is a string, got"):
+            ask(value)
+    if not isinstance(value, list | bytes | None):
+        mentions = encode_mentions(model, tiny_processor(model), mentions_of(knowledge_base(1)))
+        with pytest.raises(ValueError, match="must be a list of entity ids, got"):
+            index.search(mentions, candidates=[value])

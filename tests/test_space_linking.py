@@ -153,3 +153,32 @@ def test_settings_name_what_is_opened(tmp_path: Path):
     shown = sample.thumbnail("brand:arm", None)
     assert shown is not None
     assert max(shown.size) <= 96
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, ["Orange 0"], {"a": 1}])
+def test_what_a_program_sends_in_the_place_of_a_text_is_told(linking: Linking, value: Any):
+    for ask in (
+        lambda: linking.link(value),
+        lambda: linking.link(TEXT, None, value),
+        lambda: linking.explain(value, None, 0, 8, "e0"),
+        lambda: linking.explain(TEXT, None, 0, 8, value),
+        lambda: linking.explain(TEXT, None, 0, 8, "e0", value),
+        lambda: linking.with_entity(OwnEntities(), value, "", None),
+        lambda: linking.with_entity(OwnEntities(), "See", value, None),
+    ):
+        with pytest.raises(PageError, match="is a text, got"):
+            ask()
+
+
+@pytest.mark.parametrize("value", [None, "x", float("nan"), float("inf"), -1, 0, 10**400, [3]])
+def test_what_is_no_number_is_told(linking: Linking, value: Any):
+    with pytest.raises(PageError, match="Between 1 and 20"):
+        linking.link(TEXT, None, None, value)
+    if value not in (-1, 0, 10**400):
+        with pytest.raises(PageError, match="integers"):
+            linking.explain(TEXT, None, value, 8, "e0")
+
+
+def test_a_text_to_be_explained_is_as_short_as_one_to_be_linked(linking: Linking):
+    with pytest.raises(PageError, match="at most 20,000 are read"):
+        linking.explain("x" * 30_000, None, 0, 8, "e0")
