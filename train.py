@@ -9,6 +9,7 @@ same command again to go on after an interruption.
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import json
 import logging
@@ -28,6 +29,7 @@ from mimic_el.console import busy_machine, did_you_mean, tolerate_any_text
 from mimic_el.errors_mimic import CalibrationError, MimicError, MimicImageError
 from mimic_el.explain_mimic import EntityImages, Explainer
 from mimic_el.explanation_mimic import Explanation
+from mimic_el.files_mimic import write_atomically
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
@@ -115,10 +117,14 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
 
 
 def write_predictions(path: Path, ranked: RankedMentions) -> None:
-    """Writes a line of JSON for each mention: see [`RankedMentions.records`]."""
-    with open(path, "w", encoding="utf-8") as file:
-        for record in ranked.records():
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Writes a line of JSON for each mention: see [`RankedMentions.records`]. The file is whole or as it was before."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for record in ranked.records():
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    write_atomically(path, write)
 
 
 def unreadable_images(output_dir: Path) -> list[dict[str, str]]:
@@ -360,7 +366,13 @@ def run(argv: Sequence[str] | None = None) -> None:
     except (MimicError, ValueError, OSError) as error:  # no such checkpoint, a full disk, a Hub that does not answer
         if "debug" in (argv or sys.argv):
             raise
-        print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        told = " ".join(str(error).split())
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            told += (
+                ". Make room. The same command goes on with a training from its last checkpoint; one that has ended is "
+                "evaluated with --no_do_train --model_name_or_path OUTPUT_DIR in place of where the model starts."
+            )
+        print(f"train: error: {told}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -613,6 +613,31 @@ def test_pushed_output_is_loaded_from_the_hub(
     assert linker(mention) == local(mention)
 
 
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """While predictions are written, after other processes have ended: what was there stays."""
+
+    class Ranked:
+        def records(self) -> Any:
+            yield {"id": "1"}
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "predictions_test.jsonl").write_text("before")
+    ranked: Any = Ranked()
+
+    def main(argv: Any) -> None:
+        train.write_predictions(tmp_path / "predictions_test.jsonl", ranked)
+
+    monkeypatch.setattr(train, "main", main)
+    with pytest.raises(SystemExit):
+        train.run([])
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "train: error: [Errno 28] No space left on device. Make room. A training goes on from its last"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions_test.jsonl"]
+    assert (tmp_path / "predictions_test.jsonl").read_text() == "before"
+
+
 # --- Arguments
 
 
