@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .answers_mimic import needs_calibration
 from .calibration_mimic import Calibration, is_newer, proper_fraction
 from .configuration_mimic import PIPELINE_TASK, MimicConfig, check_context_window
@@ -60,7 +62,7 @@ def checked_call(
             f"{' or '.join(map(repr, BY_NAME))}.)"
         )
     for name, value in (("top_k", top_k), ("rerank_top_k", rerank_top_k)):
-        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
+        if value is not None and (isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or value < 1):
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
     if reranker is not None and not callable(reranker):
         raise TypeError(

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from .image_sources_mimic import NO_PLACES, ImagePlaces, placed
 from .names_mimic import ALIASES, listed_aliases
 from .texts_mimic import check_unicode, is_unicode
@@ -39,7 +41,7 @@ def entity_id_of(value: Any, what: str = "An entity's id") -> str:
     """
     if isinstance(value, str) and value:
         return value
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
+    if not isinstance(value, bool | np.bool_) and hasattr(value, "__index__"):
         return str(operator.index(value))
     # Larger ones may be another integer, rounded.
     if isinstance(value, numbers.Real) and not isinstance(value, bool):

@@ -293,7 +293,7 @@ class Snapshot:
 
 def _at_least(name: str, value: Any, least: int) -> int:
     """An integer argument."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or value < least:
         what = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"`{name}` must be {what}, got {value!r}.")
     return operator.index(value)

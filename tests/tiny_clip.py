@@ -58,12 +58,22 @@ def tiny_config(**settings: Any) -> MimicConfig:
 
 
 def tiny_model(seed: int = 0, **settings: Any) -> MimicModel:
-    """A model whose layer norms and biases are random too, so that no term of the equations vanishes."""
+    """A model whose layer norms and biases are random too, so that no term of the equations vanishes.
+
+    Its matcher has the same weights whatever version of transformers drew those of the encoder before.
+    """
     torch.manual_seed(seed)
     model = MimicModel(tiny_config(**settings)).eval()
+    generator = torch.Generator().manual_seed(7 + seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if name.startswith("matcher") and parameter.dim() > 1:
+                bound = parameter.shape[1] ** -0.5
+                parameter.uniform_(-bound, bound, generator=generator)
+            elif name.startswith("matcher"):
+                weight = float(name.endswith("norm.weight"))
+                parameter.normal_(weight, 0.3, generator=generator)
+            elif parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif name.startswith("encoder.clip"):
                 parameter.mul_(5)  # CLIP starts from weights so small that all inputs look alike
@@ -72,7 +82,7 @@ def tiny_model(seed: int = 0, **settings: Any) -> MimicModel:
 
 def tiny_inputs(count: int, seed: int = 0, prefix: str = "", length: int = 12) -> dict[str, Tensor]:
     """Texts of different lengths, padded with the end-of-text token, and images, of which every third is absent."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(7 + seed)
     lengths = torch.randint(3, length + 1, (count, 1), generator=generator)
     positions = torch.arange(length)
     input_ids = torch.randint(0, 512, (count, length), generator=generator)

@@ -172,20 +172,33 @@ class SharedBatch:
             return 1.0
         return self.mention_counts[process_index()] * len(self.mention_counts) / sum(self.mention_counts)
 
-    def loss(self, model: MimicModel, scores: Sequence[Tensor], reverse: Sequence[Tensor] | None = None) -> Tensor:
-        """This process's loss, from the scores (M, N) of its mentions; and, for the symmetric loss, those (M, all
-        mentions) of its mentions' answers."""
+    def loss(
+        self,
+        model: MimicModel,
+        scores: Sequence[Tensor],
+        reverse: Sequence[Tensor] | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """This process's loss, or what some of its mentions add to it.
+
+        Args:
+            model: says what the loss is.
+            scores: of these mentions, each of shape (M, N).
+            reverse: for the symmetric loss, those of these mentions' answers, each of shape (M, all mentions).
+            rows (`torch.LongTensor`): which of the own mentions these are; all unless told.
+        """
         own = torch.arange(len(self.labels), device=self.labels.device)
+        own = own if rows is None else rows
+        labels = self.labels[own]
         not_rivals = not_rival_mentions = None
         if model.config.ignore_duplicate_answers and self.entity_numbers is not None:
-            answers = self.entity_numbers[self.labels].unsqueeze(1)
-            not_rivals = (answers == self.entity_numbers).index_put((own, self.labels), own.new_zeros(()).bool())
+            answers = self.entity_numbers[labels].unsqueeze(1)
+            place, no = torch.arange(len(own), device=own.device), own.new_zeros(()).bool()
+            not_rivals = (answers == self.entity_numbers).index_put((place, labels), no)
             assert self.answer_numbers is not None
-            not_rival_mentions = (answers == self.answer_numbers).index_put(
-                (own, own + self.first_mention), own.new_zeros(()).bool()
-            )
-        loss = loss_of_scores(scores, self.labels, not_rivals, reverse, own + self.first_mention, not_rival_mentions)
-        return loss * self.weight
+            not_rival_mentions = (answers == self.answer_numbers).index_put((place, own + self.first_mention), no)
+        loss = loss_of_scores(scores, labels, not_rivals, reverse, own + self.first_mention, not_rival_mentions)
+        return loss * (self.weight * len(own) / len(self.labels))
 
 
 def gathered(features: _Features, counts: Sequence[int]) -> _Features:

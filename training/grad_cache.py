@@ -2,11 +2,13 @@
 Learning Batch Size under Memory Limited Setup", 2021).
 
     encode the batch chunk by chunk, without a graph
-    score all pairs, without a graph; the loss and its gradient with respect to the scores
-    score block by block again, with a graph: the gradients of the features, and of what scores alone need
+    for some mentions after the others:
+        score them with all entities, without a graph; what they add to the loss, and its gradient for these scores
+        score block by block again, with a graph: the gradients of the features, and of what scores alone need
     encode chunk by chunk again, with a graph, from the same random state, and go back with the features' gradients
 
-Loss and gradients are those of a plain step. What is kept of the whole batch are its inputs, features and scores.
+Loss and gradients are those of a plain step. What is kept of the whole batch are its inputs, and its features with
+their gradients.
 """
 
 from __future__ import annotations
@@ -125,19 +127,15 @@ def _gradients_of_features(
     with torch.no_grad():
         every = gathered(entities, batch.entity_counts)
         every_mention = gathered(mentions, batch.mention_counts) if symmetric else mentions
-        scores = [part.requires_grad_() for part in model.score(mentions, every[batch.columns]).all_logits()]
-        reverse = None
-        if symmetric:
-            answers = model.score(every_mention, entities[batch.own_labels]).all_logits()
-            reverse = [part.T.contiguous().requires_grad_() for part in answers]
-    loss = batch.loss(model, scores, reverse)
-    wanted = [*scores, *(reverse or [])]
-    of_scores = list(torch.autograd.grad(loss, wanted))
+        columns_of_all = every[batch.columns]
 
     parameters = [parameter for parameter in model.matcher.parameters() if parameter.requires_grad]
     of_parameters: list[Tensor | None] = [None] * len(parameters)
     every_matrix, mention_matrix = packed(every), packed(mentions)
     entity_gradient, mention_gradient = torch.zeros_like(every_matrix), torch.zeros_like(mention_matrix)
+    if symmetric:
+        own_matrix, every_mention_matrix = packed(entities), packed(every_mention)
+        of_own, of_every_mention = torch.zeros_like(own_matrix), torch.zeros_like(every_mention_matrix)
 
     def go_back(
         mention_rows: Tensor,
@@ -163,28 +161,35 @@ def _gradients_of_features(
                 known = of_parameters[place]
                 of_parameters[place] = gradient if known is None else known + gradient
 
-    device = loss.device
+    device = batch.labels.device
     length = mentions.tensors["text_key"].shape[1] * entities.tensors["text_query"].shape[1]
     block_bytes = _BLOCK_BYTES if device.type == "cpu" else _BLOCK_BYTES_GPU
     side = max(1, int((block_bytes // (4 * length)) ** 0.5))
-    own = torch.arange(len(mentions), device=device)
-    for rows in own.split(side):
+    loss = torch.zeros((), device=device)
+    for rows in torch.arange(len(mentions), device=device).split(side):
+        with torch.no_grad():
+            scores = [part.requires_grad_() for part in model.score(mentions[rows], columns_of_all).all_logits()]
+            reverse = None
+            if symmetric:
+                answers = model.score(every_mention, entities[batch.own_labels[rows]]).all_logits()
+                reverse = [part.T.contiguous().requires_grad_() for part in answers]
+        of_rows = batch.loss(model, scores, reverse, rows)
+        loss = loss + of_rows.detach()
+        of_scores = torch.autograd.grad(of_rows, [*scores, *(reverse or [])])
         for places in torch.arange(len(batch.columns), device=device).split(side):
-            block = [part[rows][:, places] for part in of_scores[:4]]
+            block = [part[:, places] for part in of_scores[:4]]
             go_back(rows, mention_matrix, mention_gradient, batch.columns[places], every_matrix, entity_gradient, block)
+        if symmetric:
+            for others in torch.arange(len(every_mention), device=device).split(side):
+                block = [part[:, others].T for part in of_scores[4:]]
+                columns = batch.own_labels[rows]
+                go_back(others, every_mention_matrix, of_every_mention, columns, own_matrix, of_own, block)
     of_entities = summed_rows(entity_gradient, batch.entity_counts)
     if symmetric:
-        own_matrix, every_mention_matrix = packed(entities), packed(every_mention)
-        of_own, of_every_mention = torch.zeros_like(own_matrix), torch.zeros_like(every_mention_matrix)
-        for rows in torch.arange(len(every_mention), device=device).split(side):
-            for places in own.split(side):
-                block = [part[places][:, rows].T for part in of_scores[4:]]
-                columns = batch.own_labels[places]
-                go_back(rows, every_mention_matrix, of_every_mention, columns, own_matrix, of_own, block)
         of_entities = of_entities + of_own
         mention_gradient = mention_gradient + summed_rows(of_every_mention, batch.mention_counts)
     of_matcher = [(p, g) for p, g in zip(parameters, of_parameters, strict=True) if g is not None]
-    return loss.detach(), mention_gradient, of_entities, of_matcher
+    return loss, mention_gradient, of_entities, of_matcher
 
 
 def _random_state(device: torch.device) -> list[Any]:
