@@ -38,6 +38,7 @@ from transformers import HfArgumentParser, pipeline
 
 import mimic_el
 from mimic_el import Calibration, train
+from mimic_el.calls_mimic import checked_call
 from mimic_el.training import MimicTrainingArguments
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -233,8 +234,7 @@ def options_of_owner(owner: str) -> set[str]:
         LookupError: if it is neither.
     """
     if owner == "linker":
-        sanitize = mimic_el.MultimodalEntityLinkingPipeline._sanitize_parameters
-        return set(inspect.signature(sanitize).parameters) - {"self", "unknown"}
+        return set(inspect.signature(checked_call).parameters) - {"config", "unknown"}
     first, _, rest = owner.partition(".")
     if first not in mimic_el.__all__:
         options = options_of_subcommand(*owner.split("."))

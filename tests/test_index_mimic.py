@@ -870,7 +870,10 @@ def test_saving_a_copy(
     copied = EntityIndex.from_pretrained(place)
     assert list(copied.entities()) == list(index.entities())
     assert len(copied._contents.store) == COUNT - 2, "removed entities are left out"
-    np.testing.assert_array_equal(copied.search(mentions, 5).scores, index.search(mentions, 5).scores)
+    found, expected = copied.search(mentions, 5), index.search(mentions, 5)
+    assert found.entity_ids == expected.entity_ids
+    # Features of a file lie otherwise in memory, which may round a sum otherwise.
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
     assert not strays(place)
     copied.verify()
     # Over an index that is there.

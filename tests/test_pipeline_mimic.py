@@ -359,9 +359,9 @@ def test_a_knowledge_base_or_an_index(
         ),
     )
     for options in ({"entities": dataset}, {"entities": once(kb)}, {"index": index}):
-        assert make(model, processor, **options)(mentions) == expected
+        assert_all_same(make(model, processor, **options)(mentions), expected)
     for place in (tmp_path / "index", str(tmp_path / "index")):
-        assert make(model, processor, index=place)(mentions) == expected
+        assert_all_same(make(model, processor, index=place)(mentions), expected)
     kept = make(model, processor, entities=kb, build_kwargs={"output_dir": tmp_path / "kept", "dtype": "int8"})
     assert kept.index.directory == tmp_path / "kept"
     assert kept.index.dtype == "int8"

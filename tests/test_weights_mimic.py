@@ -125,7 +125,8 @@ def test_offloaded_weights(how: str, tmp_path: Path) -> None:
     assert any(parameter.is_meta for parameter in model.matcher.parameters())
     assert model.device.type == "cpu"
     with torch.no_grad():
-        assert torch.equal(model(**INPUTS).logits, logits)
+        # Weights that were read elsewhere lie otherwise in memory, which may round a sum otherwise.
+        torch.testing.assert_close(model(**INPUTS).logits, logits, rtol=1e-6, atol=1e-6)
     for name, tensor in state_at_hand(model).items():
         assert torch.equal(tensor, expected[name]), name
     for name, tensor in matcher_weights(model).items():
