@@ -95,7 +95,8 @@ def check_enough(batch: int, mentions: Any) -> None:
         )
     if not isinstance(mentions, torch.utils.data.IterableDataset) and len(mentions) < count:
         raise ValueError(
-            f"{count} processes cannot share {len(mentions)} training mentions: start {len(mentions)} at most."
+            f"{count} processes cannot share {len(mentions)} training mention{'s' * (len(mentions) > 1)}: start "
+            f"{len(mentions)} at most."
         )
 
 
