@@ -132,7 +132,7 @@ class Linking:
         text: str,
         image: Any = None,
         mention: str | None = None,
-        top_k: int = 5,
+        top_k: float = 5,
         own: OwnEntities | None = None,
     ) -> list[dict[str, Any]]:
         """The mentions of a text, each with its entities: `mention`, `start`, `end` and `entities`.

@@ -156,12 +156,17 @@ def _unknown_rows(path: Path) -> None:
     faiss.write_index(other, str(path))
 
 
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE: dict[str, Any] = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:100]),
     "empty": lambda path: path.write_bytes(b""),
     "another file": lambda path: path.write_text("text"),
     "a directory": lambda path: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a pipe": _pipe,
     "other rows": _other_rows,
     "rows that there are not": _unknown_rows,
 }
