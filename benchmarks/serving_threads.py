@@ -6,13 +6,12 @@ without the turns that the pipeline gives them, which is what computing at the s
 machine has cores if they are not given.
 
 python benchmarks/serving_threads.py --size small --callers 16 --calls 64
-python benchmarks/serving_threads.py --size published --callers 16 --calls 32 --rounds 3
+python benchmarks/serving_threads.py --size published --callers 8 --calls 8 --rounds 3 --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -123,12 +122,12 @@ def at_once(linker: Any, mentions: Sequence[dict[str, Any]], callers: int) -> li
 
 
 def without_turns(linker: Any, mentions: Sequence[dict[str, Any]], callers: int) -> list[Any]:
-    turns = pipeline_mimic._COMPUTING
-    pipeline_mimic._COMPUTING = contextlib.nullcontext()  # type: ignore[assignment]
+    places = pipeline_mimic._places
+    pipeline_mimic._places = lambda model: callers
     try:
         return at_once(linker, mentions, callers)
     finally:
-        pipeline_mimic._COMPUTING = turns
+        pipeline_mimic._places = places
 
 
 if __name__ == "__main__":
