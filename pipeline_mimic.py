@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.utils import logging
@@ -30,57 +27,9 @@ from .mentions_mimic import Mention, features_of, tokens_of
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
 from .records_mimic import placed_record, places_of, undecoded
+from .turns_mimic import COMPUTING
 
 logger = logging.get_logger(__name__)
-
-
-class _Turns:
-    """Turns of threads that compute: more at once than the machine has cores for would be slower than one by one."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self._changed = threading.Condition()
-        self._computing, self._alone = 0, False
-        self._own = threading.local()
-
-    @contextmanager
-    def turn(self, model: Any) -> Iterator[None]:
-        """Waits for a turn to compute with a model. Who has one has it for what it calls, too."""
-        if getattr(self._own, "has_one", False):
-            yield
-            return
-        with self._changed:
-            places = _places(model)
-            while self._alone or self._computing >= places:
-                self._changed.wait()
-                places = _places(model)
-            self._computing += 1
-            self._alone = places == 1
-        self._own.has_one = True
-        try:
-            yield
-        finally:
-            self._own.has_one = False
-            with self._changed:
-                self._computing -= 1
-                self._alone = False
-                self._changed.notify_all()
-
-
-def _places(model: Any) -> int:
-    """How many threads may compute with a model at once: as many as have all the threads of torch's that they use,
-    and one where the model is changed meanwhile: set to evaluate for as long, or its weights are fetched."""
-    fetched = getattr(model, "hf_device_map", None) is not None
-    if model.training or fetched or model.device.type != "cpu":
-        return 1
-    return max(1, (os.cpu_count() or 1) // torch.get_num_threads())
-
-
-_COMPUTING = _Turns()
-if hasattr(os, "register_at_fork"):  # a forked process has no thread that would give a turn back
-    os.register_at_fork(after_in_child=_COMPUTING.forget)
 
 
 class MultimodalEntityLinkingPipeline(Pipeline):
@@ -328,7 +277,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         return Answer(item, item.mentions(spans, window))
 
     def forward(self, model_inputs: dict[str, Any], **forward_params: Any) -> Any:
-        with _COMPUTING.turn(self.model):
+        with COMPUTING.turn(self.model):
             return super().forward(model_inputs, **forward_params)
 
     def _forward(

@@ -28,7 +28,7 @@ from mimic_el import (
     MimicModel,
     MimicProcessor,
     MultimodalEntityLinkingPipeline,
-    pipeline_mimic,
+    turns_mimic,
 )
 from mimic_el.matching_mimic import EntityFeatures, MimicEncoderOutput
 
@@ -122,12 +122,12 @@ def at_once(linker: Any, mentions: Sequence[dict[str, Any]], callers: int) -> li
 
 
 def without_turns(linker: Any, mentions: Sequence[dict[str, Any]], callers: int) -> list[Any]:
-    places = pipeline_mimic._places
-    pipeline_mimic._places = lambda model: callers
+    places = turns_mimic._places
+    turns_mimic._places = lambda model: callers
     try:
         return at_once(linker, mentions, callers)
     finally:
-        pipeline_mimic._places = places
+        turns_mimic._places = places
 
 
 if __name__ == "__main__":
