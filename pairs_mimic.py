@@ -78,6 +78,21 @@ class ChosenRows:
         return self.blocks.name_of(int(self.rows[row]))
 
 
+class KeptRows(ChosenRows):
+    """Chosen rows, of which some features are read at once and kept: for a sample, that is asked several times."""
+
+    def __init__(self, blocks: EntityBlocks, rows: Tensor, names: Sequence[str], device: torch.device) -> None:
+        super().__init__(blocks, rows)
+        self._kept = super().gather(slice(0, len(rows)), names, device)
+
+    def gather(self, rows: Tensor | slice, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        kept = {name: self._kept[name] for name in names if name in self._kept}
+        result = {name: t[rows] for name, t in kept.items()} if isinstance(rows, slice) else taken(kept, rows)
+        if others := [name for name in names if name not in kept]:
+            result |= super().gather(rows, others, device)
+        return result
+
+
 @dataclass
 class SearchStats:
     """How much work a search was.
@@ -242,6 +257,7 @@ __all__ = [
     "TIE",
     "ChosenRows",
     "EntityBlocks",
+    "KeptRows",
     "SearchStats",
     "are_equal",
     "best_order",

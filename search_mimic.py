@@ -30,12 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bounds_mimic import CoarseFeatures
+from .bounds_mimic import COARSE_NAMES, CoarseFeatures
 from .matching_mimic import Matcher, MentionFeatures, PairScores, full_precision
 from .pairs_mimic import (
     CACHE_BYTES,
+    KEY,
+    QUERY,
     ChosenRows,
     EntityBlocks,
+    KeptRows,
     SearchStats,
     are_equal,
     best_order,
@@ -63,6 +66,10 @@ _PATIENCE = 4
 _EXHAUSTIVE_FRACTION = 0.2
 _FIRST_FRACTION = 0.7
 _SAMPLED_PART, _MOST_SAMPLED = 16, 512
+# What the bounds of a sample need.
+_BOUNDED = (*COARSE_NAMES, *QUERY, *(name for name in KEY if name not in QUERY))
+# So many pairs, and entities to read, are scored without a look at a sample.
+_FEW_PAIRS = 4096
 # Where the best k are more than this part of the entities, the score to reach is guessed from a sample in which so many
 # reach it.
 _LARGE_PART, _REACHING = 1 / 32, 4
@@ -165,18 +172,31 @@ class Searcher:
         query = Query.of(self.matcher, mentions)
         plainly = torch.full((len(query),), exhaustive, dtype=torch.bool, device=mentions.device)
         before = self.stats.exact_pairs
-        if not exhaustive and k > _LARGE_PART * len(self.blocks):
-            reach = top.floor
-            plainly = self._unprunable(query, reach, 0, len(self.blocks), part=_FIRST_FRACTION, ranks=False)
-            if bool(plainly.any()):  # the floor alone decides little
-                reach = torch.maximum(self._guessed_threshold(mentions, k), reach)
-                plainly = self._unprunable(query, reach, 0, len(self.blocks), part=_FIRST_FRACTION, ranks=False)
+        if not exhaustive:
+            plainly = self._not_worth_bounding(query, top)
         for way, picked, some in self._ways(query, plainly):
             part = top.part(picked)
             self._top_of_all(some, way, part, advance)
             top.take(picked, part)
         self.stats.exact_pairs = min(self.stats.exact_pairs, before + len(query) * len(self.blocks))  # as in `_counted`
         return top.found()
+
+    def _not_worth_bounding(self, query: Query, top: _TopK) -> Tensor:
+        """For which mentions, (M,), all pairs are better scored, so far as a sample shows before the first block."""
+        every = slice(0, len(self.blocks))
+        if self._few(query):
+            return torch.ones(len(query), dtype=torch.bool, device=top.floor.device)
+        if top.k <= _LARGE_PART * len(self.blocks):  # what its best k may be, only bounds of all entities tell
+            return torch.zeros(len(query), dtype=torch.bool, device=top.floor.device)
+        plainly = self._unprunable(query, top.floor, every, part=_FIRST_FRACTION, ranks=False)
+        if bool(plainly.any()):  # the floor alone decides little
+            reach = torch.maximum(self._guessed_threshold(query.mentions, top.k), top.floor)
+            plainly = self._unprunable(query, reach, every, part=_FIRST_FRACTION, ranks=False)
+        return plainly
+
+    def _few(self, query: Query) -> bool:
+        """Whether there are so few pairs that scoring them all takes no longer than a look at a sample."""
+        return (len(query) + 1) * len(self.blocks) <= _FEW_PAIRS
 
     def _top_of_all(self, query: Query, exhaustive: bool, top: _TopK, advance: Callable[[int], Any]) -> None:
         plan = None
@@ -210,9 +230,9 @@ class Searcher:
             two `torch.LongTensor` of shape `(M,)`.
         """
         query = Query.of(self.matcher, mentions)
-        plainly = torch.full_like(answers, exhaustive, dtype=torch.bool)
-        if not exhaustive:
-            plainly = self._unprunable(query, gold.unsqueeze(1), 0, len(self.blocks), ranks=True)
+        plainly = torch.full_like(answers, exhaustive or self._few(query), dtype=torch.bool)
+        if not bool(plainly.all()):
+            plainly = self._unprunable(query, gold.unsqueeze(1), slice(0, len(self.blocks)), ranks=True)
         above, equal = torch.zeros_like(answers), torch.zeros_like(answers)
         for way, picked, some in self._ways(query, plainly):
             places = _Places(answers[picked], gold[picked].unsqueeze(1))
@@ -235,16 +255,17 @@ class Searcher:
             picked = (plainly == way).nonzero().squeeze(1)
             yield way, picked, query if len(picked) == len(query) else Query.of(self.matcher, query.mentions[picked])
 
-    def _sample(self, count: int, start: int, stop: int) -> ChosenRows:
-        """About so many rows of those from `start` to `stop`, without removed ones."""
+    def _sample(self, count: int, rows: slice, device: torch.device, names: Sequence[str] = ()) -> KeptRows:
+        """About so many of some rows, without removed ones; some of their features are read at once."""
         generator = torch.Generator().manual_seed(0)
-        rows = start + torch.randint(stop - start, (max(1, count),), generator=generator).unique()
-        alive = self.blocks.alive(start, stop)
-        return ChosenRows(self.blocks, rows if alive is None else rows[alive[rows - start]])
+        picked = rows.start + torch.randint(rows.stop - rows.start, (max(1, count),), generator=generator).unique()
+        alive = self.blocks.alive(rows.start, rows.stop)
+        picked = picked if alive is None else picked[alive[picked - rows.start]]
+        return KeptRows(self.blocks, picked, names, device)
 
     def _guessed_threshold(self, mentions: MentionFeatures, k: int) -> Tensor:
         """About the k-th best score of each mention, (M, 1), where k is a large part of the entities."""
-        sample = self._sample(-(-_REACHING * len(self.blocks) // k), 0, len(self.blocks))
+        sample = self._sample(-(-_REACHING * len(self.blocks) // k), slice(0, len(self.blocks)), mentions.device)
         if not len(sample):
             return torch.full((len(mentions), 1), -torch.inf, device=mentions.device)
         scores = self.matcher(mentions, sample.full(slice(0, len(sample)), mentions.device)).total
@@ -252,19 +273,27 @@ class Searcher:
         return scores.topk(min(_REACHING, len(sample)), dim=1).values[:, -1:]
 
     def _unprunable(
-        self, query: Query, floor: Tensor, start: int, stop: int, *, part: float = _EXHAUSTIVE_FRACTION, ranks: bool
+        self,
+        query: Query,
+        floor: Tensor,
+        rows: slice,
+        *,
+        part: float = _EXHAUSTIVE_FRACTION,
+        ranks: bool,
     ) -> Tensor:
-        """For which mentions, (M,), bounds do not pay: more than a part of a sample of the rows from `start` to `stop`
-        would have to be scored, as they may reach `floor` (M, 1), or, for ranks, be above it or not.
+        """For which mentions, (M,), bounds do not pay: more than a part of a sample of some rows would have to be
+        scored, as they may reach `floor` (M, 1), or, for ranks, be above it or not.
 
         For these, bounding all pairs would come on top of scoring them all.
         """
-        sample = self._sample(min((stop - start) // _SAMPLED_PART, _MOST_SAMPLED), start, stop)
+        count = min((rows.stop - rows.start) // _SAMPLED_PART, _MOST_SAMPLED)
+        sample = self._sample(count, rows, floor.device, _BOUNDED)
         if not len(sample):
             return torch.zeros(len(query), dtype=torch.bool, device=floor.device)
         stages = dataclasses.replace(self.stages, blocks=sample)
         plan = stages.plan(query, len(sample))
-        pairs, _ = stages.contenders(query, plan, block := stages.coarse(query, plan, 0, len(sample)), floor)
+        block = stages.coarse(query, plan, 0, len(sample))
+        pairs, _ = stages.contenders(query, plan, block, floor)
         if ranks:
             pairs = pairs[~(pairs.lower > (floor + block.margin)[pairs.mention_rows, 0])]
         left = torch.bincount(pairs.mention_rows, minlength=len(query))
@@ -336,7 +365,7 @@ class Searcher:
         if bool(many.any()):
             # No pair reaches what is infinite: of these mentions nothing is looked at.
             few_left = floor.masked_fill(~many, torch.inf)
-            plainly = self._unprunable(query, few_left, start, stop, part=part, ranks=False).unsqueeze(1)
+            plainly = self._unprunable(query, few_left, slice(start, stop), part=part, ranks=False).unsqueeze(1)
         pairs, plan = self.stages.contenders(query, plan, block, floor.masked_fill(plainly, torch.inf))
         # The first pairs of a mention may leave few others that reach its best ones.
         pairs = self._best_first(query, block, pairs, top, _PATIENCE)

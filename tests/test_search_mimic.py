@@ -31,7 +31,7 @@ from mimic_el.bounds_mimic import MentionBounds, hull_distance
 from mimic_el.errors_mimic import EntityIndexError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MentionFeatures, MimicModel
-from mimic_el.pairs_mimic import ENT2MEN, MEN2ENT, _grouped, score_pairs
+from mimic_el.pairs_mimic import ENT2MEN, MEN2ENT, KeptRows, _grouped, score_pairs
 from mimic_el.pruning_mimic import Stages, _different
 from mimic_el.search_mimic import METHODS, Searcher
 
@@ -186,6 +186,43 @@ def test_mentions_for_which_bounds_do_not_pay(fraction: float, monkeypatch: pyte
     expected = [oracle.realistic_rank(case.expected[row], (7 * row) % ENTITIES) for row in range(MENTIONS)]
     np.testing.assert_array_equal(ranks, expected)
     assert any(0 < count < MENTIONS for count in scored), "no block had mentions of both kinds"
+
+
+@pytest.mark.parametrize(("entities", "pruned"), [(1365, False), (1366, True)])
+def test_few_pairs_are_scored_without_bounds(entities: int, pruned: bool, monkeypatch: pytest.MonkeyPatch):
+    """Looking at bounds would take longer than that. With 2 mentions, 3 x 1365 is at most 4096."""
+    monkeypatch.setattr(search_mimic, "_FEW_PAIRS", 4096)
+    case = make_case(entities=entities, mentions=2, clusters=500, noise=0.1)
+    found = case.index.search(case.mentions, 3)
+    assert found.entity_ids == case.index.search(case.mentions, 3, method="exhaustive").entity_ids
+    ranks = case.index.rank(case.mentions, ["e0", "e1"])
+    assert ranks.ranks.tolist() == [oracle.realistic_rank(case.expected[row], row) for row in range(2)]
+    for stats in (found.stats, ranks.stats):
+        assert (stats.hull_pairs > 0) == pruned == (stats.exact_pairs < stats.pairs == 2 * entities)
+
+
+@pytest.mark.parametrize("mentions", [1, 8])
+def test_ranks_of_few_mentions_where_bounds_decide_little(mentions: int):
+    """What is bounded before all pairs are scored is a small part of them."""
+    case = make_case(entities=20 * ENTITIES, mentions=mentions)
+    worst = case.expected.argsort(dim=1)[:, 10 * ENTITIES].tolist()
+    ranks = case.index.rank(case.mentions, [f"e{row}" for row in worst])
+    assert ranks.ranks.tolist() == [oracle.realistic_rank(case.expected[row], worst[row]) for row in range(mentions)]
+    assert ranks.stats.exact_pairs == ranks.stats.pairs == 20 * ENTITIES * mentions
+    assert ranks.stats.hull_pairs <= ranks.stats.pairs / 16 and ranks.stats.image_pairs <= ranks.stats.pairs / 7
+
+
+def test_what_a_sample_reads_is_what_its_rows_hold():
+    """Of kept features and others, by number and by slice, in the order that is asked for."""
+    case = make_case(shards=3, dtype="float16")
+    store, rows = case.index._contents.store, torch.tensor([3, 50, 51, 119])
+    kept = KeptRows(store, rows, ("text_embed", "text_local"), CPU)
+    names = ("text_local", "text_query", "text_embed", "no such name")
+    for picked in (torch.tensor([2, 0, 2]), slice(1, 3)):
+        expected = store.gather(rows[picked], names, CPU)
+        got = kept.gather(picked, names, CPU)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_ranks_of_answers_that_are_badly_ranked():
