@@ -26,7 +26,7 @@ from .items_mimic import Answer, Answers, answered
 from .mentions_mimic import Mention, features_of, tokens_of
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
-from .records_mimic import placed_record, places_of, undecoded
+from .records_mimic import placed_record, places_of, plain_record, records_of_table, undecoded
 from .turns_mimic import COMPUTING
 
 logger = logging.get_logger(__name__)
@@ -197,9 +197,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             inputs: one mention or document, or several.
             **kwargs: the arguments of the class from `top_k` on, and `batch_size` and `num_workers` as of any pipeline.
         """
-        if hasattr(inputs, "iloc") and hasattr(inputs, "to_dict"):  # a DataFrame
-            inputs = inputs.to_dict("records")
         places = places_of(inputs, "image", **self._places)
+        inputs = plain_record(records_of_table(inputs))
         if isinstance(inputs, Mapping):
             return super().__call__(placed_record(inputs, "image", places), **kwargs)
         if isinstance(inputs, list | tuple):

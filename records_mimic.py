@@ -58,8 +58,8 @@ class Records:
     """A knowledge base of records that can be read by number, or only one after the other.
 
     Args:
-        entities: a `datasets.Dataset`, a `pandas.DataFrame`, a sequence or any iterable of dicts; or what has
-            `entities()`, such as an index or a `KnowledgeBase`.
+        entities: a `datasets.Dataset`, a `pandas.DataFrame`, a table of Arrow, a sequence or any iterable of dicts; or
+            what has `entities()`, such as an index or a `KnowledgeBase`.
         allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
 
     Raises:
@@ -76,10 +76,9 @@ class Records:
             raise ValueError("A knowledge base is a list or data set of records with `id`, not a single dict.")
         if callable(getattr(entities, "entities", None)):
             entities = entities.entities()
-        if callable(getattr(entities, "to_dict", None)) and hasattr(entities, "iloc"):
-            entities = entities.to_dict("records")  # a DataFrame
         self._switches = (allow_urls, image_root)
         self._places = places_of(entities, "images", allow_urls, image_root)
+        entities = records_of_table(entities)
         entities = undecoded(entities, "images")
         self._named: Iterable[str] | None = getattr(entities, "column_names", None)
         if self._named is None and isinstance(entities, list | tuple):
@@ -110,7 +109,7 @@ class Records:
     def skip(self, count: int, images: bool = False) -> Iterator[Mapping[str, Any]]:
         """Passes over the next records and gives them, perhaps without their images unless these are asked for."""
         if self._by_number is None:
-            yield from itertools.islice(cast(Any, self._iterator), count)
+            yield from map(plain_record, itertools.islice(cast(Any, self._iterator), count))
             return
         span = self.take(count)
         span = span if images else span.without_images()
@@ -230,7 +229,8 @@ def places_of(
 
 
 def placed_record(record: Any, column: str, places: ImagePlaces) -> Any:
-    """A record whose images know where they may be read from."""
+    """A record, as a dict, whose images know where they may be read from."""
+    record = plain_record(record)
     if places == ImagePlaces() or not isinstance(record, Mapping) or record.get(column) is None:
         return record
     return {**record, column: placed(record[column], places)}
@@ -302,7 +302,7 @@ _OTHER_NAMES = {
 def _names_of(records: Iterable[Any]) -> set[str]:
     """The fields that some of the records have."""
     named: set[str] = set()
-    for record in records:
+    for record in map(plain_record, records):
         if isinstance(record, Mapping):
             named |= {name for name, value in record.items() if isinstance(name, str) and not is_absent(value)}
     return named
@@ -348,8 +348,27 @@ def near_field(name: str, present: Iterable[str]) -> str | None:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a field has no value: `None`, or NaN, which is what pandas makes of it."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    """Whether a field has no value: `None`, or what pandas and numpy write for it (NaN, `pd.NA`, `NaT`)."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, numbers.Real) and math.isnan(value)
+
+
+def records_of_table(table: Any) -> Any:
+    """The records of a `pandas.DataFrame`, or of a table or batch of Arrow, as a list of dicts; anything else as it
+    is."""
+    if hasattr(table, "iloc") and hasattr(table, "columns"):
+        return table.to_dict("records")
+    if hasattr(table, "to_pylist") and hasattr(table, "schema"):
+        return table.to_pylist()
+    return table
+
+
+def plain_record(record: Any) -> Any:
+    """A row of a DataFrame (a `pandas.Series`) as a dict; anything else as it is."""
+    if hasattr(record, "iloc") and hasattr(record, "index") and not hasattr(record, "columns"):
+        return record.to_dict()
+    return record
 
 
 def duplicate_id(entity_id: str) -> ValueError:
@@ -386,6 +405,8 @@ __all__ = [
     "near_field",
     "placed_record",
     "places_of",
+    "plain_record",
+    "records_of_table",
     "table_record",
     "undecoded",
 ]

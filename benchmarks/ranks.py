@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,10 +84,45 @@ class World:
         return {name: torch.randn(count, *shape, generator=self.generator) for name, shape in self.shapes.items()}
 
 
-def compare(what: str, ask: Callable[[str], tuple[Any, SearchStats]], repeats: int) -> None:
+@dataclass
+class Ranks:
+    """The ranks of the answers, by a method."""
+
+    world: World
+    mentions: MentionFeatures
+    answers: torch.Tensor
+
+    def __call__(self, method: str) -> tuple[torch.Tensor, SearchStats]:
+        matcher, store = self.world.matcher, self.world.store
+        return answer_ranks(matcher, store, self.mentions, self.answers, method=method, advance=lambda _: None)
+
+
+@dataclass
+class Search:
+    """The rows of the best k entities, by a method."""
+
+    world: World
+    mentions: MentionFeatures
+    k: int
+
+    def __call__(self, method: str) -> tuple[torch.Tensor, SearchStats]:
+        found = best_entities(
+            self.world.matcher,
+            self.world.store,
+            self.mentions,
+            self.k,
+            method=method,
+            candidates=[None] * len(self.mentions),
+            advance=lambda _: None,
+        )
+        return found.rows, found.stats
+
+
+def compare(what: str, ask: Callable[[str], tuple[torch.Tensor, SearchStats]], repeats: int) -> None:
     """Prints the processor times of both methods, which take turns, and makes sure that they answer the same."""
     times: dict[str, list[float]] = {"exhaustive": [], "pruned": []}
-    answers, stats = {}, {}
+    answers: dict[str, torch.Tensor] = {}
+    stats: dict[str, SearchStats] = {}
     for turn in range(repeats + 1):
         for method in sorted(times, reverse=turn % 2 == 1):
             start = time.process_time()
@@ -119,22 +155,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     for kind in ("random", "grouped"):
         world = World(args.entities, kind == "grouped")
-        matcher, store = world.matcher, world.store
         for count in args.mentions:
             mentions, answers = world.mentions(count)
-
-            def rank(method: str, mentions: MentionFeatures = mentions, answers: torch.Tensor = answers) -> Any:
-                return answer_ranks(matcher, store, mentions, answers, method=method, advance=lambda _: None)
-
-            def search(method: str, mentions: MentionFeatures = mentions) -> Any:
-                every = [None] * len(mentions)
-                found = best_entities(
-                    matcher, store, mentions, args.k, method=method, candidates=every, advance=lambda _: None
-                )
-                return found.rows, found.stats
-
-            compare(f"{kind}, ranks of {count}", rank, args.repeats)
-            compare(f"{kind}, search for {count}", search, args.repeats)
+            compare(f"{kind}, ranks of {count}", Ranks(world, mentions, answers), args.repeats)
+            compare(f"{kind}, search for {count}", Search(world, mentions, args.k), args.repeats)
 
 
 if __name__ == "__main__":

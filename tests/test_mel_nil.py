@@ -2,8 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import evaluate
+import numpy as np
+import pandas as pd
 import pytest
 
 METRIC = Path(__file__).parents[1] / "metrics" / "mel_nil"
@@ -31,6 +34,33 @@ def test_figures_of_ten_mentions_counted_by_hand(metric: evaluate.EvaluationModu
             "nil_count": 5,
         }
     )
+
+
+SAME = [375, "375", 375.0, np.int64(375), np.float32(375)]
+NONE = [None, math.nan, np.float32("nan"), "", "nil", pd.NA]
+
+
+@pytest.mark.parametrize("way", ["compute", "add", "add_batch"])
+def test_one_id_and_what_is_none_however_a_table_gives_them(metric: evaluate.EvaluationModule, way: str) -> None:
+    """Five ways to write one id and six to say NIL: all are right, and none is where it stands against another id."""
+    for said, right, accuracy in (
+        (SAME + NONE, SAME[1:] + SAME[:1] + NONE[1:] + NONE[:1], 1),
+        (SAME + NONE, ["375.0"] * 5 + ["0"] * 6, 0),
+        (SAME + NONE, NONE[:5] + (SAME + SAME)[:6], 0),
+    ):
+        if way == "add":
+            for one, other in zip(said, right, strict=True):
+                metric.add(prediction=one, reference=other)
+        elif way == "add_batch":
+            metric.add_batch(predictions=said, references=right)
+        given = {} if way != "compute" else {"predictions": said, "references": right}
+        assert metric.compute(**given)["accuracy"] == accuracy
+
+
+@pytest.mark.parametrize("answer", [True, np.True_, 375.5, 2.0**60, [375], b"375"])
+def test_what_is_no_id_is_refused(metric: evaluate.EvaluationModule, answer: Any) -> None:
+    with pytest.raises(ValueError, match="mel_nil: an answer is an id"):
+        metric.compute(predictions=["1"], references=[answer])
 
 
 def test_figures_over_nothing_are_nan(metric: evaluate.EvaluationModule) -> None:

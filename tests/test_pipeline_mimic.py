@@ -15,6 +15,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from tiny import knowledge_base, mentions_of, once, random_image, tiny_processor
@@ -247,6 +249,18 @@ def test_a_source_that_never_ends(linker: Linker, mentions: list[dict[str, Any]]
 
     found = linker(forever(), top_k=1)
     assert next(iter(found)) == linker(mentions[0], top_k=1)
+
+
+def test_tables_and_their_rows_are_mentions(linker: Linker, mentions: list[dict[str, Any]]) -> None:
+    """Of pandas and Arrow, with what is missing as they write it: answers are those of the same dicts."""
+    plain = [{"mention": mention["mention"], "text": mention["text"], "image": None} for mention in mentions[:3]]
+    expected = linker(plain)
+    frame = pd.DataFrame(plain).convert_dtypes()
+    rows = [row for _, row in frame.iterrows()]
+    for given in (frame, pa.Table.from_pylist(plain), pa.RecordBatch.from_pylist(plain), rows, iter(rows)):
+        assert list(linker(given)) == expected
+    assert linker(rows[0]) == expected[0]
+    assert linker(frame.assign(image=[pd.NA, pd.NaT, np.float32("nan")])) == expected
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from mel_archives import noise
 
-from mimic_el.records_mimic import Records, entity_id_of, near_field, table_record
+from mimic_el.records_mimic import Records, entity_id_of, is_absent, near_field, table_record
 
 
 @pytest.fixture
@@ -62,6 +63,31 @@ def test_an_integer_is_one_id_however_a_table_gives_it() -> None:
     for value in (375.5, 2.0**60, math.inf, math.nan, True, np.True_, None, "", [375]):
         with pytest.raises(ValueError, match="An id must be a string that is not empty, or an integer"):
             entity_id_of(value)
+
+
+def test_what_is_missing_in_a_table_is_absent() -> None:
+    """What pandas and numpy write where there is nothing, in every kind of column."""
+    for value in (None, math.nan, np.float32("nan"), np.float64("nan"), pd.NA, pd.NaT):
+        assert is_absent(value)
+    for present in (0, False, "", "nan", [], np.float32(0), np.array([math.nan, 1])):
+        assert not is_absent(present)
+    table = pd.DataFrame({"id": ["1", "2"], "name": ["Ann", None], "born": [1815, None]}).convert_dtypes()
+    assert table["name"][1] is pd.NA
+    assert [table_record(record) for record in Records(table).take(2)] == [
+        {"id": "1", "name": "Ann", "description": "", "born": 1815},
+        {"id": "2", "name": "", "description": ""},
+    ]
+
+
+def test_tables_and_rows_are_records() -> None:
+    """Those of pandas and Arrow: of a table, of a batch, of lists and streams of rows, as dicts."""
+    records = [{"id": "1", "name": "Ann"}, {"id": "2", "name": "Bo"}]
+    frame = pd.DataFrame(records)
+    arrow = pa.Table.from_pylist(records)
+    rows = [frame.iloc[0], frame.iloc[1]]
+    for given in (frame, arrow, arrow.to_batches()[0], datasets.Dataset(arrow).data, rows, iter(rows), tuple(records)):
+        read = Records(given).take(5)
+        assert [read[row] for row in range(len(read))] == records
 
 
 def warned_of(entities: Any) -> list[str]:

@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 
 from mimic_el.errors_mimic import UnknownEntityError
@@ -44,3 +46,17 @@ def test_listed_takes_what_tables_give() -> None:
     assert listed(None) == listed(math.nan) == listed([]) == []
     assert listed("a.png") == ["a.png"]
     assert listed(("a.png", "b.png")) == listed(np.array(["a.png", "b.png"], dtype=object)) == ["a.png", "b.png"]
+
+
+def test_tables_are_taken() -> None:
+    """Of pandas and Arrow, and a list of a table's rows; what is missing there is `None`."""
+    records = [entity("Q1"), {**entity("Q2"), "description": None}]
+    frame = pd.DataFrame(records).convert_dtypes()
+    for given in (
+        frame,
+        pa.Table.from_pylist(records),
+        [frame.iloc[0], frame.iloc[1].where(frame.iloc[1].notna(), None)],
+    ):
+        knowledge_base = KnowledgeBase(given)
+        assert list(knowledge_base) == ["Q1", "Q2"]
+        assert [dict(record) for record in knowledge_base.entities()] == records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,12 +10,12 @@ import datasets
 
 from ..errors_mimic import UnknownEntityError
 from ..image_sources_mimic import ImagePlaces
-from ..records_mimic import entity_id_of, placed_record, places_of
+from ..records_mimic import entity_id_of, is_absent, placed_record, places_of, records_of_table
 
 
 def require_columns(present: Iterable[str] | None, needed: Iterable[str], what: str) -> None:
     """Raises a `ValueError` that names the columns which are not there."""
-    present = list(present or [])
+    present = [] if present is None else list(present)
     missing = [name for name in needed if name not in present]
     if missing:
         raise ValueError(f"{what.capitalize()} have no column {', '.join(missing)}; they have {', '.join(present)}.")
@@ -51,7 +50,7 @@ class KnowledgeBase:
     Images stay bytes, to be decoded by [`load_image`] within its limits.
 
     Args:
-        entities: a `datasets.Dataset`, a pandas `DataFrame`, or a sequence of dicts, with `id`, `name`,
+        entities: a `datasets.Dataset`, a pandas `DataFrame`, a table of Arrow, or a sequence of dicts, with `id`, `name`,
             `description` and `images`. Integer ids are taken as the strings that write them.
         allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
 
@@ -77,7 +76,9 @@ class KnowledgeBase:
         elif hasattr(entities, "to_dict") and hasattr(entities, "columns"):  # a DataFrame
             require_columns(entities.columns, ("id", "name", "description", "images"), "the entities")
             rows = entities.to_dict("records")
-            self._source = [{name: None if _is_nan(value) else value for name, value in row.items()} for row in rows]
+            self._source = [{name: None if is_absent(value) else value for name, value in row.items()} for row in rows]
+        else:
+            self._source = records_of_table(entities)
         self._rows: dict[str, int] = {}
         duplicates = []
         for row, value in enumerate(self.column("id")):
@@ -127,7 +128,3 @@ class KnowledgeBase:
             return self._rows[entity_id_of(entity_id)]
         except (KeyError, ValueError):
             raise UnknownEntityError(f"There is no entity {entity_id!r} in the knowledge base.") from None
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)

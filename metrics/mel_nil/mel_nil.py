@@ -1,5 +1,8 @@
 """Entity linking with NIL: accuracy over all mentions; precision, recall and F1 of saying that there is no entity."""
 
+import math
+import numbers
+
 import datasets
 import evaluate
 
@@ -12,9 +15,9 @@ mentions that are found, NIL F1 their harmonic mean.
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[str | None]`): the answer given to each mention: an entity's id, or `None` or "NIL" (in any
-        case) where it is said to have none.
-    references (`list[str | None]`): the right answer, in the same form.
+    predictions (`list[str | int | None]`): the answer given to each mention: an entity's id (375, "375" and 375.0 are
+        one), or what says that it has none: `None`, NaN, an empty string or "NIL" (in any case).
+    references (`list[str | int | None]`): the right answer, in the same form.
 
 Returns:
     `dict[str, float]`, figures between 0 and 1, NaN where there is nothing to count:
@@ -25,7 +28,7 @@ Returns:
     `count`, `nil_count`: the mentions, and those of them that have no entity.
 
 Raises:
-    ValueError: if there are no mentions, or the numbers of predictions and references differ.
+    ValueError: if there are no mentions, the numbers of predictions and references differ, or an answer is no id.
 
 Examples:
 
@@ -68,7 +71,28 @@ def nil_metrics(predictions, references):
 
 
 def _folded(answer):
-    return None if answer is None or str(answer).casefold() == "nil" else str(answer)
+    """An answer as text; `None` for NIL. As everywhere in the project, an integer is the id that writes it, and so is
+    375.0, which pandas makes of 375 in a column where some are missing; what is missing is NIL."""
+    if answer is None or type(answer).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(answer, str):
+        return None if answer.casefold() in ("", "nil") else answer
+    if not isinstance(answer, bool):
+        if hasattr(answer, "__index__"):
+            return str(answer.__index__())
+        if isinstance(answer, numbers.Real):
+            number = float(answer)
+            if math.isnan(number):
+                return None
+            if abs(number) <= 2**53 and number.is_integer():
+                return str(int(number))
+    raise ValueError(f"mel_nil: an answer is an id (a string or an integer), or None or NIL; got {answer!r}.")
+
+
+def _written(answer):
+    """An answer as the library stores it."""
+    folded = _folded(answer)
+    return "NIL" if folded is None else folded
 
 
 def _share(part, whole):
@@ -93,6 +117,15 @@ class MelNil(evaluate.Metric):
         if predictions is None or references is None:
             return super().compute(predictions=predictions, references=references, **kwargs)
         return nil_metrics(list(predictions), list(references), **kwargs)
+
+    def add(self, *, prediction=None, reference=None, **kwargs):
+        """Add one mention."""
+        super().add(prediction=_written(prediction), reference=_written(reference), **kwargs)
+
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Add several mentions."""
+        said, right = ([_written(answer) for answer in answers] for answers in (predictions, references))
+        super().add_batch(predictions=said, references=right, **kwargs)
 
     def _compute(self, predictions, references):
         return nil_metrics(predictions, references)
