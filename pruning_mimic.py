@@ -302,6 +302,7 @@ class Stages:
         if entity_of is not None:
             scores = scores.index_select(1, entity_of)
         scores -= most if direction == ENT2MEN else query.image_bound[numbers]
+        scores.clamp_(min=torch.finfo(scores.dtype).min)  # -inf is for what is removed
         change = scores.new_zeros(len(chosen), scores.shape[1]).index_copy_(0, numbers, scores)
         return change.index_select(0, query.image_of)
 

@@ -394,7 +394,8 @@ class Searcher:
         upper[mention_rows, places] += less[0] + less[1] + query.most[mention_rows, 0]
         best = upper.topk(min(top.k, block.width), dim=1)
         columns = seeds.indices.gather(1, best.indices)
-        self._score_into(query, columns, best.values != -torch.inf, block.start, top)
+        # One whose bound became -inf has numbers without an order; it is no removed one, and scoring it says so.
+        self._score_into(query, columns, seeds.values.gather(1, best.indices) != -torch.inf, block.start, top)
         return columns
 
     @staticmethod

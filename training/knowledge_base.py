@@ -50,8 +50,8 @@ class KnowledgeBase:
     Images stay bytes, to be decoded by [`load_image`] within its limits.
 
     Args:
-        entities: a `datasets.Dataset`, a pandas `DataFrame`, a table of Arrow, or a sequence of dicts, with `id`, `name`,
-            `description` and `images`. Integer ids are taken as the strings that write them.
+        entities: a `datasets.Dataset`, a pandas `DataFrame`, a table of Arrow, or a sequence of dicts, with `id`,
+            `name`, `description` and `images`. Integer ids are taken as the strings that write them.
         allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
 
     Attributes:
