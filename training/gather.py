@@ -205,11 +205,17 @@ def gathered(features: _Features, counts: Sequence[int]) -> _Features:
     """The features of all processes, with gradients that reach those that made them."""
     if len(counts) == 1:
         return features
-    matrix = packed(features)
+    return unpacked(gathered_matrix(packed(features), counts), features)
+
+
+def gathered_matrix(matrix: Tensor, counts: Sequence[int]) -> Tensor:
+    """The same of features that are [`packed`]."""
+    if len(counts) == 1:
+        return matrix
     widths = _of_all(torch.tensor([matrix.shape[1]], device=matrix.device)).flatten().tolist()
     if len(set(widths)) > 1:
         raise ValueError(f"The processes' features differ in width: {widths}. Texts must have one length in all.")
-    return unpacked(_GatheredRows.apply(matrix, counts), features)
+    return _GatheredRows.apply(matrix, counts)
 
 
 def shared_loss(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..matching_mimic import EntityFeatures, MentionFeatures
 from ..modeling_mimic import MimicModel
-from .gather import SharedBatch, gathered, packed, summed_rows, unpacked
+from .gather import SharedBatch, gathered_matrix, packed, summed_rows, unpacked
 
 _ENTITY = "entity_"
 # Pairs whose scores have a graph at a time, by the bytes of their attention; a graph holds several times as much.
@@ -71,15 +71,17 @@ def cached_step(
     """
     numbers = inputs.get("entity_labels")
     chunks = list(_chunks(inputs, chunk_size))
-    parts: list[Any] = []
+    mentions, entities = _Features(), _Features()
     with torch.no_grad(), context():
         for chunk in chunks:
             chunk.random_state = _random_state(inner.device)
-            parts.append(inner(**chunk.inputs, return_scores=False))
-    mentions = MentionFeatures.cat([part.mention_features for part in parts if part.mention_features is not None])
-    entities = EntityFeatures.cat([part.entity_features for part in parts if part.entity_features is not None])
-    del parts
-    batch = SharedBatch.of(len(mentions), len(entities), inputs["labels"], numbers, merge=merge, gather=gather)
+            part = inner(**chunk.inputs, return_scores=False)
+            mentions.append(part.mention_features)
+            entities.append(part.entity_features)
+    del part
+    batch = SharedBatch.of(
+        len(mentions.matrix), len(entities.matrix), inputs["labels"], numbers, merge=merge, gather=gather
+    )
     loss, mention_gradient, entity_gradient, matcher_gradients = _gradients_of_features(
         inner, mentions, entities, batch
     )
@@ -118,78 +120,113 @@ def _parts(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+class _Features:
+    """The features of mentions or entities, kept once: as the matrix of [`packed`]."""
+
+    def __init__(self, parts: list[Tensor] | None = None, like: Any = None) -> None:
+        self._parts = parts or []
+        self._like = like
+
+    def append(self, features: MentionFeatures | EntityFeatures | None) -> None:
+        if features is not None:
+            self._like = features
+            self._parts.append(packed(features))
+
+    @property
+    def matrix(self) -> Tensor:
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts)]
+        return self._parts[0]
+
+    def of_all(self, counts: Sequence[int]) -> _Features:
+        """Those of all processes."""
+        return self if len(counts) == 1 else _Features([gathered_matrix(self.matrix, counts)], self._like)
+
+    def unpacked(self, matrix: Tensor) -> Any:
+        """The features that are some rows of the matrix."""
+        return unpacked(matrix, self._like)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text."""
+        return self._like.tensors["text_key" if self._like.side == "mention" else "text_query"].shape[1]
+
+
 def _gradients_of_features(
-    model: MimicModel, mentions: MentionFeatures, entities: EntityFeatures, batch: SharedBatch
+    model: MimicModel, mentions: _Features, entities: _Features, batch: SharedBatch
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[nn.Parameter, Tensor]]]:
     """The loss, its gradients with respect to the own features, as matrices of [`packed`], and those with respect to
     parameters that scoring uses."""
     symmetric = bool(model.config.symmetric_loss)
-    with torch.no_grad():
-        every = gathered(entities, batch.entity_counts)
-        every_mention = gathered(mentions, batch.mention_counts) if symmetric else mentions
-        columns_of_all = every[batch.columns]
+    device = batch.labels.device
+    block_bytes = _BLOCK_BYTES if device.type == "cpu" else _BLOCK_BYTES_GPU
+    side = max(1, int((block_bytes // (4 * mentions.length * entities.length)) ** 0.5))
+    every = entities.of_all(batch.entity_counts)
+    every_mention = mentions.of_all(batch.mention_counts) if symmetric else mentions
 
     parameters = [parameter for parameter in model.matcher.parameters() if parameter.requires_grad]
     of_parameters: list[Tensor | None] = [None] * len(parameters)
-    every_matrix, mention_matrix = packed(every), packed(mentions)
-    entity_gradient, mention_gradient = torch.zeros_like(every_matrix), torch.zeros_like(mention_matrix)
+    of_mentions, of_every = torch.zeros_like(mentions.matrix), torch.zeros_like(every.matrix)
     if symmetric:
-        own_matrix, every_mention_matrix = packed(entities), packed(every_mention)
-        of_own, of_every_mention = torch.zeros_like(own_matrix), torch.zeros_like(every_mention_matrix)
+        of_every_mention, of_entities = torch.zeros_like(every_mention.matrix), torch.zeros_like(entities.matrix)
+
+    def scored(some_mentions: _Features, rows: Tensor, some_entities: _Features, columns: Tensor) -> list[Tensor]:
+        """The scores of all units, without a graph."""
+        with torch.no_grad():
+            return model.score(
+                some_mentions.unpacked(some_mentions.matrix[rows]),
+                some_entities.unpacked(some_entities.matrix[columns]),
+            ).all_logits()
 
     def go_back(
-        mention_rows: Tensor,
-        mention_source: Tensor,
+        some_mentions: _Features,
+        rows: Tensor,
         mention_sum: Tensor,
+        some_entities: _Features,
         columns: Tensor,
-        entity_source: Tensor,
         entity_sum: Tensor,
         gradients: list[Tensor],
     ) -> None:
         """Adds what some pairs' scores give to the gradients."""
-        some_mentions = mention_source[mention_rows].requires_grad_()
-        some_entities = entity_source[columns].requires_grad_()
-        pairs = model.matcher(unpacked(some_mentions, mentions), unpacked(some_entities, entities))
+        of_rows = some_mentions.matrix[rows].requires_grad_()
+        of_columns = some_entities.matrix[columns].requires_grad_()
+        pairs = model.matcher(some_mentions.unpacked(of_rows), some_entities.unpacked(of_columns))
         outputs = [pairs.total, pairs.text, pairs.image, pairs.cross_modal]
         found = torch.autograd.grad(
-            outputs, [some_mentions, some_entities, *parameters], gradients, allow_unused=True, materialize_grads=False
+            outputs, [of_rows, of_columns, *parameters], gradients, allow_unused=True, materialize_grads=False
         )
-        mention_sum.index_add_(0, mention_rows, found[0])
+        mention_sum.index_add_(0, rows, found[0])
         entity_sum.index_add_(0, columns, found[1])
         for place, gradient in enumerate(found[2:]):
             if gradient is not None:
                 known = of_parameters[place]
                 of_parameters[place] = gradient if known is None else known + gradient
 
-    device = batch.labels.device
-    length = mentions.tensors["text_key"].shape[1] * entities.tensors["text_query"].shape[1]
-    block_bytes = _BLOCK_BYTES if device.type == "cpu" else _BLOCK_BYTES_GPU
-    side = max(1, int((block_bytes // (4 * length)) ** 0.5))
     loss = torch.zeros((), device=device)
-    for rows in torch.arange(len(mentions), device=device).split(side):
-        with torch.no_grad():
-            scores = [part.requires_grad_() for part in model.score(mentions[rows], columns_of_all).all_logits()]
-            reverse = None
-            if symmetric:
-                answers = model.score(every_mention, entities[batch.own_labels[rows]]).all_logits()
-                reverse = [part.T.contiguous().requires_grad_() for part in answers]
-        of_rows = batch.loss(model, scores, reverse, rows)
-        loss = loss + of_rows.detach()
-        of_scores = torch.autograd.grad(of_rows, [*scores, *(reverse or [])])
-        for places in torch.arange(len(batch.columns), device=device).split(side):
-            block = [part[:, places] for part in of_scores[:4]]
-            go_back(rows, mention_matrix, mention_gradient, batch.columns[places], every_matrix, entity_gradient, block)
+    all_places = torch.arange(len(batch.columns), device=device).split(side)
+    all_mentions = torch.arange(len(every_mention.matrix), device=device).split(side)
+    for rows in torch.arange(len(mentions.matrix), device=device).split(side):
+        blocks = [scored(mentions, rows, every, batch.columns[places]) for places in all_places]
+        scores = [torch.cat(parts, dim=1).requires_grad_() for parts in zip(*blocks, strict=True)]
+        reverse, answers = None, batch.own_labels[rows]
         if symmetric:
-            for others in torch.arange(len(every_mention), device=device).split(side):
-                block = [part[:, others].T for part in of_scores[4:]]
-                columns = batch.own_labels[rows]
-                go_back(others, every_mention_matrix, of_every_mention, columns, own_matrix, of_own, block)
-    of_entities = summed_rows(entity_gradient, batch.entity_counts)
+            blocks = [scored(every_mention, others, entities, answers) for others in all_mentions]
+            reverse = [torch.cat(parts).T.contiguous().requires_grad_() for parts in zip(*blocks, strict=True)]
+        of_these = batch.loss(model, scores, reverse, rows)
+        loss = loss + of_these.detach()
+        of_scores = torch.autograd.grad(of_these, [*scores, *(reverse or [])])
+        for places in all_places:
+            block = [part[:, places] for part in of_scores[:4]]
+            go_back(mentions, rows, of_mentions, every, batch.columns[places], of_every, block)
+        for others in all_mentions if symmetric else ():
+            block = [part[:, others].T for part in of_scores[4:]]
+            go_back(every_mention, others, of_every_mention, entities, answers, of_entities, block)
+    entity_gradient = summed_rows(of_every, batch.entity_counts)
     if symmetric:
-        of_entities = of_entities + of_own
-        mention_gradient = mention_gradient + summed_rows(of_every_mention, batch.mention_counts)
+        entity_gradient = entity_gradient + of_entities
+        of_mentions = of_mentions + summed_rows(of_every_mention, batch.mention_counts)
     of_matcher = [(p, g) for p, g in zip(parameters, of_parameters, strict=True) if g is not None]
-    return loss, mention_gradient, of_entities, of_matcher
+    return loss, of_mentions, entity_gradient, of_matcher
 
 
 def _random_state(device: torch.device) -> list[Any]:
