@@ -173,10 +173,12 @@ def _gradients_of_features(
     def scored(some_mentions: _Features, rows: Tensor, some_entities: _Features, columns: Tensor) -> list[Tensor]:
         """The scores of all units, without a graph."""
         with torch.no_grad():
-            return model.score(
-                some_mentions.unpacked(some_mentions.matrix[rows]),
-                some_entities.unpacked(some_entities.matrix[columns]),
-            ).all_logits()
+            return list(
+                model.score(
+                    some_mentions.unpacked(some_mentions.matrix[rows]),
+                    some_entities.unpacked(some_entities.matrix[columns]),
+                ).all_logits()
+            )
 
     def go_back(
         some_mentions: _Features,
