@@ -74,6 +74,12 @@ assert Path(train.parse_args(["sample"])[1].dataset_name).is_relative_to({str(wh
 sample = Path({str(wheel)!r}) / "mimic_el" / "datasets_scripts" / "sample"
 assert len({{row["id"] for row in cli.read_entities(str(sample))}}) > 100
 print(mel_ranking().compute(ranks=[1, 4], ks=[1]))
+import evaluate
+metrics = Path({str(wheel)!r}) / "mimic_el" / "metrics"
+ranking = evaluate.load(str(metrics / "mel_ranking"))
+assert ranking.compute(predictions=[[0.9, 0.3], [0.2, 0.5]], references=[0, 0], ks=[1])["hits@1"] == 0.5
+nil = evaluate.load(str(metrics / "mel_nil"))
+assert nil.compute(predictions=["Q1", None], references=["Q1", "Q2"])["nil_precision"] == 0
 """
     environment = {**os.environ, "PYTHONPATH": str(wheel), "HF_HOME": str(tmp_path / "home")}
     result = subprocess.run(
