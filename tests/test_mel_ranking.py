@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -149,3 +150,15 @@ def test_misses_alone_are_no_error_where_they_count() -> None:
     computed = evaluate.load(str(METRIC), keep_in_memory=True).compute(ranks=[math.nan, math.nan], missing="miss")
     assert (computed["hits@1"], computed["mrr"], computed["count"], computed["missing"]) == (0, 0, 2, 2)
     assert math.isnan(computed["mean_rank"])
+
+
+@pytest.mark.parametrize("ks", [2, [2], (2,), np.array([2]), range(2, 3), np.int64(2)])
+def test_one_k_or_several_in_any_sequence(ks: Any) -> None:
+    figures = evaluate.load(str(METRIC)).compute(ranks=[1, 2, 4], ks=ks)
+    assert {name: value for name, value in figures.items() if name.startswith("hits")} == {"hits@2": 2 / 3}
+
+
+@pytest.mark.parametrize("ks", [[], 0, [0], [1.5], 1.5, "5", [None], [True]])
+def test_what_is_no_k_is_refused(ks: Any) -> None:
+    with pytest.raises(ValueError, match="`ks` must hold positive whole numbers"):
+        evaluate.load(str(METRIC)).compute(ranks=[1, 2, 4], ks=ks)

@@ -21,7 +21,7 @@ Args:
         is not among them.
     ranks (`list[float]`, *optional*): in place of `predictions` and `references`, the rank of each answer, from 1; NaN
         where the answer is not among the candidates. For knowledge bases whose scores nobody wants to hold at once.
-    ks (`list[int]`, defaults to `[1, 3, 5, 10, 20]`): the k of Hits@k.
+    ks (`list[int]`, defaults to `[1, 3, 5, 10, 20]`): the k of Hits@k; one number or several.
     missing (`str`, defaults to `"exclude"`): what a mention whose answer is not among its candidates counts:
         `"exclude"`: nothing; it is only counted in `missing`. `"miss"`: no hit at any k, and a reciprocal rank of 0;
         the mean rank leaves it out, and is NaN if no answer is there. `"error"`: a `ValueError` is raised.
@@ -76,8 +76,9 @@ def ranking_metrics(ranks, ks=(1, 3, 5, 10, 20), missing="exclude"):
     """The metrics of given ranks; see the module's description."""
     if missing not in ("exclude", "miss", "error"):
         raise ValueError(f'mel_ranking: `missing` must be "exclude", "miss" or "error", got {missing!r}.')
-    if not ks or any(k < 1 for k in ks):
-        raise ValueError(f"mel_ranking: `ks` must hold positive numbers, got {ks!r}.")
+    given, ks = ks, list(ks) if np.iterable(ks) else [ks]
+    if not ks or not all(hasattr(k, "__index__") and not isinstance(k, bool) and k >= 1 for k in ks):
+        raise ValueError(f"mel_ranking: `ks` must hold positive whole numbers, got {given!r}.")
     ranks = np.asarray(ranks, dtype=np.float64)
     if ranks.ndim != 1 or ranks.size == 0:
         raise ValueError(f"mel_ranking: there is nothing to rank: ranks of shape {ranks.shape}.")
