@@ -30,15 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bounds_mimic import COARSE_NAMES, CoarseFeatures
+from .bounds_mimic import CoarseFeatures
+from .found_mimic import Places, TopK
 from .matching_mimic import Matcher, MentionFeatures, PairScores, full_precision
 from .pairs_mimic import (
     CACHE_BYTES,
-    KEY,
-    QUERY,
     ChosenRows,
     EntityBlocks,
-    KeptRows,
     SearchStats,
     are_equal,
     best_order,
@@ -46,6 +44,7 @@ from .pairs_mimic import (
     score_pairs,
 )
 from .pruning_mimic import Block, ImagePlan, Pairs, Query, Stages
+from .sampling_mimic import EXHAUSTIVE_FRACTION, FIRST_FRACTION, Sampler
 
 METHODS = ("pruned", "exhaustive")
 _MENTION_BLOCK = 256
@@ -59,82 +58,6 @@ _CANDIDATE_BYTES = 64 * 2**20
 _SEEDS = 32
 _ROUND = 16
 _PATIENCE = 4
-# Where more than this fraction of a mention's pairs in a block would be scored exactly, bounding them does not pay.
-# That is looked for in a sample before: bounding a pair costs about a sixth of scoring it, so a sixteenth of them is a
-# hundredth of the work. Of the best k, the first scores to reach are low, or guesses: of what they leave, about half
-# is left in the end.
-_EXHAUSTIVE_FRACTION = 0.2
-_FIRST_FRACTION = 0.7
-_SAMPLED_PART, _MOST_SAMPLED = 16, 512
-# What the bounds of a sample need.
-_BOUNDED = (*COARSE_NAMES, *QUERY, *(name for name in KEY if name not in QUERY))
-# So many pairs, and entities to read, are scored without a look at a sample.
-_FEW_PAIRS = 4096
-# Where the best k are more than this part of the entities, the score to reach is guessed from a sample in which so many
-# reach it.
-_LARGE_PART, _REACHING = 1 / 32, 4
-
-
-class _TopK:
-    """The best k rows seen so far for each of M mentions, among those that reach its floor (M, 1).
-
-    Twice as many are kept, best first: of those that are equal to the k-th best the first rows are the answer, and
-    only all of the scores tell which is the k-th best.
-    """
-
-    def __init__(self, count: int, k: int, device: torch.device, floor: Tensor | None = None) -> None:
-        self.k = k
-        self.floor = torch.full((count, 1), -torch.inf, device=device) if floor is None else floor
-        self.scores = torch.full((count, 2 * k), -torch.inf, device=device)
-        self.rows = torch.full((count, 2 * k), -1, dtype=torch.long, device=device)
-
-    @property
-    def threshold(self) -> Tensor:
-        """What a score must reach to be among each mention's best k, of shape (M, 1)."""
-        return torch.maximum(self.scores.topk(self.k, dim=1).values[:, -1:], self.floor)
-
-    def found(self) -> Tensor:
-        """The rows (M, k), best first; -1 where fewer reach the floor."""
-        below = self.scores < self.floor
-        order = below.int().argsort(dim=1, stable=True)[:, : self.k]
-        return self.rows.masked_fill(below, -1).gather(1, order)
-
-    def merge(self, scores: Tensor, rows: Tensor) -> None:
-        """Takes scores (M, n) of entity rows (M, n) into account; rows seen before must not come again."""
-        self._keep(torch.cat([self.scores, scores], dim=1), torch.cat([self.rows, rows], dim=1))
-
-    def _keep(self, scores: Tensor, rows: Tensor) -> None:
-        order = best_order(scores, rows)[:, : self.scores.shape[1]]
-        self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
-
-    def part(self, mention_rows: Tensor) -> _TopK:
-        """The same for some of the mentions."""
-        part = _TopK(len(mention_rows), self.k, self.scores.device, self.floor[mention_rows])
-        part.scores, part.rows = self.scores[mention_rows], self.rows[mention_rows]
-        return part
-
-    def take(self, mention_rows: Tensor, part: _TopK) -> None:
-        """Puts back what was a part."""
-        self.scores[mention_rows], self.rows[mention_rows] = part.scores, part.rows
-
-    def forget(self, start: int, stop: int) -> None:
-        """Leaves out the rows from `start` to `stop`."""
-        inside = (self.rows >= start) & (self.rows < stop)
-        self._keep(self.scores.masked_fill(inside, -torch.inf), self.rows.masked_fill(inside, -1))
-
-
-class _Places:
-    """The answers of M mentions, and how many other entities are known to score above them, or as much."""
-
-    def __init__(self, answers: Tensor, gold: Tensor) -> None:
-        self.answers = answers  # (M,) rows
-        self.gold = gold  # (M, 1) their scores
-        self.above, self.equal = torch.zeros_like(answers), torch.zeros_like(answers)
-
-    def within(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The places (mentions, columns) of the answers in a block of scores of the rows from `start` to `stop`."""
-        rows = ((self.answers >= start) & (self.answers < stop)).nonzero().squeeze(1)
-        return rows, self.answers[rows] - start
 
 
 @dataclass
@@ -158,6 +81,10 @@ class Searcher:
     def stages(self) -> Stages:
         return Stages(self.matcher, self.blocks, self.block_bytes, self.sub_block, self.stats)
 
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(self.matcher, self.blocks, self.stages, self.stats)
+
     def top_k(
         self,
         mentions: MentionFeatures,
@@ -168,12 +95,12 @@ class Searcher:
     ) -> Tensor:
         """The rows (M, k) of the k best entities of each mention, -1 where fewer reach its `floor` (M, 1); `advance`
         is told of each block's number of pairs."""
-        top = _TopK(len(mentions), k, mentions.device, floor)
+        top = TopK(len(mentions), k, mentions.device, floor)
         query = Query.of(self.matcher, mentions)
         plainly = torch.full((len(query),), exhaustive, dtype=torch.bool, device=mentions.device)
         before = self.stats.exact_pairs
         if not exhaustive:
-            plainly = self._not_worth_bounding(query, top)
+            plainly = self.sampler.not_worth_bounding(query, k, top.floor)
         for way, picked, some in self._ways(query, plainly):
             part = top.part(picked)
             self._top_of_all(some, way, part, advance)
@@ -181,24 +108,7 @@ class Searcher:
         self.stats.exact_pairs = min(self.stats.exact_pairs, before + len(query) * len(self.blocks))  # as in `_counted`
         return top.found()
 
-    def _not_worth_bounding(self, query: Query, top: _TopK) -> Tensor:
-        """For which mentions, (M,), all pairs are better scored, so far as a sample shows before the first block."""
-        every = slice(0, len(self.blocks))
-        if self._few(query):
-            return torch.ones(len(query), dtype=torch.bool, device=top.floor.device)
-        if top.k <= _LARGE_PART * len(self.blocks):  # what its best k may be, only bounds of all entities tell
-            return torch.zeros(len(query), dtype=torch.bool, device=top.floor.device)
-        plainly = self._unprunable(query, top.floor, every, part=_FIRST_FRACTION, ranks=False)
-        if bool(plainly.any()):  # the floor alone decides little
-            reach = torch.maximum(self._guessed_threshold(query.mentions, top.k), top.floor)
-            plainly = self._unprunable(query, reach, every, part=_FIRST_FRACTION, ranks=False)
-        return plainly
-
-    def _few(self, query: Query) -> bool:
-        """Whether there are so few pairs that scoring them all takes no longer than a look at a sample."""
-        return (len(query) + 1) * len(self.blocks) <= _FEW_PAIRS
-
-    def _top_of_all(self, query: Query, exhaustive: bool, top: _TopK, advance: Callable[[int], Any]) -> None:
+    def _top_of_all(self, query: Query, exhaustive: bool, top: TopK, advance: Callable[[int], Any]) -> None:
         plan = None
         for start, stop in self._blocks(len(query)):
             with self._counted(query, start, stop, advance):
@@ -230,17 +140,17 @@ class Searcher:
             two `torch.LongTensor` of shape `(M,)`.
         """
         query = Query.of(self.matcher, mentions)
-        plainly = torch.full_like(answers, exhaustive or self._few(query), dtype=torch.bool)
+        plainly = torch.full_like(answers, exhaustive or self.sampler.few(query), dtype=torch.bool)
         if not bool(plainly.all()):
-            plainly = self._unprunable(query, gold.unsqueeze(1), slice(0, len(self.blocks)), ranks=True)
+            plainly = self.sampler.unprunable(query, gold.unsqueeze(1), slice(0, len(self.blocks)), ranks=True)
         above, equal = torch.zeros_like(answers), torch.zeros_like(answers)
         for way, picked, some in self._ways(query, plainly):
-            places = _Places(answers[picked], gold[picked].unsqueeze(1))
+            places = Places(answers[picked], gold[picked].unsqueeze(1))
             self._rank_all(some, way, places, advance)
             above[picked], equal[picked] = places.above, places.equal
         return above, equal
 
-    def _rank_all(self, query: Query, exhaustive: bool, places: _Places, advance: Callable[[int], Any]) -> None:
+    def _rank_all(self, query: Query, exhaustive: bool, places: Places, advance: Callable[[int], Any]) -> None:
         plan = None
         for start, stop in self._blocks(len(query)):
             with self._counted(query, start, stop, advance):
@@ -254,50 +164,6 @@ class Searcher:
         for way in plainly.unique().tolist():
             picked = (plainly == way).nonzero().squeeze(1)
             yield way, picked, query if len(picked) == len(query) else Query.of(self.matcher, query.mentions[picked])
-
-    def _sample(self, count: int, rows: slice, device: torch.device, names: Sequence[str] = ()) -> KeptRows:
-        """About so many of some rows, without removed ones; some of their features are read at once."""
-        generator = torch.Generator().manual_seed(0)
-        picked = rows.start + torch.randint(rows.stop - rows.start, (max(1, count),), generator=generator).unique()
-        alive = self.blocks.alive(rows.start, rows.stop)
-        picked = picked if alive is None else picked[alive[picked - rows.start]]
-        return KeptRows(self.blocks, picked, names, device)
-
-    def _guessed_threshold(self, mentions: MentionFeatures, k: int) -> Tensor:
-        """About the k-th best score of each mention, (M, 1), where k is a large part of the entities."""
-        sample = self._sample(-(-_REACHING * len(self.blocks) // k), slice(0, len(self.blocks)), mentions.device)
-        if not len(sample):
-            return torch.full((len(mentions), 1), -torch.inf, device=mentions.device)
-        scores = self.matcher(mentions, sample.full(slice(0, len(sample)), mentions.device)).total
-        self.stats.exact_pairs += scores.numel()
-        return scores.topk(min(_REACHING, len(sample)), dim=1).values[:, -1:]
-
-    def _unprunable(
-        self,
-        query: Query,
-        floor: Tensor,
-        rows: slice,
-        *,
-        part: float = _EXHAUSTIVE_FRACTION,
-        ranks: bool,
-    ) -> Tensor:
-        """For which mentions, (M,), bounds do not pay: more than a part of a sample of some rows would have to be
-        scored, as they may reach `floor` (M, 1), or, for ranks, be above it or not.
-
-        For these, bounding all pairs would come on top of scoring them all.
-        """
-        count = min((rows.stop - rows.start) // _SAMPLED_PART, _MOST_SAMPLED)
-        sample = self._sample(count, rows, floor.device, _BOUNDED)
-        if not len(sample):
-            return torch.zeros(len(query), dtype=torch.bool, device=floor.device)
-        stages = dataclasses.replace(self.stages, blocks=sample)
-        plan = stages.plan(query, len(sample))
-        block = stages.coarse(query, plan, 0, len(sample))
-        pairs, _ = stages.contenders(query, plan, block, floor)
-        if ranks:
-            pairs = pairs[~(pairs.lower > (floor + block.margin)[pairs.mention_rows, 0])]
-        left = torch.bincount(pairs.mention_rows, minlength=len(query))
-        return left > max(part * len(sample), 1)
 
     def _blocks(self, count: int) -> Iterator[tuple[int, int]]:
         """First and last row of one block of rows after the other, for so many mentions."""
@@ -340,7 +206,7 @@ class Searcher:
             self.stages.hidden_removed(scores, first)
             yield first, scores, query.margin(self.stages.extent(CoarseFeatures.of(entities.tensors), first))
 
-    def _exhaustive_block(self, query: Query, start: int, stop: int, top: _TopK) -> None:
+    def _exhaustive_block(self, query: Query, start: int, stop: int, top: TopK) -> None:
         for first, scores, margin in self._all_scores(query, start, stop):
             floor, k = top.threshold, top.k
             if scores.shape[1] >= k:
@@ -352,20 +218,20 @@ class Searcher:
 
     # --- The best k
 
-    def _pruned_block(self, query: Query, plan: ImagePlan, start: int, stop: int, top: _TopK) -> ImagePlan:
+    def _pruned_block(self, query: Query, plan: ImagePlan, start: int, stop: int, top: TopK) -> ImagePlan:
         """Takes a block into account; gives the plan for the next."""
         block = self.stages.coarse(query, plan, start, stop)
-        part = _EXHAUSTIVE_FRACTION
+        part = EXHAUSTIVE_FRACTION
         if bool((top.threshold == -torch.inf).any()):
             # They must not come again.
-            block, part = block.without(self._score_seeds(query, plan, block, top)), _FIRST_FRACTION
+            block, part = block.without(self._score_seeds(query, plan, block, top)), FIRST_FRACTION
         floor = top.threshold
         many = (block.may_reach(query, floor).count_nonzero(dim=1) > part * block.width).unsqueeze(1)
         plainly = torch.zeros_like(many)
         if bool(many.any()):
             # No pair reaches what is infinite: of these mentions nothing is looked at.
             few_left = floor.masked_fill(~many, torch.inf)
-            plainly = self._unprunable(query, few_left, slice(start, stop), part=part, ranks=False).unsqueeze(1)
+            plainly = self.sampler.unprunable(query, few_left, slice(start, stop), part=part, ranks=False).unsqueeze(1)
         pairs, plan = self.stages.contenders(query, plan, block, floor.masked_fill(plainly, torch.inf))
         # The first pairs of a mention may leave few others that reach its best ones.
         pairs = self._best_first(query, block, pairs, top, _PATIENCE)
@@ -380,7 +246,7 @@ class Searcher:
             top.take(unprunable, some)
         return plan
 
-    def _score_seeds(self, query: Query, plan: ImagePlan, block: Block, top: _TopK) -> Tensor:
+    def _score_seeds(self, query: Query, plan: ImagePlan, block: Block, top: TopK) -> Tensor:
         """Scores a few pairs that promise most, so that all others have a good score to reach; gives their columns of
         the block, (M, n)."""
         seeds = block.high.topk(min(top.k + _SEEDS, block.width), dim=1)
@@ -403,10 +269,10 @@ class Searcher:
         """Parts pairs that would be scored exactly: those of mentions that have few of them, and the rows of the other
         mentions, for which all entities are better scored."""
         left = torch.bincount(pairs.mention_rows, minlength=len(query))
-        unprunable = left > max(_EXHAUSTIVE_FRACTION * block.width, _ROUND)
+        unprunable = left > max(EXHAUSTIVE_FRACTION * block.width, _ROUND)
         return pairs[~unprunable[pairs.mention_rows]], unprunable.nonzero().squeeze(1)
 
-    def _best_first(self, query: Query, block: Block, pairs: Pairs, top: _TopK, rounds: int | None = None) -> Pairs:
+    def _best_first(self, query: Query, block: Block, pairs: Pairs, top: TopK, rounds: int | None = None) -> Pairs:
         """Scores pairs exactly in the order of their bound, as long as a bound is above the k-th best score, or for
         some rounds. Returns the pairs that are left."""
         while len(pairs) and rounds != 0:
@@ -425,7 +291,7 @@ class Searcher:
             pairs = pairs[~now].reach(top.threshold - block.margin)
         return pairs
 
-    def _score_into(self, query: Query, columns: Tensor, valid: Tensor, start: int, top: _TopK) -> None:
+    def _score_into(self, query: Query, columns: Tensor, valid: Tensor, start: int, top: TopK) -> None:
         """Scores the valid pairs of (M, n) columns exactly and merges them."""
         rows, places = valid.nonzero(as_tuple=True)
         entity_rows = columns[rows, places] + start
@@ -437,7 +303,7 @@ class Searcher:
 
     # --- Ranks
 
-    def _rank_exhaustive(self, query: Query, start: int, stop: int, places: _Places) -> None:
+    def _rank_exhaustive(self, query: Query, start: int, stop: int, places: Places) -> None:
         for first, scores, margin in self._all_scores(query, start, stop):
             rows, columns = places.within(first, first + scores.shape[1])
             scores[rows, columns] = -torch.inf
@@ -446,7 +312,7 @@ class Searcher:
             places.above += surely.sum(dim=1)
             self._compare(query, rows, columns + first, places)
 
-    def _rank_pruned(self, query: Query, plan: ImagePlan, start: int, stop: int, places: _Places) -> ImagePlan:
+    def _rank_pruned(self, query: Query, plan: ImagePlan, start: int, stop: int, places: Places) -> ImagePlan:
         """Takes a block into account; gives the plan for the next."""
         block = self.stages.coarse(query, plan, start, stop, places.within(start, stop))
         pairs, plan = self.stages.contenders(query, plan, block, places.gold)
@@ -455,14 +321,14 @@ class Searcher:
         pairs, unprunable = self._part_unprunable(query, block, pairs[~surely])
         self._compare(query, pairs.mention_rows, pairs.columns + start, places)
         if len(unprunable):
-            some = _Places(places.answers[unprunable], places.gold[unprunable])
+            some = Places(places.answers[unprunable], places.gold[unprunable])
             self._rank_exhaustive(Query.of(self.matcher, query.mentions[unprunable]), start, stop, some)
             above[unprunable] = some.above
             places.equal[unprunable] += some.equal
         places.above += above
         return plan
 
-    def _compare(self, query: Query, mention_rows: Tensor, entity_rows: Tensor, places: _Places) -> None:
+    def _compare(self, query: Query, mention_rows: Tensor, entity_rows: Tensor, places: Places) -> None:
         """Counts the pairs whose exact score is above their mention's answer's, or ties with it."""
         pairs = score_pairs(self.matcher, query.mentions, mention_rows, self.blocks, entity_rows, self.block_bytes)
         self.stats.exact_pairs += len(mention_rows)

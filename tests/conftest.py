@@ -58,8 +58,8 @@ def hub(pytestconfig: pytest.Config) -> Hub:
 @pytest.fixture(autouse=True)
 def _few_pairs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The indexes of tests are small: they are searched as large ones are, not by scoring what few pairs they have."""
-    if "mimic_el.search_mimic" in sys.modules:
-        monkeypatch.setattr(sys.modules["mimic_el.search_mimic"], "_FEW_PAIRS", 0)
+    if "mimic_el.sampling_mimic" in sys.modules:
+        monkeypatch.setattr(sys.modules["mimic_el.sampling_mimic"], "_FEW_PAIRS", 0)
 
 
 @pytest.fixture(autouse=True)

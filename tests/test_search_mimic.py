@@ -26,7 +26,7 @@ from tiny import index_of, mention_features, random_encoded
 from tiny_clip import tiny_model
 from torch import Tensor
 
-from mimic_el import pruning_mimic, search_mimic
+from mimic_el import pruning_mimic, sampling_mimic, search_mimic
 from mimic_el.bounds_mimic import MentionBounds, hull_distance
 from mimic_el.errors_mimic import EntityIndexError
 from mimic_el.index_mimic import EntityIndex
@@ -166,7 +166,7 @@ def test_every_way_of_scoring_images(
 @pytest.mark.parametrize("fraction", [0, 0.02])
 def test_mentions_for_which_bounds_do_not_pay(fraction: float, monkeypatch: pytest.MonkeyPatch):
     """All of their pairs are scored, some others' not: both lists are right."""
-    monkeypatch.setattr(search_mimic, "_EXHAUSTIVE_FRACTION", fraction)
+    monkeypatch.setattr(search_mimic, "EXHAUSTIVE_FRACTION", fraction)
     monkeypatch.setattr(search_mimic, "_ROUND", 2)
     monkeypatch.setattr(search_mimic, "_PATIENCE", 1)
     case = make_case(entities=4 * ENTITIES, clusters=60, shards=3)
@@ -191,7 +191,7 @@ def test_mentions_for_which_bounds_do_not_pay(fraction: float, monkeypatch: pyte
 @pytest.mark.parametrize(("entities", "pruned"), [(1365, False), (1366, True)])
 def test_few_pairs_are_scored_without_bounds(entities: int, pruned: bool, monkeypatch: pytest.MonkeyPatch):
     """Looking at bounds would take longer than that. With 2 mentions, 3 x 1365 is at most 4096."""
-    monkeypatch.setattr(search_mimic, "_FEW_PAIRS", 4096)
+    monkeypatch.setattr(sampling_mimic, "_FEW_PAIRS", 4096)
     case = make_case(entities=entities, mentions=2, clusters=500, noise=0.1)
     found = case.index.search(case.mentions, 3)
     assert found.entity_ids == case.index.search(case.mentions, 3, method="exhaustive").entity_ids
