@@ -37,6 +37,7 @@ from .directory_mimic import (
 )
 from .encoding_mimic import EntityEncoder, check_compiles, encoding_dtype, image_digest
 from .errors_mimic import EntityIndexError
+from .features_mimic import joined
 from .files_mimic import locked, write_json
 from .identity_mimic import copy_of_matcher, model_facts, same_model
 from .image_sources_mimic import ImagePlaces, file_named, is_placed
@@ -160,7 +161,7 @@ class Builder:
             self._encode(some, part, encoder, collate, progress)
         if not part.kept:
             return None
-        features = {key: torch.cat([batch[key] for batch in part.features]) for key in part.features[0]}
+        features = {key: joined([batch[key] for batch in part.features]) for key in part.features[0]}
         return make_shard(name, features, part.kept), part.images
 
     def _encode(self, records: Any, part: _Encoded, encoder: EntityEncoder, collate: _Collate, progress: Any) -> None:
@@ -189,7 +190,7 @@ class Builder:
             progress.update(len(batch_records))
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
-        part.features.append({name: torch.cat([batch[name] for batch in batches])[back] for name in batches[0]})
+        part.features.append({name: joined([batch[name] for batch in batches])[back] for name in batches[0]})
         for row in back.tolist():
             record, image = encoded[row]
             part.kept.append(record)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from .errors_mimic import EntityIndexError
+from .features_mimic import full_precision
 from .matching_mimic import EntityFeatures, MimicEncoderOutput
 from .modeling_mimic import MimicModel
 from .texts_mimic import shortened
@@ -200,7 +201,8 @@ class EntityEncoder:
         """
         inputs = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
         encoder: Any = self._model.encoder
-        with torch.inference_mode():
+        # Its precision is `dtype`'s alone: an index is the same under autocast as without.
+        with torch.inference_mode(), full_precision(self._model.device):
             text_embeds, text_tokens = encoder.encode_texts(
                 inputs["input_ids"], inputs["attention_mask"], return_dict=True
             )[:2]

@@ -5,7 +5,8 @@ Knows no layer. Shapes: B mentions or entities, L text tokens, P image tokens (t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -26,6 +27,19 @@ def can_be_scored(tensor: Tensor) -> Tensor:
         return torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
     small = torch.isfinite(tensor) if tensor.dtype == torch.float16 else tensor.abs() <= LARGEST
     return small.unsqueeze(1).flatten(1).all(dim=1)
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` of tensors in any precision. Under autocast in bfloat16 on a CPU, `torch.cat` refuses float16."""
+    with full_precision(tensors[0].device):
+        return torch.cat(list(tensors))
 
 
 @dataclass
@@ -113,7 +127,7 @@ class _Features:
         parts = list(parts)
         if not parts:
             raise ValueError(f"{cls.__name__}.cat: nothing to join.")
-        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        return cls({name: joined([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
 class EntityFeatures(_Features):
@@ -145,5 +159,7 @@ __all__ = [
     "PairScores",
     "add_prefix",
     "can_be_scored",
+    "full_precision",
+    "joined",
     "pick_prefix",
 ]

@@ -9,7 +9,6 @@ Shapes: M mentions, N entities, L text tokens, P image tokens (the class token a
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from .features_mimic import (
     MimicEncoderOutput,
     PairScores,
     add_prefix,
+    full_precision,
     pick_prefix,
 )
 from .layers_mimic import UnitLayerNorm, UnitLinear, at_least_float32, is_traced
@@ -116,13 +116,6 @@ def _moved(x: Tensor, device: torch.device | None) -> Tensor:
 def _mean_of(text: Tensor, image: Tensor, cross_modal: Tensor) -> PairScores:
     total = (text + image + cross_modal) / UNITS
     return PairScores(total=total, text=text, image=image, cross_modal=cross_modal)
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Without autocast."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 __all__ = [

@@ -24,7 +24,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .errors_mimic import EntityIndexError
-from .features_mimic import can_be_scored
+from .features_mimic import can_be_scored, joined
 from .files_mimic import file_facts, is_small, mapped, no_space_told, regular, size_of, write_atomically
 from .matching_mimic import EntityFeatures, Matcher
 from .precision_mimic import TOKENS, dequantized, layout_of, stored_layout, whose
@@ -242,7 +242,7 @@ def write_shard(directory: Path, shard: Shard) -> dict[str, Any]:
 
 def join_shards(name: str, shards: Sequence[Shard]) -> Shard:
     """The rows of several shards, in their order, as one."""
-    features = {key: torch.cat([shard.tensors[key] for shard in shards]) for key in shards[0].tensors}
+    features = {key: joined([shard.tensors[key] for shard in shards]) for key in shards[0].tensors}
     return make_shard(name, features, [record for shard in shards for record in shard.table])
 
 
@@ -343,7 +343,7 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
     if len(parts) == 1:
         return parts[0][0]  # in the order that it was asked for
     if parts[0][1] is None:
-        return torch.cat([piece for piece, _ in parts])
+        return joined([piece for piece, _ in parts])
     whole = parts[0][0].new_empty(sum(len(piece) for piece, _ in parts), *parts[0][0].shape[1:])
     for piece, places in parts:
         whole.index_copy_(0, cast(Tensor, places), piece)
@@ -394,7 +394,7 @@ class Store:
         for number, chunk in enumerate(rows.split(sizes)):
             pieces = list(self._pieces(chunk))
             features = {
-                name: torch.cat([shard.tensors[name][inside] for shard, inside, _ in pieces])
+                name: joined([shard.tensors[name][inside] for shard, inside, _ in pieces])
                 for name in self.shards[0].tensors
             }
             yield make_shard(new_name(number), features, [self.record(row) for row in chunk.tolist()])

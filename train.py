@@ -294,10 +294,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         metrics: dict[str, Any] = {**result.metrics, "train_mentions": len(train), "train_mentions_left_out": left_out}
         metrics["unreadable_images"] = len(unreadable_images(output_dir))
         if trainer.seconds_before:  # the Trainer counts this session alone
-            share = metrics["train_runtime"] / (metrics["train_runtime"] + trainer.seconds_before)
-            metrics["train_runtime"] = round(metrics["train_runtime"] + trainer.seconds_before, 4)
-            for name in ("train_samples_per_second", "train_steps_per_second"):
-                metrics[name] = round(metrics[name] * share, 3)
+            seconds = metrics["train_runtime"] + trainer.seconds_before
+            steps, all_steps = trainer.state.global_step, max(1, trainer.state.max_steps)
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            samples = args.max_steps * batch if args.max_steps > 0 else len(train) * args.num_train_epochs
+            metrics["train_runtime"] = round(seconds, 4)
+            metrics["train_steps_per_second"] = round(steps / seconds, 3)
+            metrics["train_samples_per_second"] = round(samples * steps / all_steps / seconds, 3)
         trainer.run.unreadable_images = metrics["unreadable_images"]
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)

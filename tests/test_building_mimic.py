@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_image, tiny_processor
+from tiny import (
+    assert_equal_bytes,
+    encode_mentions,
+    knowledge_base,
+    mentions_of,
+    random_image,
+    small_shards,
+    tiny_processor,
+)
 from tiny_clip import tiny_model
 
 from mimic_el import building_mimic
@@ -189,3 +197,49 @@ def test_what_workers_do_can_be_sent_to_them(processor: MimicProcessor, tmp_path
     assert here[0] == there[0]
     assert torch.equal(here[1]["pixel_values"], there[1]["pixel_values"])
     assert here[2:] == there[2:]
+
+
+# --- Autocast
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_an_index_is_made_changed_and_saved_under_autocast_as_without(
+    dtype: str,
+    autocast: torch.dtype,
+    model: MimicModel,
+    processor: MimicProcessor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_shards(monkeypatch, 4)
+
+    def made(folder: Path) -> tuple[EntityIndex, EntityIndex, EntityFeatures]:
+        index = EntityIndex.build(model, processor, knowledge_base(10), dtype=dtype, show_progress=False)
+        index.remove(["e2", "e7"])
+        index.add(model, processor, knowledge_base(3, start=20), show_progress=False)
+        index.compact()
+        index.save_pretrained(folder)
+        opened = EntityIndex.from_pretrained(folder)
+        opened.verify()
+        opened.check_model(model)
+        return index, opened, opened.features(["e9", "e0", "e22"])
+
+    plain = made(tmp_path / "plain")
+    with torch.autocast("cpu", autocast):
+        cast = made(tmp_path / "cast")
+    for one, other in zip(cast[:2], plain[:2], strict=True):
+        assert_equal_bytes(one, other)
+    for name, tensor in plain[2].tensors.items():
+        assert torch.equal(cast[2].tensors[name], tensor)
+
+
+def test_a_shortlist_is_made_and_asked_under_autocast(model: MimicModel, processor: MimicProcessor) -> None:
+    pytest.importorskip("faiss")
+    entities = knowledge_base(20)
+    index = EntityIndex.build(model, processor, entities, show_progress=False)
+    mentions = encode_mentions(model, processor, mentions_of(entities[:6]))
+    with torch.autocast("cpu", torch.bfloat16):
+        index.build_shortlist(show_progress=False)
+        found = index.search(mentions, 3, num_candidates=10)
+    assert found.entity_ids == index.search(mentions, 3, num_candidates=10).entity_ids

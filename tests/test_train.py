@@ -496,6 +496,12 @@ def test_interrupted_training_goes_on_as_if_it_had_not_been(
     resumed, whole = (AutoModel.from_pretrained(path, trust_remote_code=True) for path in (tmp_path / "out", reference))
     for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
+    # Time and speed are of all sessions together: every step, and every mention of every epoch.
+    told = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    results = json.loads((reference / "train_results.json").read_text())
+    for name in ("steps", "samples"):
+        counts = [run[f"train_{name}_per_second"] * run["train_runtime"] for run in (told, results)]
+        assert counts[0] == pytest.approx(counts[1], rel=0.01)
 
 
 def test_finished_training_is_not_overwritten_unasked(trained: Path, data_dir: Path) -> None:

@@ -7,30 +7,39 @@ import logging
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import MimicTrainingArguments
 from .data import MISSING_LOG
+from .hard_negatives import TABLE
 from .upload import INDEX_FOLDER
 
 logger = logging.getLogger("mimic_el.train")
 
 
 UNREADABLE_LOG = "unreadable_images.jsonl"
+_SAVED_BY_TORCH = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin")
 
 
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words; `None` if all that training needs is there and whole."""
-    state = checkpoint / "trainer_state.json"
-    if not state.is_file():
+    if not (checkpoint / "trainer_state.json").is_file():
         return "it has no trainer_state.json"
-    try:
-        if not isinstance(json.loads(state.read_text(encoding="utf-8")), dict):
-            return "its trainer_state.json holds no mapping"
-    except (OSError, ValueError) as error:
-        return f"its trainer_state.json cannot be read ({error})"
+    read: dict[str, Any] = {}
+    for path in sorted(checkpoint.glob("*.json")):
+        try:
+            read[path.name] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"its {path.name} cannot be read ({error})"
+    if not isinstance(read["trainer_state.json"], dict):
+        return "its trainer_state.json holds no mapping"
+    for name in sorted(_shards(read.get("model.safetensors.index.json"))):
+        if not (checkpoint / name).is_file():
+            return f"it lacks its {name}"
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
         return "it has no weights (*.safetensors)"
@@ -40,12 +49,22 @@ def fault_of(checkpoint: Path) -> str | None:
                 pass
         except (OSError, SafetensorError) as error:
             return f"its {path.name} is not whole ({error})"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        path = checkpoint / name
+    for path in sorted(path for pattern in _SAVED_BY_TORCH for path in checkpoint.glob(pattern)):
         # The end of a zip archive lists what is in it: a file that was cut has none.
-        if path.exists() and not zipfile.is_zipfile(path):
-            return f"its {name} is not whole"
+        if not zipfile.is_zipfile(path):
+            return f"its {path.name} is not whole"
+    try:
+        if (checkpoint / TABLE).exists():
+            np.load(checkpoint / TABLE, mmap_mode="r")  # compares the header with the file's size
+    except (OSError, ValueError, EOFError) as error:
+        return f"its {TABLE} is not whole ({error})"
     return None
+
+
+def _shards(index: Any) -> set[str]:
+    """The files that hold a model's weights, as the list of a model in several files names them."""
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    return {str(name) for name in places.values()} if isinstance(places, dict) else set()
 
 
 def checkpoint_to_resume(args: MimicTrainingArguments, overwrite: bool = False) -> str | None:
