@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import IO, Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors_mimic import MimicImageError
 from .image_sources_mimic import ImagePlaces, PlacedImage, is_placed, read_file, read_named
@@ -48,6 +48,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVI
 MAX_PIXELS = 90_000_000
 # A side of JPEG has no more. A thin image of more would be small, but not what resizing makes of it.
 MAX_SIDE = 65_535
+# Begins what messages call an image that has no name.
+_GIVEN = "the given "
 _ORIENTATION = 0x0112
 
 
@@ -112,9 +114,9 @@ def load_image(
             return _resize(opened, resize, resample, fast_resize).convert("RGB")
         return _resize(_to_rgb(opened, correct), resize, resample, fast_resize)
     except MemoryError as error:
-        raise MimicImageError(f"The image {where} needs more memory than there is.") from error
+        raise MimicImageError(f"The image {_as_named(where)} needs more memory than there is.") from error
     except Exception as error:  # decoders raise many kinds for broken files
-        raise MimicImageError(f"The image {where} cannot be decoded: {shortened(str(error))}") from error
+        raise MimicImageError(f"The image {_as_named(where)} cannot be decoded: {shortened(str(error))}") from error
 
 
 def open_image(
@@ -137,9 +139,9 @@ def open_image(
     """
     places = ImagePlaces(allow_urls) if places is None else places
     if isinstance(source, Image.Image):
-        where, opened = "the given PIL image", source
+        where, opened = f"{_GIVEN}PIL image", source
     elif isinstance(source, bytes | bytearray | memoryview):
-        where = "the given bytes"
+        where = f"{_GIVEN}bytes"
         opened = _open(io.BytesIO(source), where)
     elif isinstance(source, str | os.PathLike):
         where = shortened(os.fspath(source))
@@ -147,10 +149,10 @@ def open_image(
         opened = _open(io.BytesIO(named) if isinstance(named, bytes) else named, where)
     elif callable(getattr(source, "read", None)):
         name = getattr(source, "name", None)
-        where = f"the given file {shortened(name)}" if isinstance(name, str) else "the given file"
+        where = f"{_GIVEN}file {shortened(name)}" if isinstance(name, str) else f"{_GIVEN}file"
         opened = _open(io.BytesIO(read_file(source, where)), where)
     elif callable(getattr(source, "__array__", None)) and not np.isscalar(source):
-        where = "the given array"
+        where = f"{_GIVEN}array"
         opened = _of_array(source)
     else:
         raise MimicImageError(
@@ -165,11 +167,11 @@ def check_size(width: int, height: int, where: str, max_pixels: int = MAX_PIXELS
     """Raises a `MimicImageError` for more pixels than are read, or a longer side."""
     if width * height > max_pixels:
         raise MimicImageError(
-            f"The image {where} has {width} x {height} pixels, more than the {max_pixels:,} that are read."
+            f"The image {_as_named(where)} has {width} x {height} pixels, more than the {max_pixels:,} that are read."
         )
     if max(width, height) > MAX_SIDE:
         raise MimicImageError(
-            f"The image {where} has {width} x {height} pixels; no side may have more than {MAX_SIDE:,}."
+            f"The image {_as_named(where)} has {width} x {height} pixels; no side may have more than {MAX_SIDE:,}."
         )
 
 
@@ -222,7 +224,7 @@ def _of_array(source: Any) -> Image.Image:
             f"The given array has the shape {shape}. An image has (height, width), (height, width, channels) or "
             "(channels, height, width), with 1, 3 or 4 channels."
         )
-    check_size(values.shape[1], values.shape[0], "the given array")
+    check_size(values.shape[1], values.shape[0], f"{_GIVEN}array")
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
     elif values.dtype == np.uint16 and values.ndim == 3:
@@ -248,9 +250,17 @@ def _open(file: str | io.BytesIO, where: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(file, formats=_known_formats())
     except Image.DecompressionBombError as error:
-        raise MimicImageError(f"The image {where} is too large to be read: {error}") from error
+        raise MimicImageError(f"The image {_as_named(where)} is too large to be read: {error}") from error
     except Exception as error:
-        raise MimicImageError(f"{where} is not an image that can be read: {shortened(str(error))}") from error
+        given, image = where.startswith(_GIVEN), "image that can be read"
+        what = f"There is no {image} in {where}" if given else f"{where} is not an {image}"
+        unknown = isinstance(error, UnidentifiedImageError)  # whose message names an object of Python
+        raise MimicImageError(f"{what}: {'its format is unknown' if unknown else shortened(str(error))}.") from error
+
+
+def _as_named(where: str) -> str:
+    """What messages call an image, after the words "the image"."""
+    return f"in {where}" if where.startswith(_GIVEN) else where
 
 
 def _known_formats() -> list[str]:

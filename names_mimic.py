@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors_mimic import EntityIndexError
 from .spans_mimic import Folded, boundaries_of, fold, folded_name, plain_name
+from .texts_mimic import is_unicode
 
 Span = tuple[int, int]
 
@@ -231,7 +232,7 @@ class NameTable:
             removed: for each row whether its entity was removed.
         """
         folded, plain = folded_name(name), plain_name(name)
-        if not folded:
+        if not folded or not is_unicode(folded):
             return [], []
         entries = self._entries_with(int(_hash(folded)))
         encoded = folded.encode()
@@ -250,7 +251,7 @@ class NameTable:
         except ImportError:
             return []
         folded = folded_name(name)
-        if not folded:
+        if not folded or not is_unicode(folded):
             return []
         lengths = np.diff(self.offsets)
         size, reach = len(folded.encode()), 4 * max_distance  # bytes of a character

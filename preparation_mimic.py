@@ -61,7 +61,7 @@ class ImagePreparation:
                 message = f"{labels[row]}: {error}" if labels else str(error)
                 if on_image_error == "raise":
                     raise MimicImageError(message) from error
-                warnings.warn(f"{message} It is encoded without an image.", stacklevel=3)
+                warnings.warn(f"{message.removesuffix('.')}. It is encoded without an image.", stacklevel=3)
             rows.append(made)
         blank = np.zeros(self.shape_of_absent(rows, kwargs), np.float32) if any(row is None for row in rows) else None
         made_rows = [blank if row is None else row for row in rows]

@@ -280,7 +280,8 @@ def table_record(record: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
             kept[name] = value
     for name, value in kept.items():
-        check_unicode(f"{value}", f"Entity {kept['id']!a} has text that", f" of `{name}`")
+        for text in value if isinstance(value, list) else [f"{value}"]:
+            check_unicode(text, f"Entity {kept['id']!a} has text that", f" of `{name}`")
         if not is_unicode(name):
             raise ValueError(f"Entity {kept['id']!a} has a field {name!a}, whose name is not valid Unicode.")
     return kept

@@ -342,11 +342,11 @@ class SearchableIndex(ABC):
 
         Args:
             mentions ([`MentionFeatures`]): M mentions.
-            answers: the id of each mention's entity. Where it is not in the index the rank is NaN.
+            answers: the id of each mention's entity, or `None`. Where it is not in the index the rank is NaN.
             method, show_progress: as in [`search`].
 
         Raises:
-            ValueError: if the numbers of mentions and answers differ, or `method` is not valid.
+            ValueError: if the numbers of mentions and answers differ, an answer is no id, or `method` is not valid.
             EntityIndexError: if the index is empty.
         """
         return self.state.rank(mentions, answers, method, show_progress)

@@ -24,6 +24,7 @@ from .files_mimic import no_space_told
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures
 from .mentions_mimic import checked_mentions
 from .pairs_mimic import SearchStats
+from .records_mimic import entity_id_of, is_absent
 from .search_mimic import METHODS, FoundEntities, answer_ranks, answer_scores, best_entities, better_entities
 from .shortlist_mimic import Shortlist
 
@@ -249,10 +250,18 @@ class Snapshot:
         return above.cpu().numpy(), equal.cpu().numpy()
 
     def _answer_rows(self, mentions: MentionFeatures, answers: Sequence[str | None]) -> Tensor:
-        """The row of each mention's answer, -1 where it is not there."""
+        """The row of each mention's answer, -1 where it is not there.
+
+        Raises:
+            ValueError: if an answer is no id, nor absent.
+        """
         if len(answers) != len(mentions):
             raise ValueError(f"There are {len(mentions)} mentions, but answers for {len(answers)}.")
-        found = [self.contents.row(answer) for answer in answers]
+        ids = [
+            None if is_absent(answer) else entity_id_of(answer, f"The answer of mention {number} (counted from 0)")
+            for number, answer in enumerate(answers)
+        ]
+        found = [None if entity_id is None else self.contents.row(entity_id) for entity_id in ids]
         return torch.tensor([-1 if row is None else row for row in found], dtype=torch.long, device=mentions.device)
 
     def _checked(self, mentions: MentionFeatures, method: str) -> MentionFeatures:

@@ -179,7 +179,7 @@ def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, str] 
         # The reader's own limit has no cause; above twice Pillow's, Pillow refuses.
         too_large = error.__cause__ is None or isinstance(error.__cause__, Image.DecompressionBombError)
         # The reader has no name for bytes; the caller has.
-        detail = str(error).replace("The image the given bytes", "it").replace("the given bytes", "it")
+        detail = str(error).replace("The image in the given bytes", "it").replace(" in the given bytes", "")
         return "oversized_image" if too_large else "unreadable_image", detail
     try:
         if _METADATA & opened.info.keys():  # a copy has not kept what came of reading it before

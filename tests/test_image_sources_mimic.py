@@ -137,7 +137,7 @@ def test_arrays_that_are_no_images(array: np.ndarray, message: str) -> None:
         ("zip://photo.png", "names no archive"),
         ("zip://photo.png::/no/such.zip", r"There is no image file /no/such\.zip"),
         ({"url": "http://localhost/photo.png"}, r"has `bytes` or `path`; this one has \['url'\]"),
-        ({"bytes": b"", "path": None}, "the given bytes is not an image"),
+        ({"bytes": b"", "path": None}, "There is no image that can be read in the given bytes"),
         (io.StringIO("text"), "is an open text file"),
         ("a\0b", "There is no image file"),
         ("\ud83d.png", "There is no image file"),

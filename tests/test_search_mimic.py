@@ -514,6 +514,21 @@ def test_ranks_of_no_known_answer():
         case.index.rank(case.mentions, ["e1"])
 
 
+@pytest.mark.parametrize("answer", ["", True, b"e1", ["e1"], 0.5])
+def test_ranks_of_what_is_no_id(answer: Any):
+    case = make_case(mentions=2)
+    message = r"The answer of mention 1 \(counted from 0\) is .*An id must be a string"
+    for call in (
+        lambda answers: case.index.rank(case.mentions, answers),
+        lambda answers: case.index.answer_scores(case.mentions, answers),
+        lambda answers: case.index.count_better(case.mentions, [0.0, 0.0], answers),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(["e1", answer])
+    # What is absent, as Arrow and pandas have it, is no answer.
+    assert np.isnan(case.index.rank(case.mentions, [None, math.nan]).ranks).all()
+
+
 # --- Work
 
 

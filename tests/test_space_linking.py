@@ -109,7 +109,7 @@ def test_a_request_reads_no_file_and_no_address(tmp_path: Path):
     for hostile in (str(place), f"file://{place}", "../image.png", f"zip://image.png::{place}"):
         with pytest.raises(MimicImageError, match="no file is read"):
             image_of_request(hostile, True)
-    with pytest.raises(MimicImageError, match="cannot identify"):
+    with pytest.raises(MimicImageError, match="its format is unknown"):
         image_of_request("data:image/png,abc", True)
     # An address is fetched only where that is allowed, and one of this machine not even then.
     with pytest.raises(MimicImageError, match="fetched"):

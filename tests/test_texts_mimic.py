@@ -107,6 +107,8 @@ def test_half_characters_are_named_wherever_they_come_from() -> None:
         lambda: processor(text=[half]),
         lambda: EntityIndex.build(model, processor, [{"id": "a", "name": half}], show_progress=False),
         lambda: EntityIndex.build(model, processor, [{"id": half}], show_progress=False),
+        lambda: EntityIndex.build(model, processor, [{"id": "a", "aliases": ["b", half]}], show_progress=False),
+        lambda: EntityIndex.build(model, processor, [{"id": "a", "other": half}], show_progress=False),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -114,6 +116,8 @@ def test_half_characters_are_named_wherever_they_come_from() -> None:
         processor.process_mentions(["Orange", "a"], ["b", half])
     index = EntityIndex.build(model, processor, [{"id": "a", "name": "b"}], show_progress=False)
     assert half not in index
+    assert index.find(half) == []
+    assert index.find_mentions(half) == []
     with pytest.raises(KeyError):
         index.entity(half)
     with pytest.raises(ValueError, match=f"`text` of a mention is {message}"):
@@ -123,6 +127,9 @@ def test_half_characters_are_named_wherever_they_come_from() -> None:
         MentionEntityCollator(processor, entities)(
             [{"id": "m", "mention": "a", "sentence": half, "image": None, "answer": "a"}]
         )
+    # An id that is only compared may be one: what is drawn for a batch depends on it, and on nothing else.
+    mention = {"id": half, "mention": "a", "sentence": "b", "image": None, "answer": "a"}
+    MentionEntityCollator(processor, entities)([mention])
 
 
 def test_what_is_valid_and_how_it_is_shown() -> None:

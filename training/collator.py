@@ -185,13 +185,13 @@ class MentionEntityCollator:
         if not self.random_images:
             return None
         names = [f"{mention.get('id')}\0{mention['answer']}" for mention in mentions]
-        return random.Random("\0".join([str(self.seed), *names]))
+        return _drawing([str(self.seed), *names])
 
     def _wrong_entities(self, mentions: Sequence[Mapping[str, Any]], answers: list[int]) -> list[int]:
         """Hard negatives of a batch, each once, and none that is an answer in it."""
         if not self.hard_negatives:
             return []
-        draw = random.Random("\0".join(["hard", str(self.seed), *(str(mention.get("id")) for mention in mentions)]))
+        draw = _drawing(["hard", str(self.seed), *(str(mention.get("id")) for mention in mentions)])
         taken, found = set(answers), []
         for mention in mentions:
             pool = [row for row in mention.get("hard_negatives") or [] if row not in taken]
@@ -249,7 +249,7 @@ class MentionEntityCollator:
         if name in self._reported:
             return
         self._reported.add(name)
-        warnings.warn(f"The image of {name} is left out. {error}", stacklevel=2)
+        warnings.warn(f"The image of {name} is left out: {error}", stacklevel=2)
         if self.unreadable_log is not None:
             # One short write in append mode: lines of several processes do not mix.
             with open(self.unreadable_log, "a", encoding="utf-8") as file:
@@ -271,3 +271,8 @@ def _pick(images: Any, draw: random.Random | None) -> tuple[Any, int]:
 
 def length(items: Any) -> int | None:
     return len(items) if hasattr(items, "__len__") else None
+
+
+def _drawing(names: Sequence[str]) -> random.Random:
+    # As bytes, which gives what the text would: an id may hold half a character, which is no reason to end a training.
+    return random.Random("\0".join(names).encode(errors="surrogatepass"))
