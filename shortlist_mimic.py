@@ -70,6 +70,8 @@ class Shortlist:
     def build(cls, store: Store, factory: str | None, show_progress: bool) -> Shortlist:
         """Trains and fills an index; `factory` is faiss's description of it, such as "IVF1024,SQ8"."""
         faiss = _faiss()
+        if factory is not None and not isinstance(factory, str):
+            raise ValueError(f'`factory` must be a description of faiss such as "IVF1024,SQ8", got {factory!r}.')
         count = len(store)
         lists = max(1, int(4 * count**0.5))
         factory = factory or ("Flat" if count < _FLAT_BELOW else f"IVF{lists},SQ8")
@@ -128,9 +130,16 @@ class Shortlist:
             raise _damaged(path, "its checksum differs")
 
     def instead_of_all(
-        self, store: Store, mentions: MentionFeatures, allowed: Sequence[Tensor | None], count: int, nprobe: int
+        self,
+        store: Store,
+        mentions: MentionFeatures,
+        allowed: Sequence[Tensor | None],
+        count: int,
+        nprobe: int,
+        least: int,
     ) -> list[Tensor | None]:
-        """For each mention the rows that it may mean: those given, or the `count` of the shortlist, in order."""
+        """For each mention the rows that it may mean: those given, or the `count` of the shortlist, in order. Where the
+        shortlist has fewer than `least`, though there are more, they are all, `None`."""
         result = list(allowed)
         free = [row for row, rows in enumerate(allowed) if rows is None]
         if not free:
@@ -142,7 +151,9 @@ class Shortlist:
             candidates = candidates[candidates >= 0]
             if bool((candidates >= len(store)).any()):
                 raise _damaged(self._path, "it names rows that there are not")
-            result[row] = candidates[~store.removed[candidates]][:count].sort().values
+            candidates = candidates[~store.removed[candidates]][:count].sort().values
+            if len(candidates) >= min(least, len(store) - store.removed_count):
+                result[row] = candidates
         return result
 
     def candidates(self, mentions: dict[str, Tensor], count: int, nprobe: int) -> Tensor:
@@ -152,6 +163,8 @@ class Shortlist:
         """
         if hasattr(self.index, "nprobe"):
             self.index.nprobe = min(nprobe, self.index.nlist)
+        if hasattr(self.index, "hnsw"):  # it finds no more than it keeps in view
+            self.index.hnsw.efSearch = max(self.index.hnsw.efSearch, count)
         try:
             _, rows = self.index.search(shortlist_vectors(mentions), min(count, self.index.ntotal))
         except RuntimeError as error:

@@ -190,7 +190,9 @@ class Snapshot:
         allowed = [contents.candidate_rows(ids) for ids in candidates or [None] * len(mentions)]
         if num_candidates is not None:
             num_candidates = _at_least("num_candidates", num_candidates, top_k)
-            allowed = self.shortlist.instead_of_all(contents.store, mentions, allowed, num_candidates, nprobe)
+            allowed = self.shortlist.instead_of_all(
+                contents.store, mentions, allowed, num_candidates, nprobe, least=top_k
+            )
         total = sum(len(contents.store) if rows is None else len(rows) for rows in allowed)
         with _progress("Searching", total, show_progress) as advance:
             return best_entities(

@@ -52,7 +52,8 @@ logger = logging.getLogger("mimic_el.train")
 def option_parser() -> HfArgumentParser:
     """The parser of all options. Its help has the project's own first, then the rest of `TrainingArguments`."""
     kinds: Any = (ModelArguments, DataArguments, MimicTrainingArguments)
-    parser = HfArgumentParser(kinds, description=__doc__, usage="%(prog)s [CONFIG.yaml] [--option value ...]")
+    usage = "%(prog)s [CONFIG.yaml] [--option value ...]"
+    parser = HfArgumentParser(kinds, description=__doc__, usage=usage, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     own = {name for kind in (ModelArguments, DataArguments) for name in kind.__dataclass_fields__}
     recipe = set(MimicTrainingArguments.__annotations__)
@@ -111,7 +112,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
     known = list(parser._option_string_actions)
     for word in argv:
         option = word.partition("=")[0]
-        if option.startswith("--") and not any(name.startswith(option) for name in known):
+        if option.startswith("--") and option != "--" and option not in known:
             raise ValueError(f"There is no option {option!r}.{did_you_mean(option, known)}")
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # type: ignore[return-value]
 

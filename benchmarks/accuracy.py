@@ -77,7 +77,9 @@ def differences(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--mentions", type=int, default=32)
     parser.add_argument("--entities", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)

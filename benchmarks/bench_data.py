@@ -33,7 +33,9 @@ SIDE = 64
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that all benchmarks share."""
-    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     result.add_argument("--data_dir", type=Path, help="folder with Wikidata-MEL.zip and Richpedia-MEL.zip of MELBench")
     result.add_argument("--work_dir", type=Path, default=Path("runs/bench"), help="where model and indexes are kept")
     result.add_argument("--train_steps", type=int, default=400, help="steps that the model is trained, once")

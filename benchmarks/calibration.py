@@ -323,7 +323,9 @@ def table(results: list[dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     """Trains and measures, or prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data_dir", type=Path, help="folder with Wikidata-MEL.zip and Richpedia-MEL.zip of MELBench")
     parser.add_argument("--checkpoint", type=Path, help="in its place a checkpoint, measured on the sample data set")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/calibration"), help="where all is kept")

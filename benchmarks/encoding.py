@@ -308,7 +308,9 @@ def measured(way: str, args: argparse.Namespace) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--work_dir", type=Path, default=Path("runs/bench_encoding"))
     parser.add_argument("--entities", type=int, default=384, help="enough that beginning a build hardly counts")
     parser.add_argument("--threads", type=int, default=2)

@@ -96,7 +96,9 @@ def attention_of(model: MimicModel, inputs: Mapping[str, torch.Tensor]) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default="runs/demo", help="a checkpoint with its index")
     parser.add_argument(
         "--dataset", default="datasets_scripts/sample", help="a data set with entities and a test split"

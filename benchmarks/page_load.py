@@ -31,7 +31,9 @@ launch(Settings(sys.argv[1]), server_name="127.0.0.1", server_port=int(sys.argv[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default="runs/demo", help="a checkpoint with its index")
     parser.add_argument("--dataset", default="datasets_scripts/sample", help="a data set whose test mentions are asked")
     parser.add_argument("--clients", type=int, default=8)

@@ -144,7 +144,9 @@ def compare(what: str, ask: Callable[[str], tuple[torch.Tensor, SearchStats]], r
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--entities", type=int, default=8192)
     parser.add_argument("--mentions", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--k", type=int, default=10, help="how many entities are searched for")

@@ -348,7 +348,9 @@ PARTS: dict[str, Any] = {"table": table, "search": search, "precision": precisio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with the two archives of MELBench")
     parser.add_argument("--encoder", type=Path, required=True, help="folder or zip archive of the text encoder")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/real_text"))

@@ -350,7 +350,9 @@ def arithmetic(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parts = {"training": training, "evaluation": evaluation, "ray": ray_parts, "accuracy": accuracy}
     parts |= {"arithmetic": arithmetic, "step": one_step, "evaluate": evaluate}
     parser.add_argument("part", choices=list(parts), help="step and evaluate are what the processes run")

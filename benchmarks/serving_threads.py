@@ -34,7 +34,9 @@ from mimic_el.matching_mimic import EntityFeatures, MimicEncoderOutput
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--size", choices=["small", "published"], default="small")
     parser.add_argument("--entities", type=int, default=4000)
     parser.add_argument("--callers", type=int, default=16, help="threads that call the pipeline")

@@ -221,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mimic_el.datasets_scripts.build_sample",
         description="Build the sample data set from published packages of flags, logos and pictograms.",
+        allow_abbrev=False,
     )
     parser.add_argument("--packages_dir", help="folder with the archives that npm pack fetched")
     parser.add_argument("--output_dir", help="folder to write the data set to")

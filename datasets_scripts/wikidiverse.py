@@ -160,7 +160,7 @@ def wikipedia_page(url: str) -> WikipediaPage | None:
         path = next((part[6:] for part in query.split("&") if part.startswith("title=")), "")
     # A question mark may be the title's own.
     path = re.sub(r"\?\w+=.*$", "", path, flags=re.DOTALL)
-    title = " ".join(unicodedata.normalize("NFC", whole(unquote(path))).replace("_", " ").split())
+    title = " ".join(unicodedata.normalize("NFC", _decoded(path)).replace("_", " ").split())
     if not title:
         return None
     host = re.search(r"([a-z-]+)(?:\.m)?\.wikipedia\.org$", head, re.IGNORECASE)
@@ -172,6 +172,12 @@ def wikipedia_page(url: str) -> WikipediaPage | None:
     language = "" if language in ("en", "www") else f"{language}:"
     repaired = re.fullmatch(r"(https?:)?//[a-z-]+(\.m)?\.wikipedia\.org", head, re.IGNORECASE) is None
     return WikipediaPage(f"{language}{title.replace(' ', '_')}", title, repaired)
+
+
+def _decoded(path: str) -> str:
+    """The text of an address's part. Escapes that are no UTF-8 stay as they are: read as U+FFFD, two pages would be one."""
+    text = unquote(whole(path), errors="surrogateescape")
+    return whole(re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", text))
 
 
 def image_name(url: str) -> str:

@@ -186,7 +186,7 @@ def sureness(found: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
     """Runs the demonstration; returns the rows of its table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=CONFIG, help="the training's configuration file")
     parser.add_argument("--dataset", type=Path, default=SAMPLE, help="the data set's directory")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="where everything is written")

@@ -120,6 +120,7 @@ def test_help_of_training_has_our_own_options_first() -> None:
     [
         (["wikimell"], "Did you mean wikimel?"),
         (["--learnin_rate", "1"], "Did you mean --learning_rate?"),
+        (["--learning_rat", "1"], "There is no option '--learning_rat'. Did you mean --learning_rate?"),
         (["{tmp}/c.yaml"], "Did you mean learning_rate?"),
         (
             ["--dataset_name", "{tmp}/none", "--backbone", "x", "--output_dir", "{tmp}/o", "--use_cpu"],

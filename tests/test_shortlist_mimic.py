@@ -117,9 +117,22 @@ def test_removed_entities_take_no_candidates_place(index: EntityIndex, mentions:
     assert found.entity_ids == index.search(mentions, 10).entity_ids
 
 
+@pytest.mark.parametrize("factory", ["IVF80,Flat", "HNSW4", "HNSW4,Flat"])
+@pytest.mark.parametrize("removed", [0, ENTITIES - 16])
+def test_as_many_entities_as_are_wanted(
+    factory: str, removed: int, index: EntityIndex, mentions: MentionFeatures
+) -> None:
+    index.remove([f"e{row}" for row in range(removed)])
+    index.build_shortlist(factory, show_progress=False)
+    found = index.search(mentions, 16, num_candidates=16, nprobe=1)
+    assert [len(set(entity_ids)) for entity_ids in found.entity_ids] == [16] * MENTIONS
+
+
 def test_bad_arguments(index: EntityIndex, mentions: MentionFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="faiss cannot make the index 'IVF100000,Flat'"):
         index.build_shortlist("IVF100000,Flat", show_progress=False)
+    with pytest.raises(ValueError, match="`factory` must be a description"):
+        index.build_shortlist(5, show_progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="NoSuchThing"):
         index.build_shortlist("NoSuchThing7", show_progress=False)
     with pytest.raises(ValueError, match="an integer of at least 5, got 4"):
