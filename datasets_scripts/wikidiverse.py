@@ -175,7 +175,7 @@ def wikipedia_page(url: str) -> WikipediaPage | None:
 
 
 def _decoded(path: str) -> str:
-    """The text of an address's part. Escapes that are no UTF-8 stay as they are: read as U+FFFD, two pages would be one."""
+    """The text of an address's part. Escapes that are no UTF-8 stay: as U+FFFD, two pages would be one."""
     text = unquote(whole(path), errors="surrogateescape")
     return whole(re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", text))
 
