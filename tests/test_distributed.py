@@ -53,7 +53,8 @@ def cluster() -> Iterator[Any]:
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=node)
     cluster.add_node(num_cpus=4, object_store_memory=80 * 2**20, resources={"second": 4})
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ray.init(cluster.address, runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False)
+    environment = {"env_vars": {"PYTHONPATH": paths}, "worker_process_setup_hook": "tiny.bound_few_pairs"}
+    ray.init(cluster.address, runtime_env=environment, log_to_driver=False)
     yield cluster
     ray.shutdown()
     cluster.shutdown()

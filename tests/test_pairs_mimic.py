@@ -65,7 +65,7 @@ def test_equals_come_in_the_order_of_rows_whatever_is_scored_with_them(dtype: st
         everyone = [[f"e{row}" for row in range(count)]] * len(mentions)
         for method in METHODS:
             assert index.search(mentions, k, method=method).entity_ids == expected
-            for row in range(len(mentions)):
+            for row in range(0, len(mentions), 5):
                 assert index.search(mentions[row : row + 1], k, method=method).entity_ids == [expected[row]]
         assert index.search(mentions, k, candidates=everyone).entity_ids == expected
         with pytest.MonkeyPatch.context() as patch:

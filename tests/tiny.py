@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_clip import tiny_tokenizer
 
-from mimic_el import directory_mimic
+from mimic_el import directory_mimic, sampling_mimic
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.matching_mimic import EntityFeatures, MentionFeatures, MimicEncoderOutput
@@ -110,6 +110,11 @@ def index_of(
 def mention_features(model: MimicModel, encoded: MimicEncoderOutput, mask: torch.Tensor) -> MentionFeatures:
     with torch.no_grad():
         return model.matcher.mention_features(encoded, mask)
+
+
+def bound_few_pairs() -> None:
+    """Has a small index searched as a large one is, not by scoring what few pairs it has."""
+    sampling_mimic._FEW_PAIRS = 0
 
 
 def once(items: Iterable[Any]) -> Iterator[Any]:
