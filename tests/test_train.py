@@ -582,8 +582,10 @@ def test_authors_archives_are_trained_on_as_they_are(tmp_path: Path, streaming: 
     assert len(EntityIndex.from_pretrained(tmp_path / "out" / "index")) == 4
 
 
-def test_several_processes_train_and_agree_on_the_metrics(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_several_processes_train_and_agree_on_the_metrics(data_dir: Path, tmp_path: Path, streaming: bool) -> None:
     settings = {"dataset_name": str(data_dir), "output_dir": str(tmp_path / "out"), **FROM_SCRATCH, **QUICK}
+    settings |= {"streaming": streaming}
     settings |= {"num_train_epochs": 2, "ddp_backend": "gloo"}
     config = write_config(tmp_path / "c.yaml", **settings)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
