@@ -24,6 +24,8 @@ _TOLERANCE = 0.1
 _STATS_TOLERANCE = 1e-3
 _NOT_OF_VECTORS = ("w.A", "beta.n")
 _STEPS = {torch.int8: 1 / 254, torch.float16: 2**-11}
+# The smallest numbers have fewer bits: they are that far from what they were, however small they are.
+_LEAST_STEPS = {torch.float16: 2**-25}
 
 
 def impossible_feature(matcher: Matcher, stored: Mapping[str, Tensor], kept: Tensor) -> tuple[str, Tensor] | None:
@@ -164,7 +166,7 @@ def _most(layer: nn.Linear, longest: Tensor) -> Tensor:
 def _step(stored: Tensor, values: Tensor) -> Tensor:
     """How far each number of a row, (N, 1), may be from what it was before it was stored."""
     largest = values.abs().flatten(1).amax(dim=1, keepdim=True) if values.dim() > 1 else values.abs().unsqueeze(1)
-    return _STEPS.get(stored.dtype, 1e-6) * largest
+    return _STEPS.get(stored.dtype, 1e-6) * largest + _LEAST_STEPS.get(stored.dtype, 0.0)
 
 
 def _dequantized(stored: Mapping[str, Tensor], name: str) -> Tensor:

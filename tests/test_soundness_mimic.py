@@ -64,6 +64,18 @@ def test_what_a_model_gives_is_possible(dtype: str, factor: float, mask: bool):
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
+def test_weights_of_a_matcher_at_its_beginning_or_its_end_are_possible(dtype: str):
+    """So small that float16 has few bits left for what they give, no weights at all, and very large ones."""
+    for factor in (0.0, 1e-7, 1e-6, 1e-4, 10.0):
+        model = tiny_model()
+        with torch.no_grad():
+            for parameter in model.matcher.parameters():
+                parameter.mul_(factor)
+        for size in (1e-3, 1.0, 100.0):
+            assert found(model, stored_of(model, dtype, size)) is None, (factor, size)
+
+
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
 @pytest.mark.parametrize("name", FEATURES)
 def test_one_number_that_is_much_too_large_is_found(name: str, dtype: str):
     """From the largest that may be stored down to a hundred times the feature's length."""
