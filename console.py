@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 
@@ -52,6 +53,17 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
+
+
+def given_path(text: str) -> Path:
+    """An option's path. An empty one, as of a variable that is not set, would stand for the working directory.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError('the path is empty. Name one; "." is the working directory.')
+    return Path(text)
 
 
 def busy_machine(threads: int) -> str | None:

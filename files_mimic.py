@@ -40,6 +40,23 @@ _MAPPED_FROM = 16 * 2**10
 # --- Writing --------------------------------------------------------------------------------------------------------
 
 
+def directory_of(path: str | os.PathLike[str], what: str = "The path of a directory") -> Path:
+    """A path that a caller gave, as a path; an empty one would stand for the working directory.
+
+    Args:
+        path: the path.
+        what: what messages call it.
+
+    Raises:
+        EntityIndexError: if it is empty, or cannot be a path.
+    """
+    if not (text := os.fspath(path)):
+        raise EntityIndexError(f'{what} is empty. Name one; "." is the working directory.')
+    if "\0" in text:
+        raise EntityIndexError(f"{what}, {text!r:.200}, holds a zero byte. Name another place.")
+    return Path(path)
+
+
 def make_directory(directory: Path) -> Path:
     """Makes a directory, unless it is there.
 
@@ -306,6 +323,7 @@ def _tries(path: Path) -> Iterator[None]:
 
 __all__ = [
     "LOCK",
+    "directory_of",
     "file_facts",
     "is_small",
     "is_there",

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 
 from .building_mimic import Builder
 from .contents_mimic import Contents
-from .files_mimic import is_there
+from .files_mimic import directory_of, is_there
 from .index_hub_mimic import download_index, files_for_hub, upload_index
 from .making_mimic import built, merged, of_features, opened, save
 from .matching_mimic import EntityFeatures, Matcher
@@ -248,7 +248,7 @@ class EntityIndex(SearchableIndex):
             EntityIndexError: if a part is missing, damaged or unfinished, parts differ in model or precision, two have
                 an entity of the same id, or `output_dir` holds an index already.
         """
-        return cls(*merged(parts, Path(output_dir), move, overwrite))
+        return cls(*merged(parts, output_dir, move, overwrite))
 
     # --- Change
 
@@ -309,7 +309,7 @@ class EntityIndex(SearchableIndex):
         Raises:
             EntityIndexError: if no entity is left, or another process is changing an index there.
         """
-        save(self.state.matcher, self._contents, Path(save_directory))
+        save(self.state.matcher, self._contents, save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -387,6 +387,8 @@ class EntityIndex(SearchableIndex):
             huggingface_hub.errors.HfHubHTTPError: if the Hub does not give it: the token is wrong, the repository is
                 gated, or there is no such revision.
         """
+        if not os.fspath(name_or_path):
+            directory_of(name_or_path, "`name_or_path`")
         if is_there(name_or_path):
             return cls(*opened(Path(name_or_path) / subfolder))
         return cls.from_hub(

@@ -14,6 +14,7 @@ from .building_mimic import Builder, build_in_directory, build_in_memory, shards
 from .contents_mimic import Contents
 from .directory_mimic import new_manifest, open_directory, save_copy
 from .errors_mimic import EntityIndexError
+from .files_mimic import directory_of
 from .identity_mimic import copy_of_matcher, model_facts
 from .joining_mimic import merge_parts
 from .matching_mimic import EntityFeatures, Matcher
@@ -22,6 +23,7 @@ from .parts_mimic import build_part, checked_part, process_of_launch
 from .store_mimic import Store
 
 Made = tuple[Matcher, Contents]
+_OUTPUT = "`output_dir`"
 
 
 def opened(directory: Path, read_only: bool = False) -> Made:
@@ -41,18 +43,21 @@ def built(
     """An index of a knowledge base that is encoded now, or of one part of it: see [`EntityIndex.build`]."""
     launched = process_of_launch() if shard == "auto" and output_dir is not None else None
     if launched is not None:
-        whole = Path(cast(Any, output_dir))
+        whole = directory_of(cast(Any, output_dir), _OUTPUT)
         return opened(build_part(builder, entities, whole, *launched, overwrite, patience, wait=True))
     if shard is not None and shard != "auto":
         index, parts = checked_part(shard)
         if output_dir is None:
             raise ValueError("`shard` needs an `output_dir`, where the parts are joined.")
-        return opened(build_part(builder, entities, Path(output_dir), index, parts, overwrite, patience))
+        return opened(
+            build_part(builder, entities, directory_of(output_dir, _OUTPUT), index, parts, overwrite, patience)
+        )
     if output_dir is None:
         manifest, store = build_in_memory(builder, entities)
         return copy_of_matcher(builder.model), Contents(manifest, store)
-    build_in_directory(builder, entities, Path(output_dir), overwrite)
-    return opened(Path(output_dir))
+    directory = directory_of(output_dir, _OUTPUT)
+    build_in_directory(builder, entities, directory, overwrite)
+    return opened(directory)
 
 
 def of_features(
@@ -63,20 +68,24 @@ def of_features(
     return copy_of_matcher(model), Contents(new_manifest(dtype, model_facts(model)), Store(shards))
 
 
-def merged(parts: Iterable[str | os.PathLike[str]], output_dir: Path, move: bool, overwrite: bool) -> Made:
+def merged(
+    parts: Iterable[str | os.PathLike[str]], output_dir: str | os.PathLike[str], move: bool, overwrite: bool
+) -> Made:
     """One index of several: see [`EntityIndex.merge`]."""
     if isinstance(parts, str | os.PathLike):
         raise ValueError(f"`parts` must be a list of directories, got {str(parts)!r}.")
-    merge_parts([Path(part) for part in parts], output_dir, move=move, overwrite=overwrite)
-    return opened(output_dir)
+    directory = directory_of(output_dir, _OUTPUT)
+    merge_parts([directory_of(part, "A part") for part in parts], directory, move=move, overwrite=overwrite)
+    return opened(directory)
 
 
-def save(matcher: Matcher, contents: Contents, directory: Path) -> None:
+def save(matcher: Matcher, contents: Contents, save_directory: str | os.PathLike[str]) -> None:
     """Stores an index in a directory, unless it lies there already; removed entities are left out.
 
     Raises:
         EntityIndexError: if no entity is left, or another process is changing an index there.
     """
+    directory = directory_of(save_directory, "`save_directory`")
     if not len(contents):
         raise EntityIndexError("All entities of this index were removed: there is nothing to save.")
     if contents.directory is None or directory.resolve() != contents.directory.resolve():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -19,7 +18,7 @@ from .default_index_mimic import index_of_entities, opened_index
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
 from .errors_mimic import EntityIndexError, MentionError
 from .explain_mimic import Explainer
-from .files_mimic import make_directory, no_space_told
+from .files_mimic import directory_of, make_directory, no_space_told
 from .image_sources_mimic import ImagePlaces
 from .index_mimic import EntityIndex
 from .items_mimic import Answer, Answers, answered
@@ -350,10 +349,11 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             save_index: whether the index is saved in its folder `index`, and made the default.
             **kwargs: as of any pipeline.
         """
-        with no_space_told(Path(save_directory)):
-            make_directory(Path(save_directory))
+        directory = directory_of(save_directory, "`save_directory`")
+        with no_space_told(directory):
+            make_directory(directory)
             if save_index:
-                self.index.save_pretrained(Path(save_directory) / "index")
+                self.index.save_pretrained(directory / "index")
                 self._config.default_index = "index"
                 self._config.default_index_revision = None
             self.model.save_pretrained(save_directory, **kwargs)

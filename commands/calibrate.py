@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .inputs import CommandError, load_model, read_mentions
-from .options import BatchOption, DeviceOption, ModelOption
+from .options import BatchOption, DeviceOption, ModelOption, path_of_option
 
 
 def calibrate_(
@@ -38,7 +38,12 @@ def calibrate_(
     seed: Annotated[int, typer.Option("--seed", help="Of what is left to chance.")] = 0,
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output_dir", help="Where the calibrated model is saved (default: the model's directory)."),
+        typer.Option(
+            "--output_dir",
+            parser=path_of_option,
+            metavar="PATH",
+            help="Where the calibrated model is saved (default: the model's directory).",
+        ),
     ] = None,
     batch_size: BatchOption = 32,
     device: DeviceOption = None,

@@ -20,6 +20,7 @@ from .options import (
     ImageRootOption,
     ModelOption,
     OnImageError,
+    path_of_option,
 )
 
 index_app = typer.Typer(
@@ -41,7 +42,9 @@ def build(
             "another; in CSV separated by |).",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the index is written.")],
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", parser=path_of_option, metavar="PATH", help="Where the index is written.")
+    ],
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What features are stored in.")] = Dtype.FLOAT16,
     batch_size: BatchOption = 64,
     num_workers: Annotated[

@@ -29,6 +29,7 @@ from .options import (
     OnError,
     OnImageError,
     Window,
+    path_of_option,
 )
 
 # Mentions that are read, linked and written at a time, in batches.
@@ -108,7 +109,10 @@ def link(
     batch_size: BatchOption = 32,
     device: DeviceOption = None,
     output_file: Annotated[
-        Path | None, typer.Option("--output_file", help="Where to write (default: standard output).")
+        Path | None,
+        typer.Option(
+            "--output_file", parser=path_of_option, metavar="PATH", help="Where to write (default: standard output)."
+        ),
     ] = None,
 ) -> None:
     """Link texts to entities: JSON Lines, each mention with its best `entities`, each document with its `mentions`."""

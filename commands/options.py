@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..console import given_path
+
+
+def path_of_option(text: str) -> Path:
+    """The path that an option names."""
+    try:
+        return given_path(text)
+    except argparse.ArgumentTypeError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 class Method(str, Enum):  # noqa: UP042 - typer shows a StrEnum's values as it does these

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from mimic_el.console import given_path
 from mimic_el.datasets_scripts.sample_entities import (
     PACKAGES,
     SOURCES,
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--packages_dir", help="folder with the archives that npm pack fetched")
-    parser.add_argument("--output_dir", help="folder to write the data set to")
+    parser.add_argument("--output_dir", type=given_path, help="folder to write the data set to")
     parser.add_argument("--seed", type=int, default=0, help="of texts, images and order (default: %(default)s)")
     parser.add_argument("--list_packages", action="store_true", help="print the packages to fetch, and stop")
     options = parser.parse_args(arguments)

@@ -33,7 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mimic_el.console import parse, say, tolerate_any_text
+from mimic_el.console import given_path, parse, say, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.hub_files_mimic import hub_files
 from mimic_el.images_mimic import MAX_PIXELS
@@ -440,7 +440,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", choices=list(BENCHMARKS), help="the data set; 'custom' for your own CSV or JSON Lines")
     parser.add_argument("--data_dir", required=True, help="its folder, .zip or uncompressed .tar")
-    parser.add_argument("--output_dir", help="the folder to write; with --push_to_hub alone, one in the cache")
+    parser.add_argument(
+        "--output_dir", type=given_path, help="the folder to write; with --push_to_hub alone, one in the cache"
+    )
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the result to this data set repository")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--report_only", action="store_true", help="check and report, write no data")

@@ -31,7 +31,7 @@ from transformers import CLIPConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from mimic_el.configuration_mimic import MimicConfig
-from mimic_el.console import parse, tolerate_any_text
+from mimic_el.console import given_path, parse, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.processing_mimic import MimicProcessor
@@ -402,7 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--checkpoint", required=True, help="the published file (with --to_original: a directory or Hub id)"
     )
     parser.add_argument("--clip", help="CLIP configuration: a Hub id, a directory, or a JSON file")
-    parser.add_argument("--output_dir", required=True, help="where to write; must not exist or be empty")
+    parser.add_argument(
+        "--output_dir", type=given_path, required=True, help="where to write; must not exist or be empty"
+    )
     for name in _SIZES:
         parser.add_argument(f"--{name}", type=int, help="read from the weights if not given")
     parser.add_argument("--text_max_length", type=int, help="tokens of a text (default: 40, at most CLIP's positions)")

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mimic_el.configuration_mimic import MimicConfig
-from mimic_el.console import parse, tolerate_any_text
+from mimic_el.console import given_path, parse, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.hub_files_mimic import EVAL_RESULTS_FOLDER, REPLACED, hub_files
 from mimic_el.index_mimic import EntityIndex
@@ -397,14 +397,16 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--namespace", required=True, help="your user name on the Hub, or an organisation's")
-    parser.add_argument("--model_dir", type=Path, help="a checkpoint, such as the output directory of `mimic-el train`")
+    parser.add_argument(
+        "--model_dir", type=given_path, help="a checkpoint, such as the output directory of `mimic-el train`"
+    )
     parser.add_argument("--model_name", help="its name on the Hub (default: the directory's)")
-    parser.add_argument("--index_dir", type=Path, help="an EntityIndex that the checkpoint made")
+    parser.add_argument("--index_dir", type=given_path, help="an EntityIndex that the checkpoint made")
     parser.add_argument(
         "--index_name", help="its name on the Hub (default: the model's and -index, or the directory's)"
     )
     parser.add_argument(
-        "--dataset_dir", type=Path, nargs="+", default=[], help="data sets, as `mimic-el prepare` writes them"
+        "--dataset_dir", type=given_path, nargs="+", default=[], help="data sets, as `mimic-el prepare` writes them"
     )
     parser.add_argument("--dataset_names", nargs="+", help="their names on the Hub (default: the directories')")
     parser.add_argument(

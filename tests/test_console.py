@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mel_archives import write_folder
 
-from mimic_el import console, train
+from mimic_el import cli, console, train
 from mimic_el.console import busy_machine, did_you_mean, parse, say
 from mimic_el.datasets_scripts.prepare import main as prepare_main
 from mimic_el.datasets_scripts.prepare import report_only
@@ -137,3 +137,33 @@ def test_what_a_user_can_mend_is_one_line(
     assert caught.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: error: ")]
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("push", "--dry_run", "--model_dir", ""),
+        ("push", "--dry_run", "--index_dir", ""),
+        ("push", "--dry_run", "--dataset_dir", "one", ""),
+        ("convert", "x.ckpt", "--clip", "clip.json", "--output_dir", ""),
+        ("prepare", "custom", "--data_dir", "data", "--output_dir", ""),
+        ("train", "--dataset_name", "x", "--backbone", "x", "--output_dir", ""),
+        ("index", "build", "--model", "x", "--entities", "e.csv", "--output_dir", ""),
+        ("link", "m.jsonl", "--model", "x", "--output_file", ""),
+        ("calibrate", "--model", "x", "--mentions", "m.jsonl", "--output_dir", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_working_directory(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a variable that is not set: what is there would be published, or written over."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(list(command))
+    except SystemExit as ended:
+        code = ended.code
+    assert code not in (0, None)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is empty. Name" in said
+    assert list(tmp_path.iterdir()) == []

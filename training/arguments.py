@@ -319,6 +319,8 @@ class MimicTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.output_dir == "":
+            raise ValueError('output_dir is empty. Name a directory; "." is the working directory.')
         # Told from a value that was given: 128 cannot be divided by every number of processes.
         self._batch_is_published = self.per_device_train_batch_size is None
         if self._batch_is_published:
