@@ -60,12 +60,8 @@ class Contents:
 
     def row(self, entity_id: object) -> int | None:
         """The row of an entity, `None` where there is none of that id."""
-        try:
-            known = entity_id_of(entity_id)
-            known.encode()
-        except ValueError:  # no id at all, or no valid text
-            return None
-        return self.store.row(known)
+        known = known_form(entity_id)
+        return None if known is None else self.store.row(known)
 
     def rows(self, entity_ids: Iterable[Any]) -> list[int]:
         """The rows of entities.
@@ -75,8 +71,7 @@ class Contents:
         """
         found = [(entity_id, self.row(entity_id)) for entity_id in entity_ids]
         if missing := [entity_id for entity_id, row in found if row is None]:
-            shown = ", ".join(repr(name) for name in missing[:5]) + (" ..." if len(missing) > 5 else "")
-            raise UnknownEntityError(f"{len(missing)} of the entities are not in this index of {len(self):,}: {shown}")
+            raise unknown_entities(missing, len(self))
         return [row for _, row in found if row is not None]
 
     def candidate_rows(self, entity_ids: Sequence[str] | None) -> Tensor | None:
@@ -88,15 +83,7 @@ class Contents:
         """
         if entity_ids is None or isinstance(entity_ids, Tensor):  # rows already
             return entity_ids
-        if isinstance(entity_ids, str):
-            raise ValueError(
-                f"Candidates must be a list of entity ids for each mention, got the string {entity_ids!r}."
-            )
-        if not isinstance(entity_ids, Iterable):
-            raise ValueError(
-                f"`candidates` of a mention must be a list of entity ids, got {type(entity_ids).__name__}."
-            )
-        return torch.tensor(sorted(set(self.rows(entity_ids))), dtype=torch.long)
+        return torch.tensor(sorted(set(self.rows(listed_candidates(entity_ids)))), dtype=torch.long)
 
     def verify(self, matcher: Matcher) -> None:
         """Compares what is stored with its checksums, and looks whether every entity is whole, with features that the
@@ -311,7 +298,42 @@ class Contents:
         return dataclasses.replace(self, manifest=manifest, store=store)
 
 
+# --- Ids from outside
+
+
+def known_form(entity_id: object) -> str | None:
+    """An id as an index has it; `None` for what can be no entity's."""
+    try:
+        known = entity_id_of(entity_id)
+        known.encode()
+    except ValueError:  # no id at all, or no valid text
+        return None
+    return known
+
+
+def listed_candidates(entity_ids: Any) -> list[Any]:
+    """A mention's candidates as a list.
+
+    Raises:
+        ValueError: if they are a string, or nothing that holds ids.
+    """
+    if isinstance(entity_ids, str):
+        raise ValueError(
+            f"Candidates must be a list of entity ids for each mention, got the string {entity_ids!r}. Of names, "
+            "`find` gives the ids."
+        )
+    if not isinstance(entity_ids, Iterable):
+        raise ValueError(f"`candidates` of a mention must be a list of entity ids, got {type(entity_ids).__name__}.")
+    return list(entity_ids)
+
+
+def unknown_entities(missing: Sequence[object], count: int) -> UnknownEntityError:
+    """The error of ids that are not in an index of so many entities."""
+    shown = ", ".join(repr(name) for name in missing[:5]) + (" ..." if len(missing) > 5 else "")
+    return UnknownEntityError(f"{len(missing)} of the entities are not in this index of {count:,}: {shown}")
+
+
 # A shard and its entry of the manifest; without one in memory.
 _Entry = tuple[Shard, dict[str, Any] | None]
 
-__all__ = ["Contents"]
+__all__ = ["Contents", "known_form", "listed_candidates", "unknown_entities"]

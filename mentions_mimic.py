@@ -328,6 +328,14 @@ def encoded_mentions(
 _NO_IMAGE = MentionImage(torch.zeros(0))
 
 
+def check_features(mentions: Any) -> None:
+    """Raises a `TypeError` for what are no features of mentions."""
+    if getattr(mentions, "side", None) != "mention":
+        raise TypeError(
+            f"An index is searched with MentionFeatures, from model.encode_mentions; got {type(mentions).__name__}."
+        )
+
+
 def checked_mentions(mentions: MentionFeatures, matcher: Matcher) -> MentionFeatures:
     """Mentions that a matcher can score, in float32 at most.
 
@@ -335,10 +343,7 @@ def checked_mentions(mentions: MentionFeatures, matcher: Matcher) -> MentionFeat
         TypeError: if they are no features of mentions.
         ValueError: if they are another model's, not finite, or too large.
     """
-    if getattr(mentions, "side", None) != "mention":
-        raise TypeError(
-            f"An index is searched with MentionFeatures, from model.encode_mentions; got {type(mentions).__name__}."
-        )
+    check_features(mentions)
     with torch.no_grad():
         expected = mention_layout(matcher)
     if layout_of(mentions.tensors) != expected:
@@ -358,6 +363,7 @@ __all__ = [
     "Mention",
     "MentionImage",
     "answer_of_error",
+    "check_features",
     "check_on_error",
     "checked_mentions",
     "checked_record",

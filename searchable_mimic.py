@@ -19,7 +19,8 @@ from .matching_mimic import MentionFeatures
 from .mentions_mimic import answer_of_error, encoded_mentions, place_in_input
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
-from .snapshot_mimic import RankResult, SearchResult
+from .snapshot_mimic import RankResult, SearchResult, at_least
+from .texts_mimic import is_unicode
 
 # Candidates that are found by a mention's name.
 BY_NAME = ("names", "names+search")
@@ -143,9 +144,13 @@ class SearchableIndex(ABC):
         Raises:
             EntityIndexError: if the index was made without names: see [`EntityIndex.build_names`].
             TypeError: if it is no string.
+            ValueError: if `max_distance` is not an integer of at least 0.
         """
         if not isinstance(name, str):
             raise TypeError(f"A name is a string, got {type(name).__name__}.")
+        max_distance = at_least("max_distance", max_distance, 0)
+        if not is_unicode(name):
+            return []  # no entity's is
         return self.state.find(name, max_distance)
 
     def find_mentions(self, text: str, *, lower_case: bool = False) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from .directory_mimic import shortlist_path
 from .errors_mimic import EntityIndexError
 from .files_mimic import no_space_told
 from .matching_mimic import EntityFeatures, Matcher, MentionFeatures
-from .mentions_mimic import checked_mentions
+from .mentions_mimic import check_features, checked_mentions
 from .pairs_mimic import SearchStats
 from .records_mimic import entity_id_of, is_absent
 from .search_mimic import METHODS, FoundEntities, answer_ranks, answer_scores, best_entities, better_entities
@@ -183,13 +183,13 @@ class Snapshot:
         nprobe: int = 32,
         show_progress: bool = False,
     ) -> FoundEntities:
-        contents, top_k = self.contents, _at_least("top_k", top_k, 1)
+        contents, top_k = self.contents, at_least("top_k", top_k, 1)
         mentions = self._checked(mentions, method)
-        if candidates is not None and len(candidates) != len(mentions):
-            raise ValueError(f"There are {len(mentions)} mentions, but candidates for {len(candidates)}.")
+        if candidates is not None:
+            check_numbers(mentions, candidates=candidates)
         allowed = [contents.candidate_rows(ids) for ids in candidates or [None] * len(mentions)]
         if num_candidates is not None:
-            num_candidates = _at_least("num_candidates", num_candidates, top_k)
+            num_candidates = at_least("num_candidates", num_candidates, top_k)
             allowed = self.shortlist.instead_of_all(
                 contents.store, mentions, allowed, num_candidates, nprobe, least=top_k
             )
@@ -203,7 +203,7 @@ class Snapshot:
                 method=method,
                 candidates=allowed,
                 advance=advance,
-                floor=_for_each("min_score", min_score, mentions),
+                floor=for_each_mention("min_score", min_score, mentions),
             )
 
     # --- Ranks
@@ -245,31 +245,20 @@ class Snapshot:
     ) -> tuple[np.ndarray, np.ndarray]:
         mentions, store = self._checked(mentions, method), self.contents.store
         rows = self._answer_rows(mentions, answers)
-        gold = _for_each("scores", scores, mentions)
+        gold = for_each_mention("scores", np.nan if scores is None else scores, mentions)
         assert gold is not None
         with _progress("Ranking", len(rows) * len(store), show_progress) as advance:
             above, equal = better_entities(self.matcher, store, mentions, rows, gold, method=method, advance=advance)
         return above.cpu().numpy(), equal.cpu().numpy()
 
     def _answer_rows(self, mentions: MentionFeatures, answers: Sequence[str | None]) -> Tensor:
-        """The row of each mention's answer, -1 where it is not there.
-
-        Raises:
-            ValueError: if an answer is no id, nor absent.
-        """
-        if len(answers) != len(mentions):
-            raise ValueError(f"There are {len(mentions)} mentions, but answers for {len(answers)}.")
-        ids = [
-            None if is_absent(answer) else entity_id_of(answer, f"The answer of mention {number} (counted from 0)")
-            for number, answer in enumerate(answers)
-        ]
-        found = [None if entity_id is None else self.contents.row(entity_id) for entity_id in ids]
+        """The row of each mention's answer, -1 where it is not there. Raises as [`answer_ids`] does."""
+        found = [None if name is None else self.contents.row(name) for name in answer_ids(mentions, answers)]
         return torch.tensor([-1 if row is None else row for row in found], dtype=torch.long, device=mentions.device)
 
     def _checked(self, mentions: MentionFeatures, method: str) -> MentionFeatures:
         """The mentions, if they can be searched with; the matcher is then on their device."""
-        if method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+        check_method(method)
         if not len(self.contents):
             raise EntityIndexError("This index has no entities, so there is nothing to search.")
         mentions = checked_mentions(mentions, self.matcher)
@@ -302,19 +291,70 @@ class Snapshot:
         return self._shortlist
 
 
-def _at_least(name: str, value: Any, least: int) -> int:
-    """An integer argument."""
+def check_method(method: Any) -> None:
+    """Raises a `ValueError` for what is no method of a search."""
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+
+
+def check_numbers(mentions: Any, **others: Any) -> None:
+    """Makes sure that there is one of something for each mention.
+
+    Args:
+        others: what there must be one of, by name.
+
+    Raises:
+        TypeError: if they are no features of mentions.
+        ValueError: if the numbers differ.
+    """
+    check_features(mentions)
+    for name, values in others.items():
+        if not hasattr(values, "__len__"):
+            raise TypeError(f"`{name}` must be a list with one for each mention, got {type(values).__name__}.")
+        if len(values) != len(mentions):
+            raise ValueError(f"There are {len(mentions)} mentions, but {name} for {len(values)}.")
+
+
+def answer_ids(mentions: Any, answers: Any) -> list[str | None]:
+    """The id of each mention's answer as an index has it; `None` where the mention has none.
+
+    Raises:
+        TypeError, ValueError: as [`check_numbers`]; and if an answer is no id, nor absent.
+    """
+    check_numbers(mentions, answers=answers)
+    return [
+        None if is_absent(answer) else entity_id_of(answer, f"The answer of mention {number} (counted from 0)")
+        for number, answer in enumerate(answers)
+    ]
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """An integer argument.
+
+    Raises:
+        ValueError: if it is none, or too small.
+    """
     if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or value < least:
         what = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"`{name}` must be {what}, got {value!r}.")
     return operator.index(value)
 
 
-def _for_each(name: str, values: Any, mentions: MentionFeatures) -> Tensor | None:
-    """A number for each mention, float32 of shape (M,), from one for all or from one for each."""
+def for_each_mention(name: str, values: Any, mentions: MentionFeatures) -> Tensor | None:
+    """A number for each mention, float32 of shape (M,), from one for all or from one for each; `None` as it is.
+
+    Raises:
+        ValueError: if they are something else.
+    """
     if values is None:
         return None
-    array = np.asarray(values, dtype=np.float32)
+    try:
+        with np.errstate(over="ignore"):  # then it is infinite, which no score is
+            array = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be a number, or one for each of {len(mentions)} mentions, got {values!r:.80}."
+        ) from error
     if array.shape not in ((), (len(mentions),)) or np.isnan(array).any():
         raise ValueError(
             f"`{name}` must be a number, or one for each of {len(mentions)} mentions, and none may be NaN; got "
@@ -338,4 +378,13 @@ def _progress(what: str, total: int, show: bool) -> Iterator[Any]:
         yield bar.update
 
 
-__all__ = ["RankResult", "SearchResult", "Snapshot"]
+__all__ = [
+    "RankResult",
+    "SearchResult",
+    "Snapshot",
+    "answer_ids",
+    "at_least",
+    "check_method",
+    "check_numbers",
+    "for_each_mention",
+]

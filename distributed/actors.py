@@ -44,12 +44,17 @@ class Actors:
     ) -> None:
         self._ray = ray_at_work()
         self.places, self._patience = places, patience
+        self._expected: Any = None
         actor = self._ray.remote(Part)
         self.actors: list[Any] = []
-        for place, chosen in zip(places, options, strict=True):
-            device = "cuda" if chosen.get("num_gpus") else "cpu"
-            defaults = {"max_restarts": max_restarts, "max_task_retries": -1, "max_concurrency": 4}
-            self.actors.append(actor.options(**{**defaults, **chosen}).remote(place, opening, device))
+        try:
+            for place, chosen in zip(places, options, strict=True):
+                device = "cuda" if chosen.get("num_gpus") else "cpu"
+                defaults = {"max_restarts": max_restarts, "max_task_retries": -1, "max_concurrency": 4}
+                self.actors.append(actor.options(**{**defaults, **chosen}).remote(place, opening, device))
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -59,6 +64,10 @@ class Actors:
         for actor in self.actors:
             self._ray.kill(actor)
         self.actors = []
+
+    def expect(self, facts: Mapping[str, Any]) -> None:
+        """From now on every part must belong to the index of these facts, whenever its actor was started."""
+        self._expected = self._ray.put(dict(facts))
 
     def check_open(self) -> None:
         """Raises an `EntityIndexError` if they were ended."""
@@ -70,7 +79,8 @@ class Actors:
         return self._ray.put(value)
 
     def one(self, part: int, name: str, *args: Any) -> Any:
-        return self._get(part, lambda: getattr(self.actors[part], name).remote(*args))
+        self.check_open()
+        return self._get(part, lambda: self.actors[part].ask.remote(self._expected, name, *args))
 
     def changed(self, part: int, made: Callable[[], bool] | None, name: str, *args: Any, **kwargs: Any) -> int:
         """Makes a change of one part once, and gives the number of its entities: where its actor dies, it is seen
@@ -80,9 +90,10 @@ class Actors:
             made: tells that; `None` for a change that may be made twice.
         """
         for last in (False, True):
-            method = self.actors[part].change.options(max_task_retries=0)
+            method = self.actors[part].ask.options(max_task_retries=0)
+            ask = functools.partial(method.remote, self._expected, "change", name, *args, **kwargs)
             try:
-                return self._get(part, functools.partial(method.remote, name, *args, **kwargs), retry=False)
+                return self._get(part, ask, retry=False)
             except PartGoneError as error:
                 facts = self.one(part, "facts")  # once it is there again
                 if made is not None and made():
@@ -102,7 +113,7 @@ class Actors:
         self.check_open()
         options = kwargs or [{}] * len(args)
         asks = [
-            None if own is None else functools.partial(getattr(actor, name).remote, *own, **named)
+            None if own is None else functools.partial(actor.ask.remote, self._expected, name, *own, **named)
             for actor, own, named in zip(self.actors, args, options, strict=True)
         ]
         asked = [None if ask is None else ask() for ask in asks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from ..building_mimic import Builder
 from ..errors_mimic import EntityIndexError
+from ..files_mimic import directory_of, is_there
 from ..identity_mimic import same_model
 from ..index_mimic import EntityIndex
-from ..records_mimic import entity_id_of
+from ..modeling_mimic import MimicModel
+from ..processing_mimic import MimicProcessor
+from ..records_mimic import table_record
 from ..searchable_mimic import SearchableIndex
+from ..snapshot_mimic import at_least
 from .actors import Actors
 from .state import PartedState
+
+_RECORDS_AT_ONCE = 4096
+_HASHES_AT_ONCE = 2**22
 
 
 class RayEntityIndex(SearchableIndex):
@@ -38,7 +47,9 @@ class RayEntityIndex(SearchableIndex):
 
     Raises:
         ImportError: if Ray is not installed.
-        EntityIndexError: if a part cannot be opened, or parts are of different models or precisions.
+        EntityIndexError: if a part cannot be opened, parts are of different models or precisions, or two have an
+            entity of the same id.
+        ValueError: if an argument is not valid.
 
     Example:
 
@@ -60,19 +71,18 @@ class RayEntityIndex(SearchableIndex):
         actor_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(parts, str | os.PathLike) or not len(parts):
-            raise ValueError("`parts` must be a list of directories or Hub repositories, at least one.")
-        self.parts = [os.path.abspath(part) if Path(part).is_dir() else str(part) for part in parts]
-        if len(set(self.parts)) < len(self.parts):
-            raise EntityIndexError(f"A part is named twice: {', '.join(self.parts)}.")
-        own = [dict(actor_options or {})] * len(parts) if not isinstance(actor_options, Sequence) else actor_options
-        if len(own) != len(parts):
-            raise ValueError(f"There are {len(parts)} parts, but `actor_options` for {len(own)}.")
+        self.parts = _checked_parts(parts)
+        own = _options_of_parts(actor_options, len(self.parts))
+        if isinstance(patience, bool) or not isinstance(patience, int | float) or not 0 < patience < math.inf:
+            raise ValueError(f"`patience` must be a number of seconds above 0, got {patience!r}.")
+        max_restarts = at_least("max_restarts", max_restarts, -1)
         self._options = options
-        self._actors = Actors(self.parts, own, options, patience=patience, max_restarts=max_restarts)
+        self._actors = Actors(self.parts, own, options, patience=float(patience), max_restarts=max_restarts)
         try:
             facts = self._actors.all("facts")
             _check_facts(self.parts, facts)
+            self._actors.expect(facts[0])
+            _check_ids(self._actors, sum(fact["count"] for fact in facts))
         except BaseException:
             self.close()
             raise
@@ -105,8 +115,7 @@ class RayEntityIndex(SearchableIndex):
             ValueError: if an id is already there, in whatever part, or twice among the new ones.
         """
         self.check_model(model, processor)
-        entities = list(entities)
-        ids = [entity_id_of(entity["id"]) for entity in entities]
+        entities, ids = self._read(model, processor, entities, options)
         if not ids:
             return
         there = np.any(self._actors.all("has", ids), axis=0)
@@ -126,8 +135,7 @@ class RayEntityIndex(SearchableIndex):
             ValueError: if an id is twice among the new ones.
         """
         self.check_model(model, processor)
-        entities = list(entities)
-        ids = [entity_id_of(entity["id"]) for entity in entities]
+        entities, ids = self._read(model, processor, entities, options)
         if twice := [entity_id for entity_id, count in collections.Counter(ids).items() if count > 1]:
             raise ValueError(f"The id {twice[0]!r} is there twice: each must be unique.")
         for part, own in enumerate(self._state.parts_of(ids)):
@@ -144,10 +152,21 @@ class RayEntityIndex(SearchableIndex):
         """
         if isinstance(entity_ids, str):
             raise ValueError(f"`remove` takes a list of entity ids, got the string {entity_ids!r}.")
-        for part, own in enumerate(self._state.parts_of(list(dict.fromkeys(entity_ids)))):
+        for part, own in enumerate(self._state.parts_of(list(entity_ids))):
             if own:
                 some = list(own)
                 self._change(part, "remove", functools.partial(self._has_none, part, some), some)
+
+    def _read(
+        self, model: MimicModel, processor: MimicProcessor, entities: Any, options: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Entities of any source as plain records, each checked, and their ids. As a part gets a list, whose images it
+        would read from anywhere, they are told here where these may be read from."""
+        source = Builder(model, processor, self.dtype, **options).records(entities)
+        records: list[dict[str, Any]] = []
+        while len(some := source.take(_RECORDS_AT_ONCE)):
+            records += [some[row] for row in range(len(some))]
+        return records, [table_record(record)["id"] for record in records]
 
     def _has(self, part: int, ids: Sequence[str]) -> list[bool]:
         return self._actors.one(part, "has", ids)
@@ -192,6 +211,49 @@ class RayEntityIndex(SearchableIndex):
             merged.compact()
         if push_to_hub:
             merged.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+
+def _checked_parts(parts: Any) -> list[str]:
+    """Where each part is: the absolute path of a directory, or a Hub id."""
+    if isinstance(parts, str | bytes | os.PathLike) or not isinstance(parts, Iterable) or not (listed := list(parts)):
+        raise ValueError("`parts` must be a list of directories or Hub repositories, at least one.")
+    places, seen = [], set()
+    for part in listed:
+        if not isinstance(part, str | os.PathLike):
+            raise ValueError(f"A part is a directory or a Hub repository, got {part!r:.80}.")
+        place = os.fspath(directory_of(part, "A part"))
+        places.append(os.path.abspath(place) if is_there(place) else place)
+        seen.add(os.path.realpath(place) if is_there(place) else place)
+    if len(seen) < len(places):
+        raise EntityIndexError(f"A part is named twice: {', '.join(places)}.")
+    return places
+
+
+def _options_of_parts(options: Any, parts: int) -> list[dict[str, Any]]:
+    """Options of each part's actor, of one mapping for all, or of one for each."""
+    each = [options or {}] * parts if options is None or isinstance(options, Mapping) else options
+    if not isinstance(each, Sequence) or not all(isinstance(own, Mapping) for own in each):
+        raise ValueError(f"`actor_options` must be a mapping, or a list with one for each part, got {options!r:.80}.")
+    if len(each) != parts:
+        raise ValueError(f"There are {parts} parts, but `actor_options` for {len(each)}.")
+    return [dict(own) for own in each]
+
+
+def _check_ids(actors: Actors, entities: int) -> None:
+    """Refuses an id that two parts have: in ranges of hashes, so that some million are here at a time."""
+    ranges = -(-entities // _HASHES_AT_ONCE) if len(actors) > 1 else 0
+    for number in range(ranges):
+        hashes, counts = np.unique(np.concatenate(actors.all("id_hashes", number, ranges)), return_counts=True)
+        if not len(doubtful := hashes[counts > 1]):
+            continue
+        owner: dict[str, int] = {}
+        for part, ids in enumerate(actors.all("ids_of_hashes", doubtful)):
+            for entity_id in ids:
+                if owner.setdefault(entity_id, part) != part:
+                    raise EntityIndexError(
+                        f"The parts {actors.places[owner[entity_id]]} and {actors.places[part]} both have the entity "
+                        f"{entity_id!r}: ids must be unique. Remove it from one of them."
+                    )
 
 
 def _check_facts(places: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> None:

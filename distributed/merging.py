@@ -36,8 +36,12 @@ class MergedResults:
         best = [sorted((item[0] for item in found), reverse=True)[: self._top_k] for found in self._found]
         return np.array([item[-1] if len(item) == self._top_k else -np.inf for item in best], dtype=np.float32)
 
-    def result(self) -> tuple[SearchResult, list[list[int]]]:
-        """What is found, and the part of each entity; equal scores in the order of parts, and of each part's own."""
+    def result(self, entities: int) -> tuple[SearchResult, list[list[int]]]:
+        """What is found, and the part of each entity; equal scores in the order of parts, and of each part's own.
+
+        Args:
+            entities: the number of all entities: as many columns there are where more are wanted.
+        """
         most = max((len(found) for found in self._found), default=0)
         totals = torch.full((len(self._found), most), -torch.inf)
         rows = torch.full((len(self._found), most), torch.iinfo(torch.long).max)
@@ -45,7 +49,7 @@ class MergedResults:
             totals[row, : len(found)] = torch.tensor([item[0] for item in found])
             rows[row, : len(found)] = torch.tensor([item[1] * 2**40 + item[2] for item in found], dtype=torch.long)
         order = best_order(totals, rows)[:, : self._top_k].tolist() if most else [[] for _ in self._found]
-        scores = np.full((4, len(self._found), min(self._top_k, most)), np.nan, dtype=np.float32)
+        scores = np.full((4, len(self._found), min(self._top_k, max(most, entities))), np.nan, dtype=np.float32)
         ids: list[list[str]] = []
         owners: list[list[int]] = []
         for row, (found, places) in enumerate(zip(self._found, order, strict=True)):

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors_mimic import EntityIndexError, UnknownEntityError
+from ..contents_mimic import known_form, listed_candidates, unknown_entities
+from ..errors_mimic import EntityIndexError
 from ..matching_mimic import MentionFeatures
+from ..mentions_mimic import check_features
 from ..names_mimic import longest_spans
 from ..pairs_mimic import TIE, SearchStats
-from ..snapshot_mimic import RankResult, SearchResult
+from ..search_mimic import METHODS
+from ..snapshot_mimic import RankResult, SearchResult, answer_ids, at_least, check_method, check_numbers, for_each_mention
 from ..spans_mimic import fold
 from .actors import Actors
 from .merging import MergedResults
@@ -62,20 +65,23 @@ class PartedState:
         for [record] in self._actors.all("records", [entity_id]):
             if record is not None:
                 return record
-        raise UnknownEntityError(f"1 of the entities are not in this index of {len(self):,}: {entity_id!r}")
+        raise unknown_entities([entity_id], len(self))
 
-    def parts_of(self, ids: Sequence[str]) -> list[dict[str, None]]:
+    def parts_of(self, entity_ids: Sequence[object]) -> list[dict[str, None]]:
         """For each part those of some entities that are in it, in their order.
 
         Raises:
             UnknownEntityError: if one is in none.
         """
-        has = self._actors.all("has", ids)
-        if missing := [entity_id for place, entity_id in enumerate(ids) if not any(own[place] for own in has)]:
-            raise UnknownEntityError(
-                f"{len(missing)} of the entities are not in this index of {len(self):,}: {missing[0]!r}"
-            )
-        return [{entity_id: None for entity_id, there in zip(ids, own, strict=True) if there} for own in has]
+        forms = {place: form for place, name in enumerate(entity_ids) if (form := known_form(name)) is not None}
+        ids = list(dict.fromkeys(forms.values()))
+        parts = [
+            {name: None for name, there in zip(ids, own, strict=True) if there} for own in self._actors.all("has", ids)
+        ]
+        known: set[str] = set().union(*parts)
+        if missing := [name for place, name in enumerate(entity_ids) if forms.get(place) not in known]:
+            raise unknown_entities(missing, len(self))
+        return parts
 
     # --- Names
 
@@ -134,16 +140,17 @@ class PartedState:
     ) -> tuple[SearchResult, list[list[int]]]:
         """What is found, and the part of each entity."""
         self._actors.check_open()
+        top_k = at_least("top_k", top_k, 1)
+        shared = self._sent(mentions, method)
+        if candidates is not None:
+            check_numbers(mentions, candidates=candidates)
         if num_candidates is not None:
+            at_least("num_candidates", num_candidates, top_k)
             raise EntityIndexError("An index in parts has no shortlist: leave `num_candidates` out.")
-        if not len(self):
-            raise EntityIndexError("This index has no entities, so there is nothing to search.")
-        if candidates is not None and len(candidates) != len(mentions):
-            raise ValueError(f"There are {len(mentions)} mentions, but candidates for {len(candidates)}.")
         count, parts = len(mentions), len(self._actors)
-        shared = self._actors.shared(mentions.to("cpu"))
         allowed = self._candidates_of_parts(candidates, count)
-        floor = np.broadcast_to(np.float32(-np.inf if min_score is None else min_score), (count,)).copy()
+        given = for_each_mention("min_score", min_score, mentions)
+        floor = np.full(count, -np.inf, dtype=np.float32) if given is None else given.cpu().numpy()
         merged = MergedResults(count, top_k)
 
         def ask(rows_of: Callable[[int], list[int]]) -> None:
@@ -172,7 +179,7 @@ class PartedState:
             best = merged.kth_scores()
             floor = np.maximum(floor, best - 2 * TIE * (1 + np.abs(np.where(np.isneginf(best), 0, best))))
             ask(lambda part: np.flatnonzero(first != part).tolist())
-        return merged.result()
+        return merged.result(len(self))
 
     def _candidates_of_parts(
         self, candidates: Sequence[Sequence[str] | None] | None, count: int
@@ -180,25 +187,25 @@ class PartedState:
         """For each part and mention the candidates that are in the part."""
         if candidates is None:
             return None
-        for ids in candidates:
-            if isinstance(ids, str):
-                raise ValueError(
-                    f"Candidates must be a list of entity ids for each mention, got the string {ids!r}. Of names, "
-                    "`find` gives the ids."
-                )
-        every = list(dict.fromkeys(itertools.chain.from_iterable(ids for ids in candidates if ids is not None)))
-        known = [{i for i, there in zip(every, has, strict=True) if there} for has in self._actors.all("has", every)]
-        if missing := [i for i in every if not any(i in part for part in known)]:
-            shown = ", ".join(repr(name) for name in missing[:5]) + (" ..." if len(missing) > 5 else "")
-            raise UnknownEntityError(f"{len(missing)} of the entities are not in this index of {len(self):,}: {shown}")
-        return [[None if ids is None else [i for i in ids if i in part] for ids in candidates] for part in known]
+        # A generator can be read only once.
+        given = [None if ids is None else listed_candidates(ids) for ids in candidates]
+        known = self.parts_of(list(itertools.chain.from_iterable(ids for ids in given if ids is not None)))
+        forms = [None if ids is None else [known_form(name) for name in ids] for ids in given]
+        return [[None if ids is None else [i for i in ids if i in part] for ids in forms] for part in known]
+
+    def _sent(self, mentions: Any, method: str = METHODS[0]) -> Any:
+        """Mentions that parts can be asked about, sent once; each part makes sure that they are of its model."""
+        check_method(method)
+        check_features(mentions)
+        if not len(self):
+            raise EntityIndexError("This index has no entities, so there is nothing to search.")
+        return self._actors.shared(mentions.to("cpu"))
 
     def rank(
         self, mentions: MentionFeatures, answers: Sequence[str | None], method: str, show_progress: bool
     ) -> RankResult:
-        if len(answers) != len(mentions):
-            raise ValueError(f"There are {len(mentions)} mentions, but answers for {len(answers)}.")
-        shared = self._actors.shared(mentions.to("cpu"))
+        shared = self._sent(mentions, method)
+        answers = answer_ids(mentions, answers)
         scores = self._answer_scores(shared, answers)
         known = np.flatnonzero(~np.isnan(scores))
         ranks = np.full(len(answers), np.nan)
@@ -209,7 +216,9 @@ class PartedState:
         return RankResult(ranks, stats)
 
     def answer_scores(self, mentions: MentionFeatures, answers: Sequence[str | None]) -> np.ndarray:
-        return self._answer_scores(self._actors.shared(mentions.to("cpu")), answers)
+        shared = self._sent(mentions)
+        answers = answer_ids(mentions, answers)
+        return self._answer_scores(shared, answers)
 
     def count_better(
         self,
@@ -219,12 +228,11 @@ class PartedState:
         method: str,
         show_progress: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
-        if not len(scores) == len(answers) == len(mentions):
-            raise ValueError(
-                f"There are {len(mentions)} mentions, but answers for {len(answers)} and scores for {len(scores)}."
-            )
-        shared, every = self._actors.shared(mentions.to("cpu")), np.arange(len(answers))
-        above, equal = self._count_better(shared, every, np.asarray(scores, dtype=np.float32), answers, method)
+        shared = self._sent(mentions, method)
+        answers = answer_ids(mentions, answers)
+        gold = for_each_mention("scores", np.nan if scores is None else scores, mentions)
+        assert gold is not None
+        above, equal = self._count_better(shared, np.arange(len(answers)), gold.cpu().numpy(), answers, method)
         return above, equal
 
     def _answer_scores(self, mentions: Any, answers: Sequence[str | None]) -> np.ndarray:
