@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ from .directory_mimic import (
 )
 from .errors_mimic import EntityIndexError, UnknownEntityError
 from .matching_mimic import Matcher
-from .names_mimic import NameTable
+from .names_mimic import NameTable, OtherRulesError
 from .precision_mimic import whose
 from .records_mimic import entity_id_of
 from .soundness_mimic import impossible_feature
 from .spans_mimic import fold
 from .store_mimic import Shard, Store, join_shards, read_shard, write_shard
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,12 @@ class Contents:
         if self.directory is not None:
             verify_files(self.directory, self.manifest)
             path = names_path(self.directory, self.manifest)
-            if path is not None and not self._stored_names(path).holds(self._made_names()):
+            # A table of other rules is as it was written, and is made anew by the next change.
+            stored = None if path is None else self._stored_names(path)
+            if stored is not None and not stored.holds(self._made_names()):
                 raise EntityIndexError(
                     f"The index file {path} does not hold the names that the index's tables give: one of them was "
-                    "changed or damaged. Restore it; or delete that file and call build_names() to make it again."
+                    "changed or damaged. Restore it, or call build_names() to make it again."
                 )
         self.store.check()
         for shard, start in zip(self.store.shards, self.store.starts, strict=False):
@@ -120,16 +125,23 @@ class Contents:
             path = names_path(self.directory, self.manifest)
             if path is None:
                 return None
-            if path.exists():
-                return self._stored_names(path)
-        # In memory; or another process has replaced the file since this state was opened.
+            if path.exists() and (stored := self._stored_names(path)) is not None:
+                return stored
+        # In memory; or another process has replaced the file since this state was opened; or it is of other rules.
         return self._made_names()
 
     def _made_names(self) -> NameTable:
         return NameTable.of(record for shard in self.store.shards for record in shard.table)
 
-    def _stored_names(self, path: Path) -> NameTable:
-        names, shards = NameTable.load(path, len(self.store))
+    def _stored_names(self, path: Path) -> NameTable | None:
+        """The stored names; `None`, and a warning, where they are of another version's rules."""
+        try:
+            names, shards = NameTable.load(path, len(self.store))
+        except OtherRulesError as error:
+            logger.warning(
+                "%s Until then they are made each time that the index is opened and names are needed.", error
+            )
+            return None
         if shards != [shard.name for shard in self.store.shards]:
             raise EntityIndexError(
                 f"The index file {path} holds names of other shards, or of the same in another order: it or the list "
@@ -233,7 +245,7 @@ class Contents:
             return self._next([self._written(shard) for shard in shards], None)
 
     def with_names(self) -> Contents:
-        """With the names of its entities, for an index that was made without.
+        """With the names of its entities, made anew from its tables.
 
         Raises:
             EntityIndexError: if another process is changing the index.
@@ -241,7 +253,7 @@ class Contents:
         if self.directory is not None and not self.read_only:
             with self._changing():
                 manifest = dict(self.manifest)
-                publish(self.directory, manifest, self.store)
+                publish(self.directory, manifest, self.store, names_anew=True)
             return dataclasses.replace(self, manifest=manifest)
         if self.names is None:  # in the Hub's cache, which must not be changed: in memory
             made = dataclasses.replace(self)

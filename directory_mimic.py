@@ -283,7 +283,9 @@ def locked_for_change(directory: Path, manifest: Manifest) -> Iterator[None]:
             raise
 
 
-def publish(directory: Path, manifest: Manifest, store: Store, matcher: Matcher | None = None) -> None:
+def publish(
+    directory: Path, manifest: Manifest, store: Store, matcher: Matcher | None = None, names_anew: bool = False
+) -> None:
     """Makes a list of files the index: what it lacks is written, it is replaced in one step, and what it no longer
     names is deleted after that."""
     if matcher is not None:
@@ -292,7 +294,7 @@ def publish(directory: Path, manifest: Manifest, store: Store, matcher: Matcher 
         _write_removed(directory, manifest["generation"], store.removed) if store.removed_count else None
     )
     manifest["entities"] = len(store) - store.removed_count
-    manifest["names"] = _write_names(directory, store)
+    manifest["names"] = _write_names(directory, store, names_anew)
     own = [shard_files(name)[0] for name in (manifest["matcher"], manifest["removed"]) if name]
     manifest["files"] = {file: file_facts(directory / file) for file in own}
     manifest["digest"] = sealed(manifest)["digest"]
@@ -414,11 +416,11 @@ def names_path(directory: Path, manifest: Mapping[str, Any]) -> Path | None:
     return None if entry is None else directory / shard_files(entry["name"])[0]
 
 
-def _write_names(directory: Path, store: Store) -> dict[str, Any]:
+def _write_names(directory: Path, store: Store, anew: bool) -> dict[str, Any]:
     """Writes the names of all rows, and gives their entry of the manifest, where versions that know of no names pass
-    over it. Names of shards that were there are not read again."""
+    over it. Names of shards that were there are not read again, unless they are to be made anew."""
     shards = [shard.name for shard in store.shards]
-    before, known, names = _names_before(directory)
+    before, known, names = (None, [], None) if anew else _names_before(directory)
     if before is not None and known == shards:
         return before
     same = 0

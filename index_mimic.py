@@ -96,7 +96,8 @@ class EntityIndex(SearchableIndex):
     # --- Tables beside it
 
     def build_names(self) -> None:
-        """Makes the table of names of an index that was made without; a stored index keeps it.
+        """Makes the table of names anew: of an index that was made without, by an earlier version, or whose table is
+        damaged. A stored index keeps it.
 
         Raises:
             EntityIndexError: if another process is changing the index.

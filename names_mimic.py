@@ -25,6 +25,9 @@ from .texts_mimic import is_unicode
 Span = tuple[int, int]
 
 ALIASES = "aliases"
+# By what rules names are folded and hashed: to be raised when a table of names would come out otherwise. A stored
+# table without a number is of the first.
+RULES = 1
 _SEPARATOR = "|"
 _TOLD_APART = re.compile(r"\s+\([^()]*\)\s*$")
 # A name that ends after more possible ends of words than this is found by `find`, but not in texts.
@@ -81,6 +84,10 @@ def listed_aliases(value: Any) -> list[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(alias, str) for alias in value):
         raise ValueError(f'`aliases` must be a list of strings, or a string such as "one|another", got {value!r:.80}.')
     return list(dict.fromkeys(alias.strip() for alias in value if alias.strip()))
+
+
+class OtherRulesError(EntityIndexError):
+    """A stored table of names that was made by other rules than those of this version."""
 
 
 @dataclass
@@ -177,7 +184,7 @@ class NameTable:
         for name in _ARRAYS:
             array = np.ascontiguousarray(getattr(self, name))
             tensors[name] = torch.from_numpy(array.view(np.int64) if array.dtype == np.uint64 else array)
-        save_file(tensors, path, metadata={"shards": json.dumps(list(shards))})
+        save_file(tensors, path, metadata={"shards": json.dumps(list(shards)), "rules": str(RULES)})
 
     @classmethod
     def load(cls, path: Path, count: int) -> tuple[NameTable, list[str]]:
@@ -188,13 +195,20 @@ class NameTable:
             count: the number of rows of the index.
 
         Raises:
+            OtherRulesError: if it was made by other rules than those of this version.
             EntityIndexError: if it is missing or damaged.
         """
         try:
             if path.exists() and not path.is_file():
                 raise OSError("it is no regular file")
             with safe_open(path, framework="pt") as file:
-                shards = json.loads((file.metadata() or {})["shards"])
+                facts = file.metadata() or {}
+                if (rules := facts.get("rules", "1")) != str(RULES):
+                    raise OtherRulesError(
+                        f"The index file {path} holds names by the rules {rules!r:.40}, not by {RULES} as this version "
+                        "has them. Call build_names() to make it again."
+                    )
+                shards = json.loads(facts["shards"])
                 arrays = {name: file.get_tensor(name).numpy() for name in _ARRAYS}
             for name, dtype in _ARRAYS.items():
                 stored = np.dtype(np.int64) if dtype == np.uint64 else np.dtype(dtype)
@@ -205,6 +219,8 @@ class NameTable:
             table._check(count)
             if not isinstance(shards, list) or not all(isinstance(name, str) for name in shards):
                 raise ValueError("it does not say of which shards it is")
+        except OtherRulesError:
+            raise
         except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise EntityIndexError(
                 f"The index file {path} is missing or damaged: {error}. Call build_names() to make it again."
@@ -456,4 +472,4 @@ def _hash(text: str) -> Any:
     return _hashes([text])[0]
 
 
-__all__ = ["ALIASES", "STOP_WORDS", "NameTable", "listed_aliases", "longest_spans", "names_of"]
+__all__ = ["ALIASES", "STOP_WORDS", "NameTable", "OtherRulesError", "listed_aliases", "longest_spans", "names_of"]

@@ -37,10 +37,14 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.console import given_path, parse, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
+from mimic_el.files_mimic import regular
 from mimic_el.hub_files_mimic import EVAL_RESULTS_FOLDER, REPLACED, hub_files
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.training.model_card import eval_results_yaml
+
+# Whatever reads YAML takes minutes for what may be megabytes long.
+_MOST_OF_A_CARD, _MOST_METADATA = 2**22, 2**17
 
 
 class PublishError(MimicError, ValueError):
@@ -209,7 +213,17 @@ def _read_card(path: Path) -> RepoCard:
         PublishError: if it cannot be read, or its metadata is not valid YAML.
     """
     try:
-        return RepoCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        size = regular(path).stat().st_size
+        text = path.read_text(encoding="utf-8") if size <= _MOST_OF_A_CARD else ""
+        metadata = text.partition("---\n")[2].partition("\n---")[0]
+        if size > _MOST_OF_A_CARD or len(metadata) > _MOST_METADATA:
+            raise PublishError(
+                f"{path} is too large: a card may have {_MOST_OF_A_CARD:,} bytes, and {_MOST_METADATA:,} characters of "
+                "them metadata. Make it shorter."
+            )
+        return RepoCard(text, ignore_metadata_errors=True)
+    except PublishError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise PublishError(f"{path} cannot be read: its metadata is not valid YAML, or no text ({reason})") from error

@@ -412,9 +412,32 @@ def test_names_that_are_not_those_of_the_tables_are_found(name: str, place: Path
     refit(place)
     with pytest.raises(EntityIndexError, match="does not hold the names"):
         EntityIndex.from_pretrained(place).verify()
-    path.unlink()
     EntityIndex.from_pretrained(place).build_names()
     EntityIndex.from_pretrained(place).verify()
+
+
+@pytest.mark.parametrize("change", ["build_names", "remove", "compact"])
+def test_names_by_the_rules_of_another_version(change: str, place: Path, caplog: pytest.LogCaptureFixture):
+    """They are passed over, told, and made anew by the next change."""
+    index = EntityIndex.from_pretrained(place)
+    expected = {record["name"]: index.find(record["name"]) for record in index.entities()}
+    path = next(place.glob("names-*"))
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118
+    # Other arrays, even.
+    save_file({"later": tensors["hashes"]}, path, metadata={**metadata, "rules": "2"})
+    refit(place)
+    opened = EntityIndex.from_pretrained(place)
+    opened.verify()
+    assert {name: opened.find(name) for name in expected} == expected
+    assert "names by the rules '2'" in caplog.text
+    assert "Call build_names()" in caplog.text
+    caplog.clear()
+    getattr(opened, change)(*[["e1"]] * (change == "remove"))
+    again = EntityIndex.from_pretrained(place)
+    again.verify()
+    assert again.find("E 2") == expected["E 2"]
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("which", ["one shard", "all shards"])

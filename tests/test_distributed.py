@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -25,8 +27,10 @@ from tiny import (
 from tiny_clip import tiny_model
 
 from mimic_el.distributed import RayEntityIndex
-from mimic_el.distributed.index import _check_facts
-from mimic_el.errors_mimic import EntityIndexError, UnknownEntityError
+from mimic_el.distributed import index as distributed_index
+from mimic_el.distributed.index import _check_facts, _check_ids
+from mimic_el.distributed.part import Part
+from mimic_el.errors_mimic import EntityIndexError, MimicImageError, UnknownEntityError
 from mimic_el.identity_mimic import model_facts
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.matching_mimic import EntityFeatures
@@ -149,9 +153,7 @@ def test_what_is_refused(parts: Any, whole: Any, directories: list[str], tmp_pat
     with pytest.raises(ValueError, match="`method` must be one of"):
         parts.search(mentions, method="guess")
     with pytest.raises(EntityIndexError, match="An index in parts has no shortlist"):
-        parts.search(mentions, num_candidates=5)
-    with pytest.raises(ValueError, match="answers for 1 and scores for 2"):
-        parts.count_better(mentions, [0.0, 1.0], ["e1"])
+        parts.search(mentions, num_candidates=10)
     with pytest.raises(EntityIndexError, match="named twice"):
         RayEntityIndex([directories[0], directories[0]])
     with pytest.raises(EntityIndexError, match=r"part-none \(1 of 1\) cannot be reached: .*EntityIndexError"):
@@ -161,6 +163,121 @@ def test_what_is_refused(parts: Any, whole: Any, directories: list[str], tmp_pat
         _check_facts(["a", "b"], facts)
     with pytest.raises(EntityIndexError, match="The part b is stored in int8"):
         _check_facts(["a", "b"], [facts[0], {**facts[0], "dtype": "int8"}])
+
+
+def answer(ask: Any, index: Any) -> Any:
+    """What an index answers, or the class of its error."""
+    try:
+        found = ask(index)
+    except Exception as error:
+        return type(error)
+    if hasattr(found, "entity_ids"):
+        return found.entity_ids, found.scores.shape
+    return found.tolist() if isinstance(found, np.ndarray) else found
+
+
+def test_wrong_arguments_are_answered_as_by_one_index(parts: Any, whole: Any) -> None:
+    """Or taken alike, such as candidates from a generator, and scores that have a column for each entity wanted."""
+    model, index, mentions = whole
+    processor = tiny_processor(model)
+    every: list[str | None] = ["e1"] * MENTIONS
+    for top_k in (0, -1, True, "3", 2.5, None, 10**12):
+        assert answer(lambda i, k=top_k: i.search(mentions, k), parts) == answer(
+            lambda i, k=top_k: i.search(mentions, k), index
+        )
+    calls: list[Any] = [
+        *(lambda i, c=c: i.search(mentions, 5, candidates=c * MENTIONS) for c in ([["e1"]], [[]], [[1]], ["e1"], [5])),
+        *(lambda i, c=c: i.search(mentions, 5, candidates=[c] * MENTIONS) for c in ([["e1"]], [True], ["\ud800"])),
+        lambda i: i.search(mentions, 5, candidates=[iter(["e1", "e50"]), *[None] * (MENTIONS - 1)]),
+        lambda i: i.search(mentions, 5, candidates=7),
+        *(lambda i, s=s: i.search(mentions, 5, min_score=s) for s in ([1.0], [[1.0]], "x", np.nan, np.inf, 1e300)),
+        *(lambda i, m=m: i.search(m, 5) for m in (None, "x", {}, mentions[:0])),
+        *(lambda i, m=m: i.rank(m, every) for m in (None, 5, {})),
+        *(lambda i, a=a: i.answer_scores(mentions, a) for a in (every[1:], 5, None)),
+        lambda i: i.rank(mentions, [None] * MENTIONS, method="guess"),
+        *(lambda i, s=s: i.count_better(mentions, s, every)[0] for s in (1.0, None, "x", [1.0], np.nan)),
+        lambda i: i.find("E 1", max_distance=-1),
+        lambda i: i.find("E 1", max_distance=1.5),
+        lambda i: i.find("\ud800"),
+        lambda i: i.remove([["e1"]]),
+        lambda i: i.remove(["e1", None]),
+        *(lambda i, e=e: i.add(model, processor, e) for e in ({}, [5], [{}], [{"id": "new", "name": 5}])),
+        *(lambda i, e=e: i.update(model, processor, e) for e in ({}, [None], [{"id": "\ud800"}])),
+    ]
+    for number, ask in enumerate(calls):
+        assert answer(ask, parts) == answer(ask, index), number
+    assert len(parts) == len(index) == ENTITIES
+
+
+@pytest.mark.parametrize("name", ["text_embed", "image_query_q"])
+def test_the_mention_that_is_not_finite_is_told_by_its_own_number(name: str, parts: Any, whole: Any) -> None:
+    mentions = whole[2][:]
+    mentions.tensors[name] = mentions.tensors[name].clone()
+    mentions.tensors[name][7] = torch.nan
+    for index in (parts, whole[1]):
+        with pytest.raises(ValueError, match="features of mention 7 are not finite"):
+            index.search(mentions)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"patience": value} for value in (0, -1, "x", float("nan"), float("inf"), True)),
+        *({"max_restarts": value} for value in (-2, "x", True)),
+        *({"actor_options": value} for value in (5, "ab", [{}], [5, 5])),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told_before_an_actor_is_started(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        RayEntityIndex(["a/one", "a/two"], **options)
+
+
+@pytest.mark.parametrize("places", [None, 5, "one", [], [5], [None], [""], ["zero\0"], [b"one"]], ids=str)
+def test_what_are_no_parts(places: Any) -> None:
+    with pytest.raises(ValueError, match=r"`parts` must be|A part"):
+        RayEntityIndex(places)
+
+
+class Here:
+    """Parts that are asked where they are opened, without actors."""
+
+    def __init__(self, places: list[str]) -> None:
+        self.places = places
+        self.parts = [Part(place, {}, "cpu") for place in places]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def all(self, name: str, *args: Any) -> list[Any]:
+        return [part.ask(None, name, *args) for part in self.parts]
+
+
+@pytest.mark.parametrize("at_once", [2**22, 7])
+def test_an_id_in_two_parts_is_refused_unless_it_was_removed(
+    at_once: int, directories: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed_index, "_HASHES_AT_ONCE", at_once)
+    _check_ids(cast(Any, Here(directories)), ENTITIES)
+    copy = tmp_path / "copy"
+    shutil.copytree(directories[1], copy)
+    index = EntityIndex.from_pretrained(copy)
+    index.remove([f"e{number}" for number in range(45, 89)])
+    with pytest.raises(EntityIndexError, match=r"part-1 and .*copy both have the entity 'e89'"):
+        _check_ids(cast(Any, Here([*directories, str(copy)])), ENTITIES + 1)
+    EntityIndex.from_pretrained(directories[0]).save_pretrained(tmp_path / "other")
+    both = EntityIndex.from_pretrained(tmp_path / "other")
+    both.remove([f"e{number}" for number in range(1, 45)])
+    _check_ids(cast(Any, Here([directories[1], str(tmp_path / "other")])), 46)
+
+
+def test_a_part_that_was_replaced_while_its_actor_was_away(directories: list[str], whole: Any) -> None:
+    expected = Part(directories[0], {}, "cpu").facts()
+    assert Part(directories[1], {}, "cpu").ask(expected, "has", ["e1", "e50"]) == [False, True]
+    for other in ({**expected, "dtype": "int8"}, {**expected, "model": model_facts(tiny_model(seed=3))}):
+        with pytest.raises(EntityIndexError, match=r"part-0 was replaced by an index of another model or precision"):
+            Part(directories[0], {}, "cpu").ask(other, "has", ["e1"])
 
 
 def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cluster: Any, tmp_path: Path) -> None:
@@ -207,6 +324,11 @@ def test_the_pipeline_takes_it_it_changes_and_a_part_that_stays_away_is_named(cl
         assert index.entity("e6")["name"] == "Orange 600"
         assert len(index) == 8
         same()
+        # A data set may name any file or address: none is read unless that is said, as in one index.
+        images = datasets.Dataset.from_list([{"id": "e20", "name": "Pear", "images": [str(tmp_path / "x.png")]}])
+        for one in (index, whole):
+            with pytest.raises(MimicImageError, match="image_root="):
+                one.add(model, processor, images, on_image_error="raise", show_progress=False)
         with pytest.raises(UnknownEntityError, match="'nobody'"):
             index.update(model, processor, [*renamed, {**renamed[0], "id": "nobody"}], show_progress=False)
         with pytest.raises(ValueError, match="'e1' is there twice"):

@@ -242,3 +242,10 @@ def test_texts_of_data_are_no_markup_in_a_model_card() -> None:
     outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", text, flags=re.DOTALL)
     for markup in ("](https://x", "](c.png", "<img", "\n# Heading"):
         assert markup not in outside.replace("\\", "\\ "), markup
+
+
+def test_long_texts_of_data_are_cut() -> None:
+    long = "orange " * 20_000
+    linked = [{"entity_id": long, "name": long, "description": long, "score": 1.0}]
+    example = {"row": 0, "mention": long, "sentence": long, "answer": long, "has_image": False, "linked": linked}
+    assert len(text_of(a_run(example=example))) < 8000

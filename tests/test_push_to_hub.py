@@ -381,3 +381,21 @@ def test_a_card_whose_metadata_is_damaged_is_one_line(
     if status:
         assert printed.startswith("error: ")
         assert len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["---\ntags:\n" + "- abc\n" * 30_000 + "---\n# linker\n", "---\nlicense: mit\n---\n" + "# linker\n" * 500_000],
+    ids=["metadata", "text"],
+)
+def test_a_card_that_would_be_read_for_minutes_is_refused(
+    card: str, directories: Path, publish: Callable[..., tuple[int, str, str]]
+) -> None:
+    for name in ("linker", "toys"):
+        path = directories / name / "README.md"
+        before = path.read_text()
+        path.write_text(card)
+        status, output, errors = publish("--dry_run")
+        assert (status, output) == (1, "")
+        assert f"{path} is too large: a card may have 4,194,304 bytes" in errors
+        path.write_text(before)

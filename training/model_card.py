@@ -64,6 +64,8 @@ _ARGUMENTS = (
     "index_dtype",
 )
 _CONFIG = ("text_max_length", "mask_text_padding", "ignore_duplicate_answers", "symmetric_loss", "context_window")
+# How many characters of a text of the data are shown, and of an id.
+_TEXT_SHOWN, _ID_SHOWN = 300, 100
 _CITATION = """\
 @inproceedings{luo2023mimic,
   title = {Multi-Grained Multimodal Interaction Network for Entity Linking},
@@ -218,7 +220,7 @@ class TrainingRun:
             start="random weights" if self.base_model is None else _linked("", self.base_model),
             data=_linked("datasets/", self.dataset) if self.dataset else "",
             usage=self._usage(model_name),
-            example=self.example,
+            example=self.example and {**self.example, "answer": plain_line(self.example["answer"], _ID_SHOWN)},
             results=self._results(),
             labels=[_LABELS[name] for name in _SHOWN],
             entities=self.entities,
@@ -290,7 +292,8 @@ class TrainingRun:
             lines.append("linker(mention, top_k=3)")
         else:
             image = "and an image" if self.example["has_image"] else "without an image"
-            lines.append(f"# {self.example['mention']!r} in {self.example['sentence']!r}, {image}")
+            mention, sentence = (plain_line(self.example[name], _TEXT_SHOWN) for name in ("mention", "sentence"))
+            lines.append(f"# {mention!r} in {sentence!r}, {image}")
             lines.append("linker(mention, top_k=3)")
             rows = [str(_rounded(row)) for row in self.example["linked"]]
             lines += [
@@ -533,7 +536,14 @@ def _duration(seconds: float) -> str:
 
 
 def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
+    return {
+        name: round(value, 2)
+        if isinstance(value, float)
+        else plain_line(value, _TEXT_SHOWN)
+        if isinstance(value, str)
+        else value
+        for name, value in row.items()
+    }
 
 
 __all__ = ["PUBLISHED", "TrainingRun", "draw_curves", "draw_reliability", "eval_results_yaml"]
