@@ -18,7 +18,15 @@ from ..mentions_mimic import check_features
 from ..names_mimic import longest_spans
 from ..pairs_mimic import TIE, SearchStats
 from ..search_mimic import METHODS
-from ..snapshot_mimic import RankResult, SearchResult, answer_ids, at_least, check_method, check_numbers, for_each_mention
+from ..snapshot_mimic import (
+    RankResult,
+    SearchResult,
+    answer_ids,
+    at_least,
+    check_method,
+    check_numbers,
+    for_each_mention,
+)
 from ..spans_mimic import fold
 from .actors import Actors
 from .merging import MergedResults

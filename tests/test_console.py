@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mel_archives import write_folder
@@ -159,6 +160,7 @@ def test_an_empty_path_is_not_the_working_directory(
 ) -> None:
     """As of a variable that is not set: what is there would be published, or written over."""
     monkeypatch.chdir(tmp_path)
+    code: Any
     try:
         code = cli.main(list(command))
     except SystemExit as ended:
