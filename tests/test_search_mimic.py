@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import oracle
@@ -526,7 +526,7 @@ def test_ranks_of_what_is_no_id(answer: Any):
         with pytest.raises(ValueError, match=message):
             call(["e1", answer])
     # What is absent, as Arrow and pandas have it, is no answer.
-    assert np.isnan(case.index.rank(case.mentions, [None, math.nan]).ranks).all()
+    assert np.isnan(case.index.rank(case.mentions, cast(Any, [None, math.nan])).ranks).all()
 
 
 # --- Work
