@@ -351,9 +351,9 @@ def test_sound_images(format: str) -> None:
     ("data", "kind", "message"),
     [
         (noise(0)[:-5000], "unreadable_image", "truncated"),
-        (b"", "unreadable_image", "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unreadable_image", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unreadable_image", "not an image"),
+        (b"", "unreadable_image", "no image that can be read"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unreadable_image", "no image that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unreadable_image", "no image that can be read"),
         (png_claiming(9_500, 9_500), "oversized_image", "9500 x 9500 pixels, more than the 90,000,000"),
         (png_claiming(60_000, 60_000), "oversized_image", "decompression bomb"),
         (png_claiming(10, 10), "unreadable_image", ""),
