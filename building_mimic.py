@@ -481,9 +481,8 @@ def _resumed(directory: Path, state: dict[str, Any], fresh: dict[str, Any], reco
             unreadable += images[number][1]
     if not same:
         raise EntityIndexError(
-            f"{directory} holds an unfinished build of another model, of another precision or compiled, where this one "
-            "is not (or the other way round), or of other entities. "
-            "Build into another directory, or pass overwrite=True to give that build up."
+            f"{directory} holds an unfinished build of another model, another precision, another `compile_encoder`, or "
+            "other entities. Build into another directory, or pass overwrite=True to give that build up."
         )
     if unreadable:
         warnings.warn(

@@ -67,7 +67,7 @@ def make_directory(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        if _is_full(error):
+        if is_full(error):
             raise
         place = ascii(os.fspath(directory))
         raise EntityIndexError(f"{place:.200} cannot be made a directory: {error}. Name another place.") from error
@@ -99,7 +99,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> Exception:
     """What to raise of an error of the system; that of a full disk as it is."""
-    if _is_full(error):
+    if is_full(error):
         return error
     return EntityIndexError(
         f"{path} cannot be written: {error.strerror or error}. Look at what lies there and who may write there, or "
@@ -107,7 +107,8 @@ def _cannot_write(path: Path, error: OSError) -> Exception:
     )
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
+    """Whether an error says that the disk is full."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
@@ -133,7 +134,7 @@ def no_space_told(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
         raise EntityIndexError(
             f"No space is left on the disk of {directory}. What is finished is kept: make room and run the same "
@@ -325,6 +326,7 @@ __all__ = [
     "LOCK",
     "directory_of",
     "file_facts",
+    "is_full",
     "is_small",
     "is_there",
     "json_text",

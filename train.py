@@ -9,7 +9,6 @@ same command again to go on after an interruption.
 from __future__ import annotations
 
 import argparse
-import errno
 import itertools
 import json
 import logging
@@ -29,7 +28,7 @@ from mimic_el.console import busy_machine, did_you_mean, tolerate_any_text
 from mimic_el.errors_mimic import CalibrationError, MimicError, MimicImageError
 from mimic_el.explain_mimic import EntityImages, Explainer
 from mimic_el.explanation_mimic import Explanation
-from mimic_el.files_mimic import write_atomically
+from mimic_el.files_mimic import is_full, write_atomically
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
@@ -371,7 +370,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         if "debug" in (argv or sys.argv):
             raise
         told = " ".join(str(error).split())
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             told += (
                 ". Make room. The same command goes on with a training from its last checkpoint; one that has ended is "
                 "evaluated with --no_do_train --model_name_or_path OUTPUT_DIR in place of where the model starts."

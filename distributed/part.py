@@ -25,9 +25,7 @@ class Part:
 
     def __init__(self, place: str, options: Mapping[str, Any], device: str) -> None:
         self._index = EntityIndex.from_pretrained(place, **options)
-        self._place, self._device = place, device
-
-        self._fits = False
+        self._place, self._device, self._fits = place, device, False
 
     def there(self) -> bool:
         return True

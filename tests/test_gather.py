@@ -13,6 +13,7 @@ from gloo import outcomes_together, run_together
 from python_processes import ForkingPython, own_python
 from tiny_clip import tiny_inputs, tiny_model
 
+from mimic_el.training import grad_cache
 from mimic_el.training.dealing import DealtBatches, DealtStream, part_of
 from mimic_el.training.grad_cache import cached_step
 
@@ -23,9 +24,11 @@ sys.path.insert(0, tests)
 import torch
 from tiny_clip import tiny_model
 from torch.nn.parallel import DistributedDataParallel
+from mimic_el.training import grad_cache
 from mimic_el.training.gather import shared_loss, without_unused_parameters
 from mimic_el.training.grad_cache import cached_step
 
+grad_cache._BLOCK_BYTES = 4 * 12 * 12 * 2**2  # 2 mentions and 2 entities at a time
 result = {}
 for name, scenario in scenarios.items():
     batch = torch.load(scenario["batch"])
@@ -151,8 +154,11 @@ def test_processes_train_as_one_with_the_whole_batch(python: ForkingPython, tmp_
 # --- One process
 
 
+@pytest.mark.parametrize("side", [2, 100])
 @pytest.mark.parametrize("chunk", [1, 2, 4, 9])
-def test_chunks_give_the_gradients_of_the_whole_batch(chunk: int) -> None:
+def test_chunks_give_the_gradients_of_the_whole_batch(chunk: int, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs are scored in blocks of so many mentions and entities."""
+    monkeypatch.setattr(grad_cache, "_BLOCK_BYTES", 4 * 12 * 12 * side**2)
     batch = batch_of([4, 1, 4, 0, 2], [4, 1, 4, 0, 2])
     for settings in SETTINGS.values():
         model = tiny_model(**settings).double().train()

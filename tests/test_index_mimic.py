@@ -599,7 +599,7 @@ def test_a_build_goes_on_with_the_same_model_only(interrupted: Path, linker: Lin
     for _, other in other_models(model):
         with pytest.raises(EntityIndexError, match="unfinished build of another model"):
             build((other, processor), kb, interrupted)
-    with pytest.raises(EntityIndexError, match="of another precision"):
+    with pytest.raises(EntityIndexError, match="another precision"):
         build(linker, kb, interrupted, dtype="int8")
     assert list(build((copy.deepcopy(model), processor), kb, interrupted).entities()) == table(kb)
 

@@ -11,6 +11,7 @@ import pytest
 from gloo import outcomes_together
 from python_processes import own_python
 from tiny import assert_equal_bytes, assert_same_index, knowledge_base, tiny_processor
+from tiny import built_by_twos as build
 from tiny_clip import tiny_model
 
 from mimic_el import joining_mimic
@@ -24,12 +25,6 @@ from mimic_el.processing_mimic import MimicProcessor
 def parts() -> tuple[MimicModel, MimicProcessor]:
     model = tiny_model()
     return model, tiny_processor(model)
-
-
-def build(
-    parts: tuple[MimicModel, MimicProcessor], entities: Any, directory: Path | None, **options: Any
-) -> EntityIndex:
-    return EntityIndex.build(*parts, entities, directory, shard_entities=2, show_progress=False, **options)
 
 
 def test_parts_of_machines_that_share_nothing_are_merged(

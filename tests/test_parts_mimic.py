@@ -14,6 +14,7 @@ import pytest
 from gloo import outcomes_together
 from python_processes import own_python
 from tiny import assert_equal_bytes, assert_same_index, knowledge_base, once, tiny_processor
+from tiny import built_by_twos as build
 from tiny_clip import tiny_model
 
 from mimic_el import building_mimic, files_mimic, parts_mimic
@@ -31,12 +32,6 @@ now_of_this_machine = time.time
 def parts() -> tuple[MimicModel, MimicProcessor]:
     model = tiny_model()
     return model, tiny_processor(model)
-
-
-def build(
-    parts: tuple[MimicModel, MimicProcessor], entities: Any, directory: Path | None, **options: Any
-) -> EntityIndex:
-    return EntityIndex.build(*parts, entities, directory, shard_entities=2, show_progress=False, **options)
 
 
 @pytest.mark.parametrize("count", [1, 3, ENTITIES])

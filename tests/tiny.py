@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,13 @@ def index_of(
 def mention_features(model: MimicModel, encoded: MimicEncoderOutput, mask: torch.Tensor) -> MentionFeatures:
     with torch.no_grad():
         return model.matcher.mention_features(encoded, mask)
+
+
+def built_by_twos(
+    linker: tuple[MimicModel, MimicProcessor], entities: Any, directory: Path | None, **options: Any
+) -> EntityIndex:
+    """An index with two entities in a shard."""
+    return EntityIndex.build(*linker, entities, directory, shard_entities=2, show_progress=False, **options)
 
 
 def bound_few_pairs() -> None:
