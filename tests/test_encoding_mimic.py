@@ -194,7 +194,7 @@ def test_a_build_goes_on_in_its_own_precision_only(
 
     with pytest.raises(KeyboardInterrupt):
         EntityIndex.build(model, processor, interrupted(), tmp_path, encoding_dtype="float32", show_progress=False)
-    with pytest.raises(EntityIndexError, match="of another precision"):
+    with pytest.raises(EntityIndexError, match="another precision"):
         EntityIndex.build(model, processor, entities, tmp_path, show_progress=False)
     EntityIndex.build(model, processor, entities, tmp_path, encoding_dtype="float32", show_progress=False)
 
@@ -318,6 +318,6 @@ def test_a_build_goes_on_compiled_or_not_as_it_was(
 
     with pytest.raises(KeyboardInterrupt):
         EntityIndex.build(model, processor, interrupted(), tmp_path, compile_encoder=True, **options)
-    with pytest.raises(EntityIndexError, match="or compiled, where this one is not"):
+    with pytest.raises(EntityIndexError, match="another `compile_encoder`"):
         EntityIndex.build(model, processor, entities, tmp_path, **options)
     EntityIndex.build(model, processor, entities, tmp_path, compile_encoder=True, **options)
