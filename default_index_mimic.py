@@ -16,6 +16,7 @@ from .errors_mimic import EntityIndexError
 from .files_mimic import is_there
 from .index_card_mimic import hub_id
 from .index_mimic import EntityIndex
+from .making_mimic import downloaded
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
 
@@ -68,8 +69,10 @@ def _default_index(config: MimicConfig, options: Mapping[str, Any]) -> EntityInd
         if own_folder:
             return EntityIndex.from_pretrained(Path(checkpoint, name), **options)
         if of_repository:
-            return EntityIndex.from_hub(checkpoint, **{"repo_type": "model", "subfolder": name, **options})
-        return EntityIndex.from_hub(name, **{"revision": revision, **options})
+            asked = {"repo_type": "model", "subfolder": name, "revision": None, **options}
+            return EntityIndex(*downloaded(checkpoint, **asked))
+        asked = {"repo_type": "dataset", "subfolder": "", "revision": revision, **options}
+        return EntityIndex(*downloaded(name, **asked))
     except (EntityIndexError, OSError) as error:  # without a network, or none of that name
         raise EntityIndexError(
             f"{error} The checkpoint {checkpoint!r} names {name!r} as its default index; to use another knowledge "

@@ -16,9 +16,8 @@ from huggingface_hub import HfApi
 
 from .building_mimic import Builder
 from .contents_mimic import Contents
-from .files_mimic import directory_of, is_there
-from .index_hub_mimic import download_index, files_for_hub, upload_index
-from .making_mimic import built, merged, of_features, opened, save
+from .index_hub_mimic import files_for_hub, upload_index
+from .making_mimic import built, merged, of_features, opened, opened_by_name, save
 from .matching_mimic import EntityFeatures, Matcher
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
@@ -190,16 +189,16 @@ class EntityIndex(SearchableIndex):
         builder = Builder(
             model,
             processor,
-            dtype,
-            batch_size,
-            num_workers,
-            on_image_error,
-            shard_entities,
-            show_progress,
-            allow_urls,
-            image_root,
-            encoding_dtype,
-            compile_encoder,
+            dtype=dtype,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            on_image_error=on_image_error,
+            shard_entities=shard_entities,
+            show_progress=show_progress,
+            allow_urls=allow_urls,
+            image_root=image_root,
+            encoding_dtype=encoding_dtype,
+            compile_encoder=compile_encoder,
         )
         return cls(*built(builder, entities, output_dir, overwrite, shard, patience))
 
@@ -388,34 +387,18 @@ class EntityIndex(SearchableIndex):
             huggingface_hub.errors.HfHubHTTPError: if the Hub does not give it: the token is wrong, the repository is
                 gated, or there is no such revision.
         """
-        if not os.fspath(name_or_path):
-            directory_of(name_or_path, "`name_or_path`")
-        if is_there(name_or_path):
-            return cls(*opened(Path(name_or_path) / subfolder))
-        return cls.from_hub(
-            str(name_or_path),
-            subfolder=subfolder,
-            repo_type=repo_type,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
+        return cls(
+            *opened_by_name(
+                name_or_path,
+                subfolder,
+                repo_type,
+                revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
         )
-
-    @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        *,
-        subfolder: str = "",
-        repo_type: str = "dataset",
-        revision: str | None = None,
-        **options: Any,
-    ) -> EntityIndex:
-        """Opens an index of the Hub, whatever directories of that name this machine has. Arguments, and what is
-        raised, as of [`from_pretrained`]."""
-        return cls(*opened(download_index(repo_id, repo_type, subfolder, revision, **options), read_only=True))
 
     def verify(self) -> None:
         """Reads all of an index: of a stored one every file is compared with the checksum that was taken when it was

@@ -14,8 +14,9 @@ from .building_mimic import Builder, build_in_directory, build_in_memory, shards
 from .contents_mimic import Contents
 from .directory_mimic import new_manifest, open_directory, save_copy
 from .errors_mimic import EntityIndexError
-from .files_mimic import directory_of
+from .files_mimic import directory_of, is_there
 from .identity_mimic import copy_of_matcher, model_facts
+from .index_hub_mimic import download_index
 from .joining_mimic import merge_parts
 from .matching_mimic import EntityFeatures, Matcher
 from .modeling_mimic import MimicModel
@@ -30,6 +31,23 @@ def opened(directory: Path, read_only: bool = False) -> Made:
     """The index in a directory. Raises as `open_directory` does."""
     manifest, store, matcher = open_directory(directory)
     return matcher, Contents(manifest, store, directory, read_only)
+
+
+def downloaded(repo_id: str, repo_type: str, subfolder: str, revision: str | None, **options: Any) -> Made:
+    """The index of a Hub repository, whatever directories of that name this machine has. Arguments, and what is raised,
+    as of [`EntityIndex.from_pretrained`]."""
+    return opened(download_index(repo_id, repo_type, subfolder, revision, **options), read_only=True)
+
+
+def opened_by_name(
+    name_or_path: str | os.PathLike[str], subfolder: str, repo_type: str, revision: str | None, **options: Any
+) -> Made:
+    """The index in a directory or, where there is none, of a Hub repository: see [`EntityIndex.from_pretrained`]."""
+    if not os.fspath(name_or_path):
+        directory_of(name_or_path, "`name_or_path`")
+    if is_there(name_or_path):
+        return opened(Path(name_or_path) / subfolder)
+    return downloaded(str(name_or_path), repo_type, subfolder, revision, **options)
 
 
 def built(
@@ -92,4 +110,4 @@ def save(matcher: Matcher, contents: Contents, save_directory: str | os.PathLike
         save_copy(directory, contents.manifest, contents.store, matcher)
 
 
-__all__ = ["built", "merged", "of_features", "opened", "save"]
+__all__ = ["built", "downloaded", "merged", "of_features", "opened", "opened_by_name", "save"]

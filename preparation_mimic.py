@@ -154,7 +154,16 @@ class ImagePreparation:
 
 
 def image_processor_for(backbone_config: Any, own: dict[str, Any] | None = None) -> CLIPImageProcessorPil:
-    """As [`MimicProcessor.image_processor_for`]."""
+    """The image preprocessing for a backbone.
+
+    Args:
+        backbone_config: the backbone's configuration.
+        own: settings of the checkpoint's own image processor; the family's usual ones where absent. For a CLIP only
+            its mean and standard deviation count: the rest is as published (Lanczos, square, no crop).
+
+    Raises:
+        ValueError: if it makes images of another size than the backbone reads.
+    """
     adapter = backbone_of(backbone_config)
     image_processor = CLIPImageProcessorPil(**adapter.image_settings(backbone_config, own))
     side, (height, width) = adapter.image_size(backbone_config), _size_of(image_processor)

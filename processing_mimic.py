@@ -55,6 +55,7 @@ class MimicProcessor(ProcessorMixin):
 
     _auto_class = "AutoProcessor"
     separator = " [SEP] "
+    image_processor_for = staticmethod(image_processor_for)
 
     def __init__(
         self,
@@ -138,20 +139,6 @@ class MimicProcessor(ProcessorMixin):
         image_processor = cls.image_processor_for(config.backbone_config, own)
         kwargs.setdefault("context_window", config.context_window)
         return cls(image_processor, tokenizer, text_max_length=config.text_max_length, **kwargs)
-
-    @staticmethod
-    def image_processor_for(backbone_config: Any, own: dict[str, Any] | None = None) -> CLIPImageProcessorPil:
-        """The image preprocessing for a backbone.
-
-        Args:
-            backbone_config: the backbone's configuration.
-            own: settings of the checkpoint's own image processor; the family's usual ones where absent. For a CLIP
-                only its mean and standard deviation count: the rest is as published (Lanczos, square, no crop).
-
-        Raises:
-            ValueError: if it makes images of another size than the backbone reads.
-        """
-        return image_processor_for(backbone_config, own)
 
     def process_mentions(
         self,
@@ -269,18 +256,7 @@ class MimicProcessor(ProcessorMixin):
         labels: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        if isinstance(heads, str) or isinstance(bodies, str):
-            if not (isinstance(heads, str) and isinstance(bodies, str)):
-                raise ValueError(f"`{heads_name}` and `{bodies_name}` must both be strings, or both lists of strings.")
-            heads, bodies = [heads], [bodies]
-        heads, bodies = list(heads), list(bodies)
-        if not len(heads) == len(bodies) == len(images) or not heads:
-            raise ValueError(
-                f"There must be as many {heads_name} as {bodies_name} and images, and one at least; got {len(heads)}, "
-                f"{len(bodies)} and {len(images)}."
-            )
-        _check_texts(heads_name, heads)
-        _check_texts(bodies_name, bodies)
+        heads, bodies = _checked_pairs(heads_name, bodies_name, heads, bodies, len(images))
         options = self._merge_kwargs(**kwargs) if kwargs else {}
         inputs = self.tokenize(template(heads, bodies), **options.get("text_kwargs", {}))
         firsts = [first_image(image) for image in images]
@@ -386,24 +362,13 @@ class MimicProcessor(ProcessorMixin):
         for other in ("videos", "audio"):
             if kwargs.pop(other, None) is not None:
                 raise ValueError(f"MimicProcessor reads texts and images; it has no use for `{other}`.")
-        if mention is not None and (name is not None or description is not None):
-            raise ValueError(
-                "Give MimicProcessor mentions (`mention=`, `text=`) or entities (`name=`, `description=`)."
-            )
+        _check_call(images, text, mention, name, description)
         if mention is not None:
-            if text is None:
-                raise ValueError("A mention needs its text: processor(mention=..., text=..., images=...).")
             return self.process_mentions(mention, text, images, **kwargs)
         if name is not None:
-            if text is not None:
-                raise ValueError("An entity has a `description`, not a `text`: processor(name=..., description=...).")
             if description is None:
                 description = "" if isinstance(name, str) else [""] * len(name)
             return self.process_entities(name, description, images, **kwargs)
-        if text is None and images is None:
-            raise ValueError(
-                "MimicProcessor needs `mention=` and `text=`, or `name=` and `description=`, or `images=`."
-            )
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         inputs = BatchFeature({})
         if text is not None:
@@ -425,6 +390,37 @@ class MimicProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _check_call(images: Any, text: Any, mention: Any, name: Any, description: Any) -> None:
+    """Refuses a call that gives both mentions and entities, half of one, or nothing."""
+    if mention is not None and (name is not None or description is not None):
+        raise ValueError("Give MimicProcessor mentions (`mention=`, `text=`) or entities (`name=`, `description=`).")
+    if mention is not None and text is None:
+        raise ValueError("A mention needs its text: processor(mention=..., text=..., images=...).")
+    if name is not None and text is not None:
+        raise ValueError("An entity has a `description`, not a `text`: processor(name=..., description=...).")
+    if mention is None and name is None and text is None and images is None:
+        raise ValueError("MimicProcessor needs `mention=` and `text=`, or `name=` and `description=`, or `images=`.")
+
+
+def _checked_pairs(
+    heads_name: str, bodies_name: str, heads: Sequence[str] | str, bodies: Sequence[str] | str, images: int
+) -> tuple[list[str], list[str]]:
+    """Mentions and texts, or names and descriptions, as lists: as many of either as there are images, all strings."""
+    if isinstance(heads, str) or isinstance(bodies, str):
+        if not (isinstance(heads, str) and isinstance(bodies, str)):
+            raise ValueError(f"`{heads_name}` and `{bodies_name}` must both be strings, or both lists of strings.")
+        heads, bodies = [heads], [bodies]
+    heads, bodies = list(heads), list(bodies)
+    if not len(heads) == len(bodies) == images or not heads:
+        raise ValueError(
+            f"There must be as many {heads_name} as {bodies_name} and images, and one at least; got {len(heads)}, "
+            f"{len(bodies)} and {images}."
+        )
+    _check_texts(heads_name, heads)
+    _check_texts(bodies_name, bodies)
+    return heads, bodies
 
 
 def _check_texts(name: str, texts: Sequence[Any]) -> None:

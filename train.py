@@ -9,12 +9,10 @@ same command again to go on after an interruption.
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +23,16 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from mimic_el.console import busy_machine, did_you_mean, tolerate_any_text
-from mimic_el.errors_mimic import CalibrationError, MimicError, MimicImageError
-from mimic_el.explain_mimic import EntityImages, Explainer
-from mimic_el.explanation_mimic import Explanation
-from mimic_el.files_mimic import is_full, write_atomically
+from mimic_el.errors_mimic import CalibrationError, MimicError
+from mimic_el.files_mimic import is_full
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
-from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
-from mimic_el.processing_mimic import MimicProcessor
 from mimic_el.training.arguments import DataArguments, MimicTrainingArguments, ModelArguments
-from mimic_el.training.calibration import DEPTH, calibration_report, fit_calibration, some_of
-from mimic_el.training.collator import MentionEntityCollator
+from mimic_el.training.calibration import DEPTH, calibration_report
+from mimic_el.training.collator import MentionEntityCollator, unreadable_images
 from mimic_el.training.data import first, load_data, training_mentions
 from mimic_el.training.evaluation import RankedMentions
-from mimic_el.training.knowledge_base import KnowledgeBase
+from mimic_el.training.examples import example_of, explained_example
 from mimic_el.training.model_card import TrainingRun
 from mimic_el.training.resume import UNREADABLE_LOG, checkpoint_to_resume
 from mimic_el.training.start import build_model, load_model
@@ -116,140 +110,31 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # type: ignore[return-value]
 
 
-def write_predictions(path: Path, ranked: RankedMentions) -> None:
-    """Writes a line of JSON for each mention: see [`RankedMentions.records`]. The file is whole or as it was before."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for record in ranked.records():
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    write_atomically(path, write)
-
-
-def unreadable_images(output_dir: Path) -> list[dict[str, str]]:
-    """The images that could not be read, each once."""
-    try:
-        lines = (output_dir / UNREADABLE_LOG).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return []
-    found: dict[str, dict[str, str]] = {}
-    for line in filter(None, lines):
-        entry = json.loads(line)
-        found.setdefault(entry["image"], entry)
-    return list(found.values())
-
-
-def example_of(
-    model: MimicModel, processor: MimicProcessor, index: EntityIndex, mentions: Iterable[Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    """The first mention that can be read, and what the pipeline makes of it, for the card."""
-    linker = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=index)
-    for row, mention in enumerate(mentions):
-        try:
-            linked = linker(dict(mention), top_k=min(3, len(index)))
-        except ValueError:  # an empty mention, a image that cannot be read
-            continue
-        shown = {name: mention[name] for name in ("mention", "sentence", "answer")}
-        return {**shown, "row": row, "has_image": mention["image"] is not None, "linked": linked}
-    return None
-
-
-def explained_example(
-    model: MimicModel,
-    processor: MimicProcessor,
-    index: EntityIndex,
-    mentions: Iterable[Mapping[str, Any]],
-    knowledge_base: KnowledgeBase,
-    tried: int = 200,
-) -> Explanation | None:
-    """Why a mention with an image is linked as it is, for the card: one whose answer is found and leads another entity
-    of the same name, if there is one among the first that are tried; else the first with an image."""
-    linker = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=index)
-    chosen: tuple[dict[str, Any], list[str]] | None = None
-    with_images = (dict(mention) for mention in mentions if mention["image"] is not None)
-    for mention in itertools.islice(with_images, tried):
-        try:
-            found = [one for one in linker(mention, top_k=min(3, len(index))) if one["entity_id"] is not None]
-        except ValueError:  # an empty mention, an image that cannot be read
-            continue
-        ids = [one["entity_id"] for one in found[:2]]
-        if len(ids) < 2:
-            continue
-        is_telling = ids[0] == mention["answer"] and found[0]["name"] == found[1]["name"]
-        if is_telling or chosen is None:
-            chosen = mention, ids
-        if is_telling:
-            break
-    if chosen is None:
-        return None
-    images = EntityImages({entity_id: knowledge_base.entity(entity_id)["images"] for entity_id in chosen[1]})
-    try:
-        return Explainer(model, processor, index, images).explain(chosen[0], *chosen[1])
-    except MimicImageError:
-        return None  # an entity's image that cannot be read; training has told of it
-
-
-def calibrated(model: MimicModel, index: EntityIndex, ranked: RankedMentions, args: MimicTrainingArguments) -> bool:
-    """Calibrates the model on ranked mentions; returns whether that was possible.
-
-    Raises:
-        CalibrationError: if it was not, and was asked for.
-    """
-    noted = some_of(
-        answer for answer, rank in zip(ranked.answers, ranked.ranks, strict=True) if rank == rank and answer
-    )
-    about = {"entities": len(index), "dtype": index.dtype, "ids": noted}
-    try:
-        if ranked.scored is None:
-            raise CalibrationError("The validation split has no mentions.")
-        calibration = fit_calibration(ranked.scored, nil_rate=args.nil_rate, index=about)
-    except CalibrationError as error:
-        if args.calibrate:
-            raise
-        logger.warning("The model is not calibrated, so its answers have no probabilities. %s", error)
-        return False
-    model.config.calibration = calibration.to_dict()
-    return True
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Trains and evaluates as the arguments say; returns all metrics."""
     model_args, data_args, args = parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
-    if args.should_log:
-        transformers.utils.logging.set_verbosity_warning()
-    if args.should_log and args.device.type == "cpu" and (note := busy_machine(torch.get_num_threads())):
-        logger.info(note)
+    if not args.do_train and model_args.model_name_or_path is None:
+        raise ValueError("To evaluate without training, name the checkpoint with --model_name_or_path.")
+    _start_logging(args)
     output_dir = Path(args.output_dir or ".")
     checkpoint = checkpoint_to_resume(args, data_args.overwrite_output_dir) if args.do_train else None
     set_seed(args.seed)
-
     mentions, knowledge_base = load_data(data_args, model_args.cache_dir)
-    for split, wanted in (("train", args.do_train), ("validation", args.do_train and args.eval_strategy != "no")):
-        if wanted and split not in mentions:
-            raise ValueError(
-                f"The data set has no split {split!r}; it has {', '.join(mentions)}. To train without evaluation: "
-                "--eval_strategy no --no_load_best_model_at_end."
-            )
-    train: Any = None
-    left_out = 0
-    if not args.do_train:
-        args.eval_strategy = IntervalStrategy.NO  # the Trainer's own checks are about training
-    else:
+    _check_splits(mentions, args)
+    train, left_out = None, 0
+    if args.do_train:
         train, left_out = training_mentions(mentions["train"], knowledge_base, data_args, args)
-    evaluated = {split: mentions[split] for split in ("validation", "test") if split in mentions}
+    else:
+        args.eval_strategy = IntervalStrategy.NO  # the Trainer's own checks are about training
+    evaluated: dict[str, Any] = {split: mentions[split] for split in ("validation", "test") if split in mentions}
     if data_args.max_eval_mentions is not None:
         evaluated = {split: first(part, data_args.max_eval_mentions) for split, part in evaluated.items()}
 
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
         model, processor = load_model(checkpoint, model_args)
-    elif args.do_train or model_args.model_name_or_path is not None:
-        model, processor = build_model(model_args, mentions.get("train"), knowledge_base)
     else:
-        raise ValueError("To evaluate without training, name the checkpoint with --model_name_or_path.")
+        model, processor = build_model(model_args, mentions.get("train"), knowledge_base)
     for name in ("bos", "eos", "pad"):  # the Trainer aligns them, with a warning
         setattr(model.config, f"{name}_token_id", getattr(processor.tokenizer, f"{name}_token_id"))
 
@@ -262,8 +147,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         unreadable_log=output_dir / UNREADABLE_LOG,
     )
     if data_args.cache_pixels and train is not None:
-        if data_args.streaming:
-            raise ValueError("--cache_pixels keeps all images in memory, which --streaming is there to avoid.")
         train = collator.cache_pixels(train, os.cpu_count() or 1, show_progress=not args.disable_tqdm)
     trainer = MimicTrainer(
         model,
@@ -282,80 +165,130 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_mentions_left_out=left_out,
         entities=len(knowledge_base),
     )
-
-    if args.do_train:
-        try:
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-        except KeyboardInterrupt:
-            logger.error("Interrupted. The same command goes on from the last checkpoint in %s.", output_dir)
-            raise SystemExit(130) from None
-        trainer.save_model(_internal_call=True)  # pushed, if at all, when everything is there
-        trainer.save_state()
-        metrics: dict[str, Any] = {**result.metrics, "train_mentions": len(train), "train_mentions_left_out": left_out}
-        metrics["unreadable_images"] = len(unreadable_images(output_dir))
-        if trainer.seconds_before:  # the Trainer counts this session alone
-            seconds = metrics["train_runtime"] + trainer.seconds_before
-            steps, all_steps = trainer.state.global_step, max(1, trainer.state.max_steps)
-            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            samples = args.max_steps * batch if args.max_steps > 0 else len(train) * args.num_train_epochs
-            metrics["train_runtime"] = round(seconds, 4)
-            metrics["train_steps_per_second"] = round(steps / seconds, 3)
-            metrics["train_samples_per_second"] = round(samples * steps / all_steps / seconds, 3)
-        trainer.run.unreadable_images = metrics["unreadable_images"]
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
+    if train is not None:
+        _train(trainer, checkpoint)
     index = trainer.build_index(output_dir / INDEX_FOLDER)
     if not trainer.is_world_process_zero():
-        return {}
-
-    # From here on nothing is shared between processes.
-    # Found beside the checkpoint by the pipeline.
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    trained.config.default_index = INDEX_FOLDER
-    trained.config.save_pretrained(output_dir)
-    results: dict[str, float] = {}
-    ranked_before: dict[str, RankedMentions] = {}
-    if args.calibrate or (args.calibrate is None and args.do_train and "validation" in evaluated):
-        if "validation" not in evaluated:
-            raise ValueError("--calibrate needs a validation split, and the data set has none.")
-        ranked_before["validation"] = trainer.rank(evaluated["validation"], index, depth=DEPTH)
-        if calibrated(trained, index, ranked_before["validation"], args):
-            if args.do_train:
-                trained.config.save_pretrained(output_dir)
-            else:
-                trainer.save_model(_internal_call=True)  # a checkpoint of its own
-    for split, wanted in (("validation", args.do_eval), ("test", args.do_predict)):
-        if not wanted or split not in evaluated:
-            continue
-        ranked = ranked_before.get(split)
-        if ranked is None or split == "test":
-            ranked = trainer.rank(evaluated[split], index, top_k=data_args.top_k if split == "test" else 0)
-        measured = ranked.metrics(args.missing_answers)
-        trainer.run.metrics[split] = measured
-        prefix = "eval" if split == "validation" else split
-        metrics = {f"{prefix}_{name}": value for name, value in measured.items()}
-        if measured["missing_answers"]:
-            logger.warning(
-                "The answers of %d %s mentions are not in the knowledge base.", measured["missing_answers"], split
-            )
-        trainer.log_metrics(prefix, metrics)
-        trainer.save_metrics(prefix, metrics)
-        results |= metrics
-        if split == "test":
-            write_predictions(output_dir / "predictions_test.jsonl", ranked)
-            trainer.run.example = example_of(trained, processor, index, evaluated[split])
-            trainer.run.explanation = explained_example(trained, processor, index, evaluated[split], knowledge_base)
-            report = trainer.run.calibration = calibration_report(trained, index, ranked.scored)
-            if report is not None:
-                trainer.save_metrics("calibration", {f"calibration_{n}": v for n, v in report.figures.items()})
-    unreadable = unreadable_images(output_dir)
-    if unreadable:
+        return {}  # from here on nothing is shared between processes
+    results = _evaluate(trainer, index, evaluated, data_args.top_k)
+    if unreadable := unreadable_images(output_dir / UNREADABLE_LOG):
         logger.warning("%d images could not be read; see %s.", len(unreadable), output_dir / UNREADABLE_LOG)
     if args.push_to_hub:
         trainer.push_to_hub()
     else:
         trainer.create_model_card()
     return results
+
+
+def _start_logging(args: MimicTrainingArguments) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    if args.should_log:
+        transformers.utils.logging.set_verbosity_warning()
+        if args.device.type == "cpu" and (note := busy_machine(torch.get_num_threads())):
+            logger.info(note)
+
+
+def _check_splits(mentions: Mapping[str, Any], args: MimicTrainingArguments) -> None:
+    for split, wanted in (("train", args.do_train), ("validation", args.do_train and args.eval_strategy != "no")):
+        if wanted and split not in mentions:
+            raise ValueError(
+                f"The data set has no split {split!r}; it has {', '.join(mentions)}. To train without evaluation: "
+                "--eval_strategy no --no_load_best_model_at_end."
+            )
+    if args.calibrate and "validation" not in mentions:
+        raise ValueError("--calibrate needs a validation split, and the data set has none.")
+
+
+def _train(trainer: MimicTrainer, checkpoint: str | None) -> None:
+    """Trains, from the start or on from a checkpoint, and saves the model and what is noted of the training."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir or ".")
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        logger.error("Interrupted. The same command goes on from the last checkpoint in %s.", output_dir)
+        raise SystemExit(130) from None
+    trainer.save_model(_internal_call=True)  # pushed, if at all, when everything is there
+    trainer.save_state()
+    run, count = trainer.run, len(trainer.train_dataset)  # type: ignore[arg-type]
+    run.unreadable_images = len(unreadable_images(output_dir / UNREADABLE_LOG))
+    metrics: dict[str, Any] = {
+        **result.metrics,
+        "train_mentions": count,
+        "train_mentions_left_out": run.train_mentions_left_out,
+        "unreadable_images": run.unreadable_images,
+    }
+    if trainer.seconds_before:  # the Trainer counts this session alone
+        seconds = metrics["train_runtime"] + trainer.seconds_before
+        steps, all_steps = trainer.state.global_step, max(1, trainer.state.max_steps)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        samples = args.max_steps * batch if args.max_steps > 0 else count * args.num_train_epochs
+        metrics["train_runtime"] = round(seconds, 4)
+        metrics["train_steps_per_second"] = round(steps / seconds, 3)
+        metrics["train_samples_per_second"] = round(samples * steps / all_steps / seconds, 3)
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+
+
+def _evaluate(trainer: MimicTrainer, index: EntityIndex, evaluated: Mapping[str, Any], top_k: int) -> dict[str, float]:
+    """Calibrates the model, ranks the validation and the test split, and writes down what came out."""
+    args: Any = trainer.args
+    output_dir, model = Path(args.output_dir or "."), trainer.accelerator.unwrap_model(trainer.model)
+    model.config.default_index = INDEX_FOLDER  # the pipeline finds it beside the checkpoint
+    model.config.save_pretrained(output_dir)
+    ranked: dict[str, RankedMentions] = {}
+    if args.calibrate or (args.calibrate is None and args.do_train and "validation" in evaluated):
+        ranked["validation"] = trainer.rank(evaluated["validation"], index, depth=DEPTH)
+        if _calibrated(model, index, ranked["validation"], args):
+            if args.do_train:
+                model.config.save_pretrained(output_dir)
+            else:
+                trainer.save_model(_internal_call=True)  # a checkpoint of its own
+    results: dict[str, float] = {}
+    if args.do_eval and "validation" in evaluated:
+        found = ranked.get("validation") or trainer.rank(evaluated["validation"], index)
+        results |= _note_metrics(trainer, "validation", "eval", found)
+    if args.do_predict and "test" in evaluated:
+        found = trainer.rank(evaluated["test"], index, top_k=top_k)
+        results |= _note_metrics(trainer, "test", "test", found)
+        found.write(output_dir / "predictions_test.jsonl")
+        run, collator = trainer.run, trainer.collator
+        run.example = example_of(model, collator.processor, index, evaluated["test"])
+        run.explanation = explained_example(
+            model, collator.processor, index, evaluated["test"], collator.knowledge_base
+        )
+        report = run.calibration = calibration_report(model, index, found.scored)
+        if report is not None:
+            trainer.save_metrics(
+                "calibration", {f"calibration_{name}": value for name, value in report.figures.items()}
+            )
+    return results
+
+
+def _note_metrics(trainer: MimicTrainer, split: str, prefix: str, ranked: RankedMentions) -> dict[str, float]:
+    """Logs and saves the metrics of a split, notes them for the card, and gives them with their prefix."""
+    measured = ranked.metrics(getattr(trainer.args, "missing_answers", "exclude"))
+    trainer.run.metrics[split] = measured
+    metrics = {f"{prefix}_{name}": value for name, value in measured.items()}
+    if measured["missing_answers"]:
+        logger.warning(
+            "The answers of %d %s mentions are not in the knowledge base.", measured["missing_answers"], split
+        )
+    trainer.log_metrics(prefix, metrics)
+    trainer.save_metrics(prefix, metrics)
+    return metrics
+
+
+def _calibrated(model: MimicModel, index: EntityIndex, ranked: RankedMentions, args: MimicTrainingArguments) -> bool:
+    """Calibrates the model on ranked mentions; returns whether that was possible. It must be where it is asked for."""
+    try:
+        ranked.calibrate(model, index, args.nil_rate)
+    except CalibrationError as error:
+        if args.calibrate:
+            raise
+        logger.warning("The model is not calibrated, so its answers have no probabilities. %s", error)
+        return False
+    return True
 
 
 def run(argv: Sequence[str] | None = None) -> None:

@@ -32,7 +32,10 @@ from mimic_el.training import (
     in_batch_metrics,
     rank_mentions,
 )
+from mimic_el.training.collator import unreadable_images
 from mimic_el.training.data import MISSING_LOG
+from mimic_el.training.evaluation import RankedMentions
+from mimic_el.training.resume import UNREADABLE_LOG
 from mimic_el.training.start import train_tokenizer
 
 # Its type knows the library's own tasks alone.
@@ -261,7 +264,7 @@ def test_unreadable_images_are_warned_of_listed_and_left_out(processor: MimicPro
     entities, mentions = toy_data.entities(), toy_data.mentions("train", 3)
     mentions[1]["image"] = {"bytes": b"no image", "path": None}
     entities[2]["images"] = [str(tmp_path / "absent.png")]
-    log = tmp_path / train.UNREADABLE_LOG
+    log = tmp_path / UNREADABLE_LOG
     collator = MentionEntityCollator(processor, entities, unreadable_log=log)
     with pytest.warns(UserWarning, match="image of (mention train-1|entity animal:orange, image 0) is left out"):
         batch = collator(mentions)
@@ -272,7 +275,7 @@ def test_unreadable_images_are_warned_of_listed_and_left_out(processor: MimicPro
     assert not batch["pixel_values"][1].any()
     assert not batch["entity_pixel_values"][2].any()
     assert batch["pixel_values"][0].any()
-    listed = train.unreadable_images(tmp_path)
+    listed = unreadable_images(log)
     assert [entry["image"] for entry in listed] == ["mention train-1", "entity animal:orange, image 0"]
     assert "no image file" in listed[1]["error"]
 
@@ -624,16 +627,16 @@ def test_pushed_output_is_loaded_from_the_hub(
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """While predictions are written, after other processes have ended: what was there stays."""
 
-    class Ranked:
+    class Ranked(RankedMentions):
         def records(self) -> Any:
             yield {"id": "1"}
             raise OSError(28, "No space left on device")
 
     (tmp_path / "predictions_test.jsonl").write_text("before")
-    ranked: Any = Ranked()
+    ranked = Ranked([], [], None, np.empty(0))
 
     def main(argv: Any) -> None:
-        train.write_predictions(tmp_path / "predictions_test.jsonl", ranked)
+        ranked.write(tmp_path / "predictions_test.jsonl")
 
     monkeypatch.setattr(train, "main", main)
     with pytest.raises(SystemExit):

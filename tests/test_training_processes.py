@@ -15,7 +15,7 @@ from transformers import set_seed
 from mimic_el.training import processes
 from mimic_el.training.arguments import MimicTrainingArguments, ModelArguments
 from mimic_el.training.callbacks import batch_note
-from mimic_el.training.processes import check_enough, refuse_other_engines
+from mimic_el.training.processes import check_enough, check_launch
 from mimic_el.training.resume import fault_of
 from mimic_el.training.start import build_model
 
@@ -278,10 +278,10 @@ def test_more_processes_than_mentions_in_a_batch_are_refused(monkeypatch: pytest
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
 def test_engines_that_cut_up_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     args = MimicTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    refuse_other_engines(args)
+    check_launch(args)
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(ValueError, match=f"{name} is not supported"):
-        refuse_other_engines(args)
+        check_launch(args)
 
 
 def test_the_log_says_what_a_step_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,8 @@ class DataArguments:
                 f"--data_dir is for the archives of {', '.join(BUILDERS)}; say which with --dataset_name, not "
                 f"{self.dataset_name!r}. A prepared data set is a --dataset_name alone."
             )
+        if self.cache_pixels and self.streaming:
+            raise ValueError("--cache_pixels keeps all images in memory, which --streaming is there to avoid.")
 
 
 _PARENT_FIELDS = {parent.name: parent for parent in dataclasses.fields(TrainingArguments)}

@@ -256,6 +256,19 @@ class MentionEntityCollator:
                 file.write(json.dumps({"image": name, "error": str(error)}, ensure_ascii=False) + "\n")
 
 
+def unreadable_images(log: Path) -> list[dict[str, str]]:
+    """The images that could not be read, each once: `image` and `error`, from a collator's `unreadable_log`."""
+    try:
+        lines = log.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    found: dict[str, dict[str, str]] = {}
+    for line in filter(None, lines):
+        entry = json.loads(line)
+        found.setdefault(entry["image"], entry)
+    return list(found.values())
+
+
 class _Resized(np.ndarray):
     """An image that is resized already, as against an array of pixels that a record has for an image."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import (
-    EvalPrediction,
-)
+from transformers import EvalPrediction
 
 from ..answers_mimic import calibration_for
 from ..calibration_mimic import Calibration
+from ..errors_mimic import CalibrationError
+from ..files_mimic import write_atomically
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MentionFeatures, MimicModel
 from ..records_mimic import entity_id_of, is_absent, undecoded
 from ..snapshot_mimic import SearchResult
-from .calibration import scored_of
+from .calibration import fit_calibration, scored_of, some_of
 from .collator import MentionEntityCollator, length
 from .reliability import ScoredMentions
 
@@ -96,11 +97,26 @@ class RankedMentions:
             del metrics["mean_rank"]
         return {**metrics, "mentions": count, "missing_answers": absent}
 
+    def calibrate(self, model: MimicModel, index: EntityIndex, nil_rate: float | None = None) -> None:
+        """Calibrates the model that they were ranked with, where their scores are noted in `scored`.
+
+        Args:
+            model, index: what ranked them.
+            nil_rate: as of [`~mimic_el.training.calibrate`].
+
+        Raises:
+            CalibrationError: if these mentions cannot calibrate it.
+        """
+        if self.scored is None:
+            raise CalibrationError("There are no mentions whose scores are noted.")
+        known = (answer for answer, rank in zip(self.answers, self.ranks, strict=True) if answer and rank == rank)
+        about = {"entities": len(index), "dtype": index.dtype, "ids": some_of(known)}
+        model.config.calibration = fit_calibration(self.scored, nil_rate=nil_rate, index=about).to_dict()
+
     def records(self) -> Iterator[dict[str, Any]]:
-        """For each mention a dict of `id`, `mention`, `text`, `answer`, `rank` (`None` where
-        the answer is not in the knowledge base),
-        `kind` where there is one, and `entities`, a list of `entity_id`, `name` and `score`. Where the model is
-        calibrated, `nil_probability` too, and each entity's `probability`."""
+        """For each mention a dict of `id`, `mention`, `text`, `answer`, `rank` (`None` where the answer is not in the
+        knowledge base), `kind` where there is one, and `entities`, a list of `entity_id`, `name` and `score`. Where the
+        model is calibrated, `nil_probability` too, and each entity's `probability`."""
         for row, (mention_id, answer) in enumerate(zip(self.ids, self.answers, strict=True)):
             rank = float(self.ranks[row])
             record: dict[str, Any] = {"id": mention_id}
@@ -117,6 +133,16 @@ class RankedMentions:
                     for found in self.entities[row]
                 ]
             yield record
+
+    def write(self, path: Path) -> None:
+        """Writes [`records`] as JSON Lines. The file is whole, or as it was before."""
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", encoding="utf-8") as file:
+                for record in self.records():
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+        write_atomically(path, write)
 
 
 def rank_mentions(

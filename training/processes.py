@@ -22,6 +22,15 @@ def use_timeout(timeout: timedelta) -> None:
     dist.distributed_c10d._set_pg_timeout(timeout)
 
 
+def set_for_ddp(args: TrainingArguments) -> None:
+    """Sets what DistributedDataParallel needs to train a model whose one encoder serves both sides."""
+    args.ddp_find_unused_parameters = False
+    # Reentrant checkpointing goes back through the encoder once for each side, for which DDP is not made.
+    name = "activation_checkpointing_kwargs"  # the new name of gradient_checkpointing_kwargs
+    name = name if hasattr(args, name) else "gradient_checkpointing_kwargs"
+    setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": False})
+
+
 def check_same_data(knowledge_base: KnowledgeBase, mentions: Any) -> None:
     """Makes sure that all processes read the same data: each takes its part of what should be one batch.
 
@@ -100,12 +109,18 @@ def check_enough(batch: int, mentions: Any) -> None:
         )
 
 
-def refuse_other_engines(args: TrainingArguments) -> None:
+def check_launch(args: TrainingArguments) -> None:
     """Refuses what would split batches or parameters in ways that MIMIC's loss cannot use.
 
     Raises:
         ValueError: naming the setting, and what to do.
     """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would split batches in ways that MIMIC's loss "
+            f"cannot use. Start one process a GPU: `torchrun --nproc-per-node {args.n_gpu} -m mimic_el.train ...`, "
+            "or show one GPU alone: `CUDA_VISIBLE_DEVICES=0`."
+        )
     sharded = {
         "DeepSpeed": args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
         "FSDP": args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",

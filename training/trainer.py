@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
@@ -33,9 +32,9 @@ from .grad_cache import cached_step
 from .hard_negatives import TABLE, MentionsWithNegatives, best_wrong_entities
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
-from .processes import check_enough, check_same_data, check_same_settings, refuse_other_engines, use_timeout
+from .processes import check_enough, check_launch, check_same_data, check_same_settings, set_for_ddp, use_timeout
 from .upload import INDEX_FOLDER, upload_run, uploaded_index
-from .watch import all_of_them, in_touch
+from .watch import all_of_them, in_touch, of_the_main_process
 
 
 class MimicTrainer(Trainer):
@@ -73,29 +72,13 @@ class MimicTrainer(Trainer):
         data_collator: MentionEntityCollator | None = None,
         **kwargs: Any,
     ) -> None:
-        reads, told = getattr(processing_class, "context_window", None), getattr(model.config, "context_window", None)
-        if reads != told:
-            raise ValueError(
-                f"The processor's `context_window` is {reads!r}, the model's configuration says {told!r}: what is "
-                "trained on would not be what is linked. Give both the same."
-            )
+        _check_fit(model, args, processing_class)
+        check_launch(args)
         if data_collator is None:
             data_collator = MentionEntityCollator(processing_class, entities, seed=args.seed)
         self.run = TrainingRun(base_model=model.name_or_path or None)
         self.collator = data_collator
         self.knowledge_base = data_collator.knowledge_base
-        if args.label_smoothing_factor:
-            raise ValueError(
-                "label_smoothing_factor is not for MIMIC: the Trainer would smooth the total score's loss and drop "
-                "those of the three units. Leave it 0."
-            )
-        refuse_other_engines(args)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which would split batches in ways that MIMIC's loss "
-                f"cannot use. Start one process a GPU: `torchrun --nproc-per-node {args.n_gpu} -m mimic_el.train ...`, "
-                "or show one GPU alone: `CUDA_VISIBLE_DEVICES=0`."
-            )
         train_dataset = undecoded(train_dataset, "image")
         hard_negatives = getattr(args, "hard_negatives", 0)
         if hard_negatives and train_dataset is not None:
@@ -103,12 +86,7 @@ class MimicTrainer(Trainer):
             data_collator.hard_negatives = hard_negatives
         launched = dist.is_available() and dist.is_initialized()  # with one process, too
         if launched:
-            args.ddp_find_unused_parameters = False
-            # One encoder serves both sides: it would go back twice on its own, for which DistributedDataParallel is
-            # not made.
-            name = "activation_checkpointing_kwargs"  # the new name of gradient_checkpointing_kwargs
-            name = name if hasattr(args, name) else "gradient_checkpointing_kwargs"
-            setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": False})
+            set_for_ddp(args)
         super().__init__(
             model,
             args,
@@ -352,7 +330,7 @@ class MimicTrainer(Trainer):
             return metrics | speed_metrics(metric_key_prefix, start, num_samples=len(ranked.ids))
 
         with in_touch("evaluation", silence=self.args.ddp_timeout):
-            metrics = measure() if together else self._on_main_process(measure)
+            metrics = measure() if together else of_the_main_process("evaluation", measure)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -418,10 +396,17 @@ class MimicTrainer(Trainer):
                 token=token,
             )
 
-    def _on_main_process(self, function: Callable[[], Any]) -> Any:
-        """The function's result in all processes; only the main one runs it, and its failure is that of all."""
-        if self.args.world_size <= 1:
-            return function()
-        outcome = [all_of_them("evaluation", function if self.is_world_process_zero() else lambda: None)]
-        broadcast_object_list(outcome)
-        return outcome[0]
+
+def _check_fit(model: MimicModel, args: TrainingArguments, processor: MimicProcessor) -> None:
+    """Refuses a processor that reads other words than the model's, and a loss that would not be MIMIC's."""
+    reads, told = getattr(processor, "context_window", None), getattr(model.config, "context_window", None)
+    if reads != told:
+        raise ValueError(
+            f"The processor's `context_window` is {reads!r}, the model's configuration says {told!r}: what is "
+            "trained on would not be what is linked. Give both the same."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor is not for MIMIC: the Trainer would smooth the total score's loss and drop "
+            "those of the three units. Leave it 0."
+        )

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from accelerate.utils import broadcast_object_list
 from torch import distributed as dist
 
 from ..errors_mimic import MimicError
@@ -79,6 +80,23 @@ def all_of_them(what: str, function: Callable[[], Result], *, silence: float = _
                 time.sleep(pause)
                 pause = min(1.5 * pause, 0.5)
     return result
+
+
+def of_the_main_process(what: str, function: Callable[[], Result]) -> Result:
+    """A function's result in all processes, which all call this; only the main one runs it.
+
+    Args:
+        what: names the work in messages.
+        function: of no arguments; its result can be pickled.
+
+    Raises:
+        ProcessError: in the others, if it fails.
+    """
+    if process_count() == 1:
+        return function()
+    outcome: list[Any] = [all_of_them(what, function if process_index() == 0 else lambda: None)]
+    broadcast_object_list(outcome)
+    return outcome[0]
 
 
 @contextmanager
