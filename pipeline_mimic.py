@@ -316,7 +316,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
 
         Args:
             mention: one mention, as the pipeline takes it.
-            entity_id: the entity to be explained; the best one by default.
+            entity_id: the entity to be explained; by default the best one, where the mention is thought to be of none,
+                too.
             versus: the id of a rival. With it, what the entity has more than the rival is explained.
             top_k: how many of the best entities to explain, where `entity_id` does not name one.
             images: images of the entities, by id or as records: see [`EntityImages`]. By default those of the
@@ -334,9 +335,13 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         ids = [entity_id]
         if entity_id is None:
             options = {} if context_window is None else {"context_window": context_window}
-            # One more than is wanted: the rival may be among them.
-            found = self(mention, top_k=top_k + (versus is not None), **options)
+            # More than are wanted: "not in the knowledge base" and the rival may be among them.
+            found = self(mention, top_k=top_k + (self.calibration is not None) + (versus is not None), **options)
             ids = [one["entity_id"] for one in found if one["entity_id"] not in (None, versus)][:top_k]
+            if not ids:
+                raise ValueError(
+                    f"There is no entity to explain but the rival, {versus!r}: give another `versus`, or none."
+                )
         explainer = Explainer(self.model, self.processor, self.index, self._entities if images is None else images)
         explained = [explainer.explain(mention, str(one), versus, context_window) for one in ids]
         return explained if top_k > 1 else explained[0]

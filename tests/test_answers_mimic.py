@@ -226,3 +226,23 @@ def test_another_index_is_told_once(linker: Any, parts: Any) -> None:
             warnings.simplefilter("error")
             linker(mentions[0])
     assert calibration_for(model.config, index) is not None
+
+
+def test_the_best_entity_is_explained_where_the_mention_is_thought_to_be_of_none(linker: Any, parts: Any) -> None:
+    lines = {"nil": (50.0, -0.5, -0.5), "rest": (0.0, 0.1, 0.2), "sharpness": (2.0, 0.1, 0.1)}
+    linker.model.config.calibration = calibration_of(parts[2], lines=lines).to_dict()
+    mention = parts[3][0]
+    none, *entities = linker(mention, top_k=5)
+    best = [entity["entity_id"] for entity in entities]
+    assert none["entity_id"] is None
+    assert linker.explain(mention).entity["entity_id"] == best[0]
+    assert [why.entity["entity_id"] for why in linker.explain(mention, top_k=3)] == best[:3]
+    assert linker.explain(mention, versus=best[0]).entity["entity_id"] == best[1]
+
+
+def test_a_rival_that_is_all_there_is_cannot_be_explained_against(parts: Any) -> None:
+    model, processor, _, mentions = parts
+    index = EntityIndex.build(model, processor, tiny.knowledge_base(1), dtype="float32", show_progress=False)
+    alone: Any = MultimodalEntityLinkingPipeline(model=model, processor=processor, index=index)
+    with pytest.raises(ValueError, match="no entity to explain but the rival, 'e0'"):
+        alone.explain(mentions[0], versus="e0")
