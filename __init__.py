@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         MentionError,
         MimicError,
         MimicImageError,
+        SaveError,
         UnknownEntityError,
     )
     from .explain_mimic import EntityImages, Explainer
@@ -53,6 +54,7 @@ _HOMES = {
         "MentionError",
         "MimicError",
         "MimicImageError",
+        "SaveError",
         "UnknownEntityError",
     ],
     "explain_mimic": ["EntityImages", "Explainer"],
@@ -118,6 +120,7 @@ __all__ = [
     "MultimodalEntityLinkingPipeline",
     "RankResult",
     "RankedMentions",
+    "SaveError",
     "SearchResult",
     "UnknownEntityError",
     "mel_ranking",

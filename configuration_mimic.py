@@ -10,6 +10,7 @@ from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 
 from .backbones_mimic import BACKBONES, SUPPORTED, TEXT_POOLINGS, backbone_of, config_of
 from .calibration_mimic import Calibration, is_newer
+from .saving_mimic import save_and_push
 
 PIPELINE_TASK = "multimodal-entity-linking"
 CONTEXT_WINDOWS = ("start", "mention")
@@ -149,6 +150,14 @@ class MimicConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: it tells transformers where the pipeline's code is, too."""
         return {**super().to_diff_dict(), "custom_pipelines": _CUSTOM_PIPELINES}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the configuration and its code; arguments as of any configuration.
+
+        Raises:
+            SaveError: if the directory cannot be written, such as on a full disk. What was there is then as it was.
+        """
+        save_and_push(save_directory, super().save_pretrained, push_to_hub, **kwargs)
 
     @property
     def has_no_defaults_at_init(self) -> bool:

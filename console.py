@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from .saving_mimic import empty_path
+
 
 def tolerate_any_text() -> None:
     """Lets the standard streams write text that their encoding has not, such as cp1252 a `ł`, as escapes.
@@ -61,8 +63,8 @@ def given_path(text: str) -> Path:
     Raises:
         argparse.ArgumentTypeError: if it is empty.
     """
-    if not text:
-        raise argparse.ArgumentTypeError('the path is empty. Name one; "." is the working directory.')
+    if wrong := empty_path(text):
+        raise argparse.ArgumentTypeError(f"the path {wrong}")
     return Path(text)
 
 

@@ -23,6 +23,10 @@ class CalibrationError(MimicError, ValueError):
     """Mentions that a model cannot be calibrated on, a calibration that cannot be used, or none where one is needed."""
 
 
+class SaveError(MimicError, OSError):
+    """A directory that a model, its configuration or its processor cannot be saved to, and why."""
+
+
 class UnknownEntityError(MimicError, KeyError):
     """An id that is not in an index."""
 
@@ -36,5 +40,6 @@ __all__ = [
     "MentionError",
     "MimicError",
     "MimicImageError",
+    "SaveError",
     "UnknownEntityError",
 ]

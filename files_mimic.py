@@ -22,6 +22,7 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
 
 from .errors_mimic import EntityIndexError
+from .saving_mimic import is_full
 
 try:
     import fcntl
@@ -38,23 +39,6 @@ _MAPPED_FROM = 16 * 2**10
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------
-
-
-def directory_of(path: str | os.PathLike[str], what: str = "The path of a directory") -> Path:
-    """A path that a caller gave, as a path; an empty one would stand for the working directory.
-
-    Args:
-        path: the path.
-        what: what messages call it.
-
-    Raises:
-        EntityIndexError: if it is empty, or cannot be a path.
-    """
-    if not (text := os.fspath(path)):
-        raise EntityIndexError(f'{what} is empty. Name one; "." is the working directory.')
-    if "\0" in text:
-        raise EntityIndexError(f"{what}, {text!r:.200}, holds a zero byte. Name another place.")
-    return Path(path)
 
 
 def make_directory(directory: Path) -> Path:
@@ -105,11 +89,6 @@ def _cannot_write(path: Path, error: OSError) -> Exception:
         f"{path} cannot be written: {error.strerror or error}. Look at what lies there and who may write there, or "
         "name another place."
     )
-
-
-def is_full(error: Exception) -> bool:
-    """Whether an error says that the disk is full."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def json_text(value: Any) -> str:
@@ -324,9 +303,7 @@ def _tries(path: Path) -> Iterator[None]:
 
 __all__ = [
     "LOCK",
-    "directory_of",
     "file_facts",
-    "is_full",
     "is_small",
     "is_there",
     "json_text",

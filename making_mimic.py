@@ -14,13 +14,14 @@ from .building_mimic import Builder, build_in_directory, build_in_memory, shards
 from .contents_mimic import Contents
 from .directory_mimic import new_manifest, open_directory, save_copy
 from .errors_mimic import EntityIndexError
-from .files_mimic import directory_of, is_there
+from .files_mimic import is_there
 from .identity_mimic import copy_of_matcher, model_facts
 from .index_hub_mimic import download_index
 from .joining_mimic import merge_parts
 from .matching_mimic import EntityFeatures, Matcher
 from .modeling_mimic import MimicModel
 from .parts_mimic import build_part, checked_part, process_of_launch
+from .saving_mimic import directory_of
 from .store_mimic import Store
 
 Made = tuple[Matcher, Contents]

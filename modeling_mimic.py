@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from .matching_mimic import (
     at_least_float32,
     is_traced,
 )
+from .saving_mimic import save_and_push
 
 logger = logging.get_logger(__name__)
 
@@ -105,6 +107,29 @@ class MimicPreTrainedModel(PreTrainedModel):
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
         model.encoder.freeze_unused()  # loading makes every parameter trainable
         return loaded
+
+    def save_pretrained(  # type: ignore[override]  the rest of the options by name
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the model, its configuration and its code; arguments as of any model.
+
+        Raises:
+            SaveError: if the directory cannot be written, such as on a full disk. What was there is then as it was.
+        """
+
+        def save(place: str, **options: Any) -> None:
+            weights = dict(state_dict) if state_dict is not None and push_to_hub else state_dict  # saving empties it
+            super(MimicPreTrainedModel, self).save_pretrained(place, is_main_process, weights, **options)
+
+        if kwargs.get("distributed_checkpoint"):  # all processes write into one directory
+            save(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
+        else:
+            save_and_push(save_directory, save, push_to_hub, weight_files(kwargs.get("variant")), **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -475,6 +500,13 @@ class MimicModel(MimicPreTrainedModel):
         return loss_of_scores(output.all_logits(), labels, not_rivals, reverse, own, not_rival_mentions)
 
 
+def weight_files(variant: str | None = None) -> str:
+    """A pattern of the names of a checkpoint's weights. Those of one that is replaced must go: a single file that is
+    left would be loaded in the place of several."""
+    part = re.escape(f".{variant}") if variant else ""
+    return rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json"
+
+
 def loss_of_scores(
     scores: Sequence[Tensor],
     labels: Tensor,
@@ -547,4 +579,4 @@ def _pair_blocks(
         yield slice(start, start + rows), [slice(i, i + columns) for i in range(0, len(entities), columns)]
 
 
-__all__ = ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput", "loss_of_scores"]
+__all__ = ["EntityFeatures", "MentionFeatures", "MimicModel", "MimicOutput", "loss_of_scores", "weight_files"]

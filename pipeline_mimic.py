@@ -18,14 +18,14 @@ from .default_index_mimic import index_of_entities, opened_index
 from .documents_mimic import NAMES, Item, NumberedItems, Reading, StreamedItems, detector_of, read_item
 from .errors_mimic import EntityIndexError, MentionError
 from .explain_mimic import Explainer
-from .files_mimic import directory_of, make_directory, no_space_told
 from .image_sources_mimic import ImagePlaces
 from .index_mimic import EntityIndex
 from .items_mimic import Answer, Answers, answered
 from .mentions_mimic import Mention, features_of, tokens_of
-from .modeling_mimic import MimicModel
+from .modeling_mimic import MimicModel, weight_files
 from .processing_mimic import MimicProcessor
 from .records_mimic import placed_record, places_of, plain_record, records_of_table, undecoded
+from .saving_mimic import directory_of, save_whole
 from .turns_mimic import COMPUTING
 
 logger = logging.get_logger(__name__)
@@ -353,16 +353,25 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             save_directory: the directory.
             save_index: whether the index is saved in its folder `index`, and made the default.
             **kwargs: as of any pipeline.
+
+        Raises:
+            SaveError: if the directory cannot be written, such as on a full disk; model and processor that were there
+                are then as they were.
+            EntityIndexError: the same of the index, or if it has no entities.
         """
         directory = directory_of(save_directory, "`save_directory`")
-        with no_space_told(directory):
-            make_directory(directory)
-            if save_index:
-                self.index.save_pretrained(directory / "index")
-                self._config.default_index = "index"
-                self._config.default_index_revision = None
-            self.model.save_pretrained(save_directory, **kwargs)
-            self.processor.save_pretrained(save_directory, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", directory.resolve().name)
+        if save_index:
+            self.index.save_pretrained(directory / "index")
+            self._config.default_index = "index"
+            self._config.default_index_revision = None
+
+        def save(place: str) -> None:
+            self.model.save_pretrained(place, **kwargs)
+            self.processor.save_pretrained(place, **kwargs)
+
+        save_whole(directory, save, weight_files(kwargs.get("variant")))
 
 
 class _Mentions(Dataset[Any]):

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .configuration_mimic import HUB_KWARGS, MimicConfig, check_context_window
 from .images_mimic import ImageInput, first_image, listed
 from .preparation_mimic import ImagePreparation, image_processor_for, settings_of
+from .saving_mimic import save_and_push
 from .templates_mimic import TextTemplate
 from .texts_mimic import check_unicode
 
@@ -93,12 +94,19 @@ class MimicProcessor(ProcessorMixin):
             kwargs.pop(name, None)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Saves the processor and its code; arguments as of any processor."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Saves the processor and its code; arguments, and what is returned, as of any processor.
+
+        Raises:
+            SaveError: if the directory cannot be written, such as on a full disk. What was there is then as it was.
+        """
         parts = (self, self.image_processor)
         before = [getattr(part, "auto_map", None) for part in parts]
         try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            saved = save_and_push(save_directory, super().save_pretrained, push_to_hub, **kwargs)
+            return [os.path.join(save_directory, os.path.basename(path)) for path in saved]
         finally:
             # Where the code is belongs to what was saved, and not to what saved it.
             for part, auto_map in zip(parts, before, strict=True):

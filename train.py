@@ -24,9 +24,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from mimic_el.console import busy_machine, did_you_mean, tolerate_any_text
 from mimic_el.errors_mimic import CalibrationError, MimicError
-from mimic_el.files_mimic import is_full
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
+from mimic_el.saving_mimic import is_full
 from mimic_el.training.arguments import DataArguments, MimicTrainingArguments, ModelArguments
 from mimic_el.training.calibration import DEPTH, calibration_report
 from mimic_el.training.collator import MentionEntityCollator, unreadable_images

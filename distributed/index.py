@@ -14,12 +14,13 @@ import numpy as np
 
 from ..building_mimic import Builder
 from ..errors_mimic import EntityIndexError
-from ..files_mimic import directory_of, is_there
+from ..files_mimic import is_there
 from ..identity_mimic import same_model
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MimicModel
 from ..processing_mimic import MimicProcessor
 from ..records_mimic import table_record
+from ..saving_mimic import directory_of
 from ..searchable_mimic import SearchableIndex
 from ..snapshot_mimic import at_least
 from .actors import Actors

@@ -73,6 +73,20 @@ def clean(hub: Hub) -> ForkingPython:
 
 # Round trips
 
+
+@pytest.mark.parametrize("part", [0, 1], ids=["model", "processor"])
+def test_saving_and_uploading_in_one_call(part: int, linker: Linker, api: HfApi, hub: Hub, tmp_path: Path):
+    """By the directory's name, where no other is given."""
+    what: Any = linker[part]
+    what.save_pretrained(tmp_path / f"saved-{part}", push_to_hub=True, token=ALICE)
+    what.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id=f"alice/given-{part}", token=ALICE)
+    for place, repository in ((f"saved-{part}", f"alice/saved-{part}"), ("other", f"alice/given-{part}")):
+        saved = {path.name: path.read_bytes() for path in (tmp_path / place).iterdir()}
+        uploaded = hub.files(repository)
+        assert set(saved) == set(uploaded) - {"README.md", ".gitattributes"}
+        type(what).from_pretrained(repository, token=ALICE)
+
+
 BY_ID = """
     from transformers import pipeline
 

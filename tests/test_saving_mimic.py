@@ -1,0 +1,111 @@
+"""Directories that a caller saves in: what was there stays as it was where saving fails, and goes where it succeeds."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_processor
+from tiny_clip import tiny_config, tiny_model
+
+from mimic_el.errors_mimic import EntityIndexError, MimicError, SaveError
+from mimic_el.modeling_mimic import MimicModel
+from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
+
+MODEL = tiny_model()
+PROCESSOR = tiny_processor(MODEL)
+DOORS: dict[str, Callable[..., Any]] = {
+    "configuration": tiny_config().save_pretrained,
+    "processor": PROCESSOR.save_pretrained,
+    "model": MODEL.save_pretrained,
+    "pipeline": MultimodalEntityLinkingPipeline(model=MODEL, processor=PROCESSOR).save_pretrained,
+}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, hidden ones too."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to write more bytes than that into a file, whatever library writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_where_nothing_can_be_written(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At the first file or the last, by Python or by a library in Rust: told in our words, and nothing is lost."""
+    save, place = DOORS[door], tmp_path / "there"
+    place.mkdir()
+    save(place)
+    before = contents(place)
+    assert before["config.json" if door != "processor" else "processor_config.json"]
+    for size in (10, 2000, 30_000):
+        if size >= max(map(len, before.values())):
+            continue
+        with files_of_at_most(size), pytest.raises(SaveError, match=r"there cannot be saved to: .*as it was"):
+            save(place)
+        with files_of_at_most(size), pytest.raises(SaveError):
+            save(tmp_path / "new")
+        assert contents(place) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+    def full(*paths: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths[1]))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)  # the code
+        with pytest.raises(SaveError, match=r"there cannot be saved to: no space is left on its disk\. Make room"):
+            save(place)
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_lies_in_the_way(door: str, tmp_path: Path):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "there" / "configuration_mimic.py" / "in").mkdir(parents=True)
+    for name in ("file", "file/below", "there"):
+        with pytest.raises(SaveError, match=f"{name} cannot be saved to: (?!.*saving-)"):
+            DOORS[door](tmp_path / name)
+    with pytest.raises(MimicError, match="`save_directory` is empty"):
+        DOORS[door]("")
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["configuration_mimic.py"]
+
+
+def test_a_pipeline_s_index_that_cannot_be_saved(tmp_path: Path):
+    (tmp_path / "index").write_text("text")
+    linker = MultimodalEntityLinkingPipeline(
+        model=MODEL, processor=PROCESSOR, entities=[{"id": "e", "name": "E", "description": ""}]
+    )
+    with pytest.raises(EntityIndexError, match=r"index.*cannot be made a directory"):
+        linker.save_pretrained(tmp_path, save_index=True)
+
+
+@pytest.mark.parametrize("door", ["model", "pipeline"])
+@pytest.mark.parametrize("sizes", [("1MB", "20KB"), ("20KB", "1MB"), ("20KB", "40KB")])
+def test_weights_of_a_checkpoint_that_is_replaced(door: str, sizes: tuple[str, str], tmp_path: Path):
+    """In one file or several, none that is left is loaded in the place of a new one; what is not ours stays."""
+    DOORS[door](tmp_path, max_shard_size=sizes[0])
+    (tmp_path / "model.fp16.safetensors").write_text("another's")
+    other = tiny_model(seed=1)
+    save = other.save_pretrained
+    if door == "pipeline":
+        save = MultimodalEntityLinkingPipeline(model=other, processor=PROCESSOR).save_pretrained
+    save(tmp_path, max_shard_size=sizes[1])
+    loaded = MimicModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in other.state_dict().items())
+    assert (tmp_path / "model.fp16.safetensors").read_text() == "another's"
