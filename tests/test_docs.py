@@ -46,7 +46,7 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md")
 WORLD = {
     "checkpoint, with its index in `index`": ["runs/demo", "runs/wikimel"],
     "data set": ["data/wikimel", "data/mine", "FOLDER or REPOSITORY"],
-    "image": ["photo.png"],
+    "image": ["photo.png", "docs/photo.png"],
     "archive of WikiMEL": ["WikiMEL.tar"],
 }
 TOKEN = "hf_alice"
