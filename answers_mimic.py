@@ -6,7 +6,7 @@ Between the index, which knows scores, and calibration_mimic.py, which knows arr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from .matching_mimic import MentionFeatures
 from .mentions_mimic import Mention
 from .names_mimic import names_of
 from .rerank_mimic import Reranker, reranked
+from .searchable_mimic import BY_NAME
 
 # Below all scores, and above what a float32 cannot hold.
 _LOWEST = -1e30
@@ -129,7 +130,9 @@ def calibrated_links(
 ) -> list[list[dict[str, Any]]]:
     """As [`EntityIndex.link_encoded`], with probabilities, and with NIL in its place.
 
-    Each mention is searched as deep as the calibration needs, whatever `top_k` is.
+    How sure an answer is depends on all that it could be. So each mention is searched in the whole knowledge base, as
+    deep as the calibration needs, whatever `top_k` and its candidates are. Candidates limit what is answered: their
+    probabilities, and that of NIL, are those given that the answer is one of them or NIL.
 
     Args:
         index: the knowledge base.
@@ -137,7 +140,7 @@ def calibrated_links(
         mentions: M mentions.
         words: what they say.
         top_k: number of answers for each mention, NIL counted.
-        candidates: for each mention, as in [`EntityIndex.link`]. Probabilities are then among them.
+        candidates: for each mention, as in [`EntityIndex.link`].
         method: as in [`EntityIndex.search`].
         min_probability: only answers that are at least so probable are given.
         coverage: in the place of the best `top_k`, the set that holds the right answer of so many mentions: see
@@ -146,74 +149,121 @@ def calibrated_links(
     Returns:
         for each mention its answers, most probable first.
     """
+    limits, named = _by_name(index, candidates, words)
     depth = min(max(calibration.depth, top_k), len(index))
-    options: dict[str, Any] = {"method": method}
-    linked = index.link_encoded(mentions, depth, candidates=candidates, names=words, **options)
-    counts = np.array(
-        [
-            _number_of_candidates(given, len(found), depth, len(index))
-            for given, found in zip(candidates, linked, strict=True)
-        ]
-    )
-    said = _probabilities(index, calibration, linked, counts, words)
+
+    def link(rows: Sequence[int], k: int, allowed: Sequence[Any], **options: Any) -> list[list[dict[str, Any]]]:
+        some = mentions[torch.tensor(rows, device=mentions.device)]
+        return index.link_encoded(some, k, candidates=allowed, method=method, **options)
+
+    limited = [row for row, ids in enumerate(limits) if ids is not None]
+    # First, since a candidate may be unknown.
+    among = link(limited, depth, [limits[row] for row in limited]) if limited else []
+    linked = index.link_encoded(mentions, depth, method=method)
+    said = _probabilities(index, calibration, linked, words)
+    counts = np.full(len(linked), len(index))
+    for row, entities in zip(limited, among, strict=True):
+        linked[row], counts[row] = entities, len(_each_once(limits[row]))
+    given = _given(said, _scores_of(linked), counts, limited, len(index) - depth)
     least = min_probability
     if coverage is not None:
         top_k, least = len(index) + 1, calibration.threshold(coverage)
-        lowest = said.lowest_score(least)
+        lowest = said.lowest_score(least * given)
+        last = said.at(_scores_of([entities[-1:] for entities in linked]))[:, 0] / given
         for row, entities in enumerate(linked):
             # All that were found are in the set, so that there may be more.
-            if len(entities) < counts[row] and said.entities[row, len(entities) - 1] >= least:
-                one = mentions[torch.tensor([row], device=mentions.device)]
+            if 0 < len(entities) < counts[row] and last[row] >= least:
                 # What rounding leaves in is left out again.
-                options["min_score"] = max(lowest[row] - 1e-6 * (1 + abs(lowest[row])), _LOWEST)
-                better, equal = index.count_better(one, [options["min_score"]], [None])
+                floor = max(lowest[row] - 1e-6 * (1 + abs(lowest[row])), _LOWEST)
+                one = mentions[torch.tensor([row], device=mentions.device)]
+                better, equal = index.count_better(one, [floor], [None])
                 most = max(1, int(better[0] + equal[0]))
-                linked[row] = index.link_encoded(
-                    one, most, candidates=[candidates[row]], names=[words[row]], **options
-                )[0]
-    width = max(map(len, linked), default=0)
-    scores = np.array(
-        [[found["score"] for found in entities] + [np.nan] * (width - len(entities)) for entities in linked]
-    )
-    every = said.at(scores.reshape(len(linked), width))
+                linked[row] = link([row], most, [limits[row]], min_score=floor)[0]
+    if named:
+        rows = list(named)
+        for row, entities in zip(rows, link(rows, top_k, list(named.values())), strict=True):
+            found = {entity["entity_id"] for entity in linked[row]}
+            linked[row] = [*linked[row], *(entity for entity in entities if entity["entity_id"] not in found)]
+            named[row] = {entity["entity_id"] for entity in entities}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        every = said.at(_scores_of(linked)) / given[:, None]
+        nil = np.where(given > 0, said.nil / given, 1.0)
     return [
-        _answers(entities, every[row], nil, top_k, least)
-        for row, (entities, nil) in enumerate(zip(linked, said.nil.tolist(), strict=True))
+        _answers(entities, every[row], float(nil[row]), top_k, least, named.get(row, ()))
+        for row, entities in enumerate(linked)
     ]
 
 
-def _number_of_candidates(given: Any, found: int, depth: int, entities: int) -> int:
-    """Among how many entities a mention's best ones were chosen."""
-    if isinstance(given, str):  # by name: these are few, or all of the knowledge base
-        return found if found < depth else entities
-    return entities if given is None else len(set(given))
+def _by_name(index: EntityIndex, candidates: Sequence[Any], words: Sequence[str]) -> tuple[list[Any], dict[int, Any]]:
+    """What each mention is limited to, `None` for nothing; and what is added to the answers of which mention."""
+    limits, named = list(candidates), {}
+    rows = [row for row, way in enumerate(limits) if isinstance(way, str) and way in BY_NAME]
+    for row, bearers in zip(rows, index.state.bearers([words[row] for row in rows]) if rows else (), strict=True):
+        if limits[row] != "names" and bearers is not None:
+            named[row] = bearers
+        limits[row] = bearers if limits[row] == "names" else None
+    return limits, named
 
 
-def _probabilities(
-    index: EntityIndex,
-    calibration: Calibration,
-    linked: Sequence[Sequence[dict[str, Any]]],
-    counts: np.ndarray,
-    words: Sequence[str],
-) -> Probabilities:
+def _each_once(candidates: Any) -> Any:
+    return candidates if isinstance(candidates, torch.Tensor) else set(candidates)
+
+
+def _given(
+    said: Probabilities, scores: np.ndarray, counts: np.ndarray, limited: Sequence[int], below: int
+) -> np.ndarray:
+    """The probability that a mention's answer is NIL or a candidate, (M,); 1 where all entities are candidates.
+
+    Args:
+        scores: of the best candidates of each mention, (M, n); NaN where it has fewer.
+        counts: the number of its candidates, (M,).
+        limited: the rows of the mentions that have candidates of their own.
+        below: the number of entities below the K-th, whose probabilities add up to `said.rest`.
+    """
+    given = np.ones(len(counts))
+    known = ~np.isnan(scores)
+    found, probabilities = known.sum(axis=1), np.where(known, said.at(scores), 0.0)
+    for row in limited:
+        # Of those that were not looked at none is more probable than the last one that was.
+        left = int(counts[row] - found[row])
+        unseen = min(left * said.rest[row] / max(1, below), left * probabilities[row, max(0, found[row] - 1)])
+        given[row] = said.nil[row] + probabilities[row].sum() + unseen
+    return given
+
+
+def _scores_of(linked: Sequence[Sequence[dict[str, Any]]]) -> np.ndarray:
+    """The scores of each mention's entities, (M, n); NaN where it has fewer than others."""
     scores = np.full((len(linked), max(1, max(map(len, linked), default=1))), np.nan)
     for row, entities in enumerate(linked):
         scores[row, : len(entities)] = [found["score"] for found in entities]
+    return scores
+
+
+def _probabilities(
+    index: EntityIndex, calibration: Calibration, linked: Sequence[Sequence[dict[str, Any]]], words: Sequence[str]
+) -> Probabilities:
+    """Of the best entities of each mention, in the whole knowledge base."""
     ids = [[found["entity_id"] for found in entities[:SOME]] for entities in linked]
-    return calibration.probabilities(scores, counts, name_fits(index, words, ids))
+    return calibration.probabilities(_scores_of(linked), len(index), name_fits(index, words, ids))
 
 
 def _answers(
-    entities: Sequence[dict[str, Any]], probabilities: np.ndarray, nil: float, top_k: int, least: float | None
+    entities: Sequence[dict[str, Any]],
+    probabilities: np.ndarray,
+    nil: float,
+    top_k: int,
+    least: float | None,
+    named: Collection[str],
 ) -> list[dict[str, Any]]:
-    """Entities and NIL, most probable first."""
+    """Entities and NIL, most probable first: the best `top_k`, and those that are given for their name."""
     answers = [
         {**found, "probability": probability}
         for found, probability in zip(entities, probabilities.tolist(), strict=False)
     ]
     place = sum(answer["probability"] >= nil for answer in answers)
     answers.insert(place, {"entity_id": None, "name": NIL_NAME, "score": None, "probability": nil})
-    return [answer for answer in answers[:top_k] if least is None or answer["probability"] >= least]
+    answers = answers[:top_k] + [answer for answer in answers[top_k:] if answer["entity_id"] in named]
+    return [answer for answer in answers if least is None or answer["probability"] >= least]
 
 
 def name_fits(

@@ -76,13 +76,13 @@ class Probabilities:
             slope = np.where(over >= 0, self.sharpness[:, None], self.rest_sharpness[:, None])
             return np.exp(np.minimum(self.log_last[:, None] + slope * over, 0.0))
 
-    def lowest_score(self, probability: float) -> np.ndarray:
-        """The score that an entity of each mention must have to be so probable, of shape `(M,)`."""
-        if probability <= 0:
-            return np.full(len(self.nil), -np.inf)
-        over = math.log(probability) - self.log_last
+    def lowest_score(self, probability: float | np.ndarray) -> np.ndarray:
+        """The score that an entity of each mention must have to be so probable, of shape `(M,)`; the probability may be
+        another for each mention."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self.last + over / np.where(over >= 0, self.sharpness, self.rest_sharpness)
+            over = np.log(probability) - self.log_last
+            lowest = self.last + over / np.where(over >= 0, self.sharpness, self.rest_sharpness)
+        return np.where(np.asarray(probability) > 0, lowest, -np.inf)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,43 @@ def test_probabilities_of_all_answers_add_up_to_one(linker: Any, parts: Any) -> 
         assert sum(answer["probability"] for answer in answers) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 9])
+def test_candidates_limit_what_is_answered_and_not_how_sure_it_is(linker: Any, parts: Any, count: int) -> None:
+    """Given that the answer is a candidate or NIL: a few candidates of one name are no sign of NIL."""
+    every, nil = all_probabilities(parts)
+    candidates = [f"e{place}" for place in range(count)]
+    for answers, own, none in zip(linker(parts[3], candidates=candidates, top_k=20), every, nil, strict=True):
+        given = none + sum(own[entity_id] for entity_id in candidates)
+        expected = {entity_id: own[entity_id] / given for entity_id in candidates} | {None: none / given}
+        said = {answer["entity_id"]: answer["probability"] for answer in answers}
+        assert said == pytest.approx(expected, rel=1e-3)
+        assert list(said.values()) == sorted(said.values(), reverse=True)
+
+
+def test_all_entities_as_candidates_change_nothing(linker: Any, parts: Any) -> None:
+    ids = list(parts[2])
+    for options in ({"top_k": 30}, {"coverage": 0.99}):
+        free = linker(parts[3], **options)
+        for limited, answers in zip(linker(parts[3], candidates=ids, **options), free, strict=True):
+            assert [answer["entity_id"] for answer in limited] == [answer["entity_id"] for answer in answers]
+            probabilities = [answer["probability"] for answer in answers]
+            assert [answer["probability"] for answer in limited] == pytest.approx(probabilities, rel=1e-3)
+
+
+def test_candidates_by_name_are_those_of_that_name(linker: Any, parts: Any) -> None:
+    mentions = [{**mention, "mention": parts[2].entity(f"e{row}")["name"]} for row, mention in enumerate(parts[3])]
+    bearers = [parts[2].find(mention["mention"]) for mention in mentions]
+    limited = [{**mention, "candidates": ids} for mention, ids in zip(mentions, bearers, strict=True)]
+    assert linker(mentions, candidates="names", top_k=20) == linker(limited, top_k=20)
+    both = linker(mentions, candidates="names+search", top_k=2)
+    for ids, answers, found in zip(bearers, both, linker(mentions, top_k=50), strict=True):
+        known = {answer["entity_id"]: answer["probability"] for answer in found}
+        said = {answer["entity_id"]: answer["probability"] for answer in answers}
+        assert set(ids[:1]) <= set(said)
+        assert next(iter(said)) == next(iter(known))
+        assert said == pytest.approx({entity_id: known[entity_id] for entity_id in said}, rel=1e-5)
+
+
 def test_one_mention_a_list_and_a_generator_have_the_same_answers(linker: Any, parts: Any) -> None:
     mentions = parts[3][:3]
     one_by_one = [linker(mention) for mention in mentions]
