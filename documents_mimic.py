@@ -93,12 +93,14 @@ def read_item(
     """Reads a mention or a document, with its image; what is wrong with it is noted.
 
     Args:
-        record: a dict with `text`, and for a single mention `mention`.
+        record: a dict with `text`, and for a single mention `mention`; a string is the text of a document.
         row: its number in the input, `None` if it is the only one.
         processor: reads the image.
         on_image_error: "raise", or "warn" to go on without an image that cannot be read.
         keep_source: whether the image as it was given is kept.
     """
+    if isinstance(record, str):
+        record = {"text": record}
     where = place_in_input(row, record)
     try:
         item = _item(checked_record(record), where)

@@ -21,11 +21,12 @@ from .explain_mimic import Explainer
 from .image_sources_mimic import ImagePlaces
 from .index_mimic import EntityIndex
 from .items_mimic import Answer, Answers, answered
-from .mentions_mimic import Mention, features_of, tokens_of
+from .mentions_mimic import Mention, checked_record, features_of, mention_parts, tokens_of
 from .modeling_mimic import MimicModel, weight_files
 from .processing_mimic import MimicProcessor
 from .records_mimic import placed_record, places_of, plain_record, records_of_table, undecoded
 from .saving_mimic import directory_of, save_whole
+from .snapshot_mimic import at_least
 from .turns_mimic import COMPUTING
 
 logger = logging.get_logger(__name__)
@@ -49,8 +50,9 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     A mention is a dict with `mention` and `text` (or `sentence`), and may have `start` and `end` (its place in the
     text), `image` (a path, a URL, a PIL image or the bytes of a file) and `candidates` (ids of the entities that it may
     mean). It gives a list of entities, best first. A document is the same without `mention`: its mentions are found, or
-    given as `spans`, and it gives a list of dicts, one for each, with their `entities`. A list of mentions or documents
-    gives a list of answers; a data set or generator gives them one after the other.
+    given as `spans`, and it gives a list of dicts, one for each, with their `entities`. A string is a document without
+    an image. A list of mentions or documents gives a list of answers; a data set or generator gives them one after the
+    other.
 
     Args:
         index ([`EntityIndex`] or `str`, *optional*): the knowledge base, encoded; or its directory or Hub repository.
@@ -332,6 +334,8 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             UnknownEntityError: if an entity is not in the index.
             MimicImageError: if an image cannot be read.
         """
+        mention_parts(checked_record(mention))  # a document is refused
+        top_k = at_least("top_k", top_k, 1)
         ids = [entity_id]
         if entity_id is None:
             options = {} if context_window is None else {"context_window": context_window}

@@ -89,6 +89,16 @@ def test_the_names_of_the_knowledge_base_are_found(linker: Linker):
         assert_near(found["entities"], linker(alone, top_k=2, context_window="mention"))
 
 
+def test_a_string_is_a_document_without_an_image(linker: Linker):
+    wanted = linker({"text": TEXT})
+    assert linker(TEXT) == wanted
+    for given in ([TEXT, TEXT], (text for text in (TEXT, TEXT))):
+        for answer in linker(given):
+            assert places(answer) == places(wanted)
+    with pytest.raises(MentionError, match="is not valid Unicode"):
+        linker("half \ud83d")
+
+
 def test_own_spans(linker: Linker):
     """In the order in which they are given, overlapping ones too; pairs and dicts, of any integers."""
     spans = [(32, 37), (0, 6), (0, 13)]

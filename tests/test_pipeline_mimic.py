@@ -538,7 +538,7 @@ def test_half_precision(dtype: torch.dtype, checkpoint: Path, mentions: list[dic
         ({"mention": "x", "text": ["x"]}, "`text` of a mention must be a string, got list"),
         ({"mention": "", "text": "x"}, "`mention` is empty: say which words of the text are to be linked"),
         ({"mention": " \n", "text": "x"}, "`mention` is empty"),
-        ("x", 'A mention must be a dict such as {"mention": "Orange".* got str'),
+        (7, 'A mention must be a dict such as {"mention": "Orange".* got int'),
         (None, "A mention must be a dict .* got NoneType"),
         ({"mention": "x", "text": "y", "image": "/no/such.png"}, "There is no image file /no/such.png"),
         ({"mention": "x", "text": "y", "image": b"GIF89a"}, "given bytes"),
@@ -623,6 +623,13 @@ def test_a_link_is_explained_as_the_pipeline_gives_it(linker, kb, mentions):
     several = linker.explain(mentions[0], top_k=2)
     assert [one.entity["entity_id"] for one in several] == [one["entity_id"] for one in found]
     assert linker.explain(mentions[0], entity_id="e3", images=kb).entity["entity_id"] == "e3"
+    for item, options, message in (
+        ({"text": "Orange here."}, {}, "`mention` of a mention is missing"),
+        ([mentions[0]], {}, "must be a dict .* got list"),
+        (mentions[0], {"top_k": 0}, "`top_k` must be a positive integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linker.explain(item, **options)
 
 
 def test_a_long_text_is_explained_where_it_was_read(linker):
