@@ -108,7 +108,7 @@ class MimicPreTrainedModel(PreTrainedModel):
         model.encoder.freeze_unused()  # loading makes every parameter trainable
         return loaded
 
-    def save_pretrained(  # type: ignore[override]  the rest of the options by name
+    def save_pretrained(  # type: ignore[override]  # the other options by name
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,

@@ -340,6 +340,10 @@ def test_evaluation_ranks_among_the_whole_knowledge_base(
     assert metrics["eval_mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
     assert metrics["eval_hits@3"] == pytest.approx(np.mean([rank <= 3 for rank in ranks]))
     assert (metrics["eval_mentions"], metrics["eval_missing_answers"]) == (10, 1)
+    predicted: Any = trainer.predict(mentions)
+    np.testing.assert_array_equal(predicted.predictions[[row for row in range(11) if row != 3]], ranks)
+    assert np.isnan(predicted.predictions[3])
+    assert predicted.metrics["test_mrr"] == metrics["eval_mrr"]
     words = [rank for row, rank in zip([r for r in range(11) if r != 3], ranks, strict=True) if row % 2]
     assert metrics["eval_text_mrr"] == pytest.approx(np.mean([1 / rank for rank in words]))
     assert metrics["eval_both_mentions"] == 6
@@ -370,6 +374,28 @@ def test_ranking_in_batches_of_any_size_and_from_a_stream(model: MimicModel, pro
     assert whole.kinds == [mention["kind"] for mention in toy_data.mentions("val", 11)]
     with pytest.raises(ValueError, match="no mentions to rank"):
         rank_mentions(model, collator, index, [], show_progress=False)
+
+
+def test_mentions_of_another_form(model: MimicModel, processor: MimicProcessor, tmp_path: Path) -> None:
+    """With `text` for `sentence`, as the pipeline calls it; and with a field missing. Plain arguments do as well."""
+    given, wanted = toy_data.mention_dataset("train", 9), toy_data.mentions("train", 9)
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    trainer = MimicTrainer(
+        model,
+        args,
+        entities=toy_data.entities(),
+        processing_class=processor,
+        train_dataset=given.rename_column("sentence", "text"),
+        eval_dataset=given.rename_column("sentence", "text"),
+    )
+    ranks: list[Any] = [trainer.predict(mentions).predictions for mentions in (given, trainer.eval_dataset)]
+    np.testing.assert_array_equal(*ranks)
+    trainer.train()
+    for name in ("mention", "sentence", "answer"):
+        without = [{key: value for key, value in mention.items() if key != name} for mention in wanted]
+        for use in (trainer.evaluate, trainer.collator):
+            with pytest.raises(ValueError, match=f"Mention 'train-0' has no field `{name}`; it has id, "):
+                use(without)
 
 
 def test_diverged_model_is_an_error_and_no_rank(model: MimicModel, processor: MimicProcessor) -> None:

@@ -90,8 +90,8 @@ class MentionEntityCollator:
         self._normalized: np.ndarray | None = None
 
     def __call__(self, mentions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of some mentions: dicts with `mention`, `sentence`, `image`, `answer` and, for messages, `id`;
-        `start` and `end`, the mention's place in its sentence, are of use for the context window "mention".
+        """The batch of some mentions: dicts with `mention`, `sentence` (or `text`), `image`, `answer` and `id`,
+        for messages. `start` and `end`, the place of a mention in its sentence, are for the context window "mention".
 
         Raises:
             ValueError: if an answer is not in the knowledge base.
@@ -173,7 +173,7 @@ class MentionEntityCollator:
     def _row(self, mention: Mapping[str, Any]) -> int:
         try:
             return self.knowledge_base.row(
-                entity_id_of(mention["answer"], f"The answer of mention {mention.get('id')!r}")
+                entity_id_of(field_of(mention, "answer"), f"The answer of mention {mention.get('id')!r}")
             )
         except KeyError:
             raise ValueError(
@@ -204,8 +204,8 @@ class MentionEntityCollator:
         """The templates of mentions, filled: the part of each sentence that the processor's context window shows."""
         try:
             return self.processor.mention_texts(
-                [mention["mention"] or "" for mention in mentions],
-                [mention["sentence"] or "" for mention in mentions],
+                [field_of(mention, "mention") or "" for mention in mentions],
+                [field_of(mention, "sentence") or "" for mention in mentions],
                 [mention.get("start") for mention in mentions],
                 [mention.get("end") for mention in mentions],
             )
@@ -280,6 +280,19 @@ def _pick(images: Any, draw: random.Random | None) -> tuple[Any, int]:
         return None, 0
     place = 0 if draw is None or len(images) == 1 else draw.randrange(len(images))
     return images[place], place
+
+
+def field_of(mention: Mapping[str, Any], name: str) -> Any:
+    """A field of a mention; `text`, the pipeline's word, is another for `sentence`.
+
+    Raises:
+        ValueError: if it has no such field.
+    """
+    if name not in mention and name == "sentence" and "text" in mention:
+        name = "text"
+    if name not in mention:
+        raise ValueError(f"Mention {mention.get('id')!r} has no field `{name}`; it has {', '.join(map(str, mention))}.")
+    return mention[name]
 
 
 def length(items: Any) -> int | None:

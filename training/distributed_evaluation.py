@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MentionFeatures, MimicModel
+from ..processing_mimic import MimicProcessor
 from .collator import MentionEntityCollator
 from .dealing import part_of
 from .evaluation import RankedMentions, encoded_and_named, finite_features
@@ -86,6 +87,32 @@ def own_part(
         del part
         if stored:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def index_by_all(
+    model: MimicModel, processor: MimicProcessor, knowledge_base: KnowledgeBase, directory: Path, **options: Any
+) -> EntityIndex:
+    """The index of a knowledge base in a directory that is emptied first. All processes call it, and each
+    encodes a part.
+
+    Args:
+        **options: as of `EntityIndex.build`.
+
+    Raises:
+        ProcessError: if another process failed.
+    """
+    parts = min(process_count(), len(knowledge_base))
+
+    def build() -> None:
+        if process_index() < max(1, parts):  # else there are fewer entities than processes
+            shard = (process_index(), parts) if parts > 1 else None
+            EntityIndex.build(model, processor, knowledge_base.entities(), directory, shard=shard, **options)
+
+    if process_index() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    all_of_them("deleting the index before", lambda: None)
+    all_of_them("encoding the knowledge base", build)
+    return EntityIndex.from_pretrained(directory)
 
 
 @dataclass

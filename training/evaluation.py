@@ -27,7 +27,7 @@ from ..modeling_mimic import MentionFeatures, MimicModel
 from ..records_mimic import entity_id_of, is_absent, undecoded
 from ..snapshot_mimic import SearchResult
 from .calibration import fit_calibration, scored_of, some_of
-from .collator import MentionEntityCollator, length
+from .collator import MentionEntityCollator, field_of, length
 from .reliability import ScoredMentions
 
 HITS_AT = (1, 3, 5, 10, 20)
@@ -255,13 +255,14 @@ def encoded_and_named(
     collator: MentionEntityCollator, mentions: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
     """What the model encodes of some mentions, and their `id`, `answer`, `kind`, `mention` and `text`."""
-    named = {name: [mention.get(name) for mention in mentions] for name in ("id", "answer", "kind")}
+    named = {name: [mention.get(name) for mention in mentions] for name in ("id", "kind")}
+    answers = [field_of(mention, "answer") for mention in mentions]
     named["answer"] = [
         None if is_absent(answer) else entity_id_of(answer, f"The answer of mention {mention_id!r}")
-        for mention_id, answer in zip(named["id"], named["answer"], strict=True)
+        for mention_id, answer in zip(named["id"], answers, strict=True)
     ]
-    named["mention"] = [mention["mention"] for mention in mentions]
-    named["text"] = [mention["sentence"] for mention in mentions]
+    named["mention"] = [field_of(mention, "mention") for mention in mentions]
+    named["text"] = [field_of(mention, "sentence") for mention in mentions]
     return collator.encode_mentions(mentions), named
 
 

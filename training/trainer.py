@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MimicModel
@@ -25,7 +25,7 @@ from .calibration import ForgetCalibration
 from .callbacks import BatchNote, EvaluateEveryFewEpochs, RefreshHardNegatives, SessionTime
 from .collator import MentionEntityCollator
 from .dealing import dealt_loader
-from .distributed_evaluation import ENTITIES_IN_MEMORY, own_part, ranked_by_all
+from .distributed_evaluation import ENTITIES_IN_MEMORY, index_by_all, own_part, ranked_by_all
 from .evaluation import RankedMentions, rank_mentions
 from .gather import shared_loss, without_unused_parameters
 from .grad_cache import cached_step
@@ -34,7 +34,7 @@ from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
 from .processes import check_enough, check_launch, check_same_data, check_same_settings, set_for_ddp, use_timeout
 from .upload import INDEX_FOLDER, upload_run, uploaded_index
-from .watch import all_of_them, in_touch, of_the_main_process
+from .watch import in_touch, of_the_main_process
 
 
 class MimicTrainer(Trainer):
@@ -42,10 +42,11 @@ class MimicTrainer(Trainer):
 
     Args:
         model ([`MimicModel`]): to be trained.
-        args ([`MimicTrainingArguments`]): how; a plain `TrainingArguments` is taken as it is.
+        args ([`MimicTrainingArguments`]): how; or a plain `TrainingArguments`, with its own defaults.
         entities: the knowledge base: a [`KnowledgeBase`], a `datasets.Dataset`, or a sequence of dicts.
         processing_class ([`MimicProcessor`]): saved with every checkpoint.
-        train_dataset, eval_dataset: mentions, with the columns `id`, `mention`, `sentence`, `image` and `answer`.
+        train_dataset, eval_dataset: mentions, with the columns `id`, `mention`, `sentence` (or `text`), `image` and
+            `answer`.
         data_collator: a [`MentionEntityCollator`]; made from the above if absent.
         **kwargs: everything else that `Trainer` takes.
 
@@ -79,6 +80,7 @@ class MimicTrainer(Trainer):
         self.run = TrainingRun(base_model=model.name_or_path or None)
         self.collator = data_collator
         self.knowledge_base = data_collator.knowledge_base
+        args.remove_unused_columns = False  # the collator's columns are not the model's arguments
         train_dataset = undecoded(train_dataset, "image")
         hard_negatives = getattr(args, "hard_negatives", 0)
         if hard_negatives and train_dataset is not None:
@@ -210,26 +212,12 @@ class MimicTrainer(Trainer):
 
         With an `output_dir` it is called by all processes: each encodes a part.
         """
-        parts = min(self.args.world_size, len(self.knowledge_base)) if output_dir is not None else 1
-        shard = (self.args.process_index, parts) if parts > 1 else None
-        options = self._encoding() | {"shard": shard}
-
-        def build() -> EntityIndex | None:
-            if self.args.process_index >= max(1, parts) and output_dir is not None:
-                return None  # there are fewer entities than processes
-            records = self.knowledge_base.entities()
-            return EntityIndex.build(self._mimic_model(), self.collator.processor, records, output_dir, **options)
-
+        model, processor, options = self._mimic_model(), self.collator.processor, self._encoding()
         if output_dir is None:
-            index = build()
-            assert index is not None
-            return index
+            records = self.knowledge_base.entities()
+            return EntityIndex.build(model, processor, records, shard=None, **options)
         with in_touch("encoding the knowledge base", silence=self.args.ddp_timeout):
-            if self.is_world_process_zero():
-                shutil.rmtree(output_dir, ignore_errors=True)
-            all_of_them("deleting the index before", lambda: None)
-            all_of_them("encoding the knowledge base", build)
-        return EntityIndex.from_pretrained(output_dir)
+            return index_by_all(model, processor, self.knowledge_base, Path(output_dir), **options)
 
     def rank(self, mentions: Any, index: EntityIndex | None = None, top_k: int = 0, depth: int = 0) -> RankedMentions:
         """Ranks the answers of mentions among the whole knowledge base: see [`rank_mentions`]. Without an index it is
@@ -320,20 +308,39 @@ class MimicTrainer(Trainer):
             return several
         if eval_dataset is None:
             raise ValueError("There is nothing to evaluate on: no `eval_dataset` was given.")
-        together = index is None and self.args.world_size > 1
-
-        def measure() -> dict[str, float]:
-            start = time.time()
-            ranked = self.rank(eval_dataset, index)
-            metrics = ranked.metrics(getattr(self.args, "missing_answers", "exclude"))
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-            return metrics | speed_metrics(metric_key_prefix, start, num_samples=len(ranked.ids))
-
-        with in_touch("evaluation", silence=self.args.ddp_timeout):
-            metrics = measure() if together else of_the_main_process("evaluation", measure)
+        _, metrics = self._measured(eval_dataset, metric_key_prefix, index)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        index: EntityIndex | None = None,
+    ) -> PredictionOutput:
+        """As [`evaluate`], of a test split. Its `predictions` are the ranks of the answers in the whole knowledge base,
+        (M,), NaN where one is not in it; its `label_ids` are `None`. For the entities found call [`rank`]."""
+        ranked, metrics = self._measured(test_dataset, metric_key_prefix, index)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(predictions=ranked.ranks, label_ids=None, metrics=metrics)
+
+    def _measured(
+        self, mentions: Any, prefix: str, index: EntityIndex | None
+    ) -> tuple[RankedMentions, dict[str, float]]:
+        """Mentions with the ranks of their answers, and the metrics of these; the same in all processes."""
+
+        def measure() -> tuple[RankedMentions, dict[str, float]]:
+            start = time.time()
+            ranked = self.rank(mentions, index)
+            metrics = ranked.metrics(getattr(self.args, "missing_answers", "exclude"))
+            metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+            return ranked, metrics | speed_metrics(prefix, start, num_samples=len(ranked.ids))
+
+        together = index is None and self.args.world_size > 1
+        with in_touch("evaluation", silence=self.args.ddp_timeout):
+            return measure() if together else of_the_main_process("evaluation", measure)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of `self.run` into the output directory; `model_name` is its title."""
