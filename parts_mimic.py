@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import operator
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import distributed as dist
 
 from .alive_mimic import Silence, alive, clock_ahead
@@ -56,15 +58,16 @@ def checked_part(shard: Any) -> tuple[int, int]:
     """
     try:
         index, parts = shard
-        fits = type(index) is int and type(parts) is int and 0 <= index < parts
+        if not {type(index), type(parts)} & {bool, np.bool_}:
+            index, parts = operator.index(index), operator.index(parts)  # those of numpy, too
+            if 0 <= index < parts:
+                return index, parts
     except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            "`shard` must be the number of a part, from 0, and how many parts there are, such as (0, 4) to (3, 4); got "
-            f"{shard!r}."
-        )
-    return index, parts
+        pass
+    raise ValueError(
+        "`shard` must be the number of a part, from 0, and how many parts there are, such as (0, 4) to (3, 4); got "
+        f"{shard!r}."
+    )
 
 
 @dataclass

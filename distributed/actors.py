@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors_mimic import EntityIndexError
@@ -44,7 +45,6 @@ class Actors:
     ) -> None:
         self._ray = ray_at_work()
         self.places, self._patience = places, patience
-        self._expected: Any = None
         actor = self._ray.remote(Part)
         self.actors: list[Any] = []
         try:
@@ -65,10 +65,6 @@ class Actors:
             self._ray.kill(actor)
         self.actors = []
 
-    def expect(self, facts: Mapping[str, Any]) -> None:
-        """From now on every part must belong to the index of these facts, whenever its actor was started."""
-        self._expected = self._ray.put(dict(facts))
-
     def check_open(self) -> None:
         """Raises an `EntityIndexError` if they were ended."""
         if not self.actors:
@@ -78,43 +74,58 @@ class Actors:
         """A value that all parts are asked with, sent once."""
         return self._ray.put(value)
 
-    def one(self, part: int, name: str, *args: Any) -> Any:
-        self.check_open()
-        return self._get(part, lambda: self.actors[part].ask.remote(self._expected, name, *args))
-
-    def changed(self, part: int, made: Callable[[], bool] | None, name: str, *args: Any, **kwargs: Any) -> int:
-        """Makes a change of one part once, and gives the number of its entities: where its actor dies, it is seen
-        whether the change was made before.
+    def one(self, part: int, name: str, *args: Any, state: str | None = None) -> Any:
+        """What one part answers.
 
         Args:
+            state: what the question is about; any state unless told.
+
+        Raises:
+            PartChangedError: if the part is in another by now.
+        """
+        self.check_open()
+        return self._get(part, lambda: self.actors[part].ask.remote(state, name, *args))
+
+    def changed(
+        self, part: int, state: str, made: Callable[[], bool] | None, name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Makes a change of one part once, and gives its facts: where its actor dies, it is seen whether the change
+        was made before.
+
+        Args:
+            state: as of [`one`].
             made: tells that; `None` for a change that may be made twice.
         """
         for last in (False, True):
-            method = self.actors[part].ask.options(max_task_retries=0)
-            ask = functools.partial(method.remote, self._expected, "change", name, *args, **kwargs)
+            method = self.actors[part].change.options(max_task_retries=0)
+            ask = functools.partial(method.remote, state, name, *args, **kwargs)
             try:
                 return self._get(part, ask, retry=False)
             except PartGoneError as error:
                 facts = self.one(part, "facts")  # once it is there again
                 if made is not None and made():
-                    return facts["count"]
+                    return facts
                 if last:
                     raise EntityIndexError(str(error)) from error
         raise AssertionError
 
-    def all(self, name: str, *args: Any) -> list[Any]:
+    def all(self, name: str, *args: Any, states: Sequence[str] | None = None) -> list[Any]:
         """What every part answers to the same question."""
-        return self.each(name, [args] * len(self.actors))
+        return self.each(name, [args] * len(self.actors), states=states)
 
     def each(
-        self, name: str, args: Sequence[tuple | None], kwargs: Sequence[Mapping[str, Any]] | None = None
+        self,
+        name: str,
+        args: Sequence[tuple | None],
+        kwargs: Sequence[Mapping[str, Any]] | None = None,
+        states: Sequence[str] | None = None,
     ) -> list[Any]:
-        """What every part answers to its own question; `None` of one that is asked none."""
+        """What every part answers to its own question; `None` of one that is asked none. Raises as [`one`] does."""
         self.check_open()
         options = kwargs or [{}] * len(args)
         asks = [
-            None if own is None else functools.partial(actor.ask.remote, self._expected, name, *own, **named)
-            for actor, own, named in zip(self.actors, args, options, strict=True)
+            None if own is None else functools.partial(actor.ask.remote, state, name, *own, **named)
+            for actor, own, named, state in zip(self.actors, args, options, states or [None] * len(args), strict=True)
         ]
         asked = [None if ask is None else ask() for ask in asks]
         answers: list[Any] = []
@@ -175,6 +186,47 @@ class Actors:
         )
 
 
+@dataclass(frozen=True)
+class Moment:
+    """The parts in the states that they have at one moment. What is asked of it is answered from these states alone.
+
+    Its methods raise a `PartChangedError` where a part is in another state by now.
+
+    Args:
+        actors: hold the parts.
+        facts: of each part, as it answers them.
+    """
+
+    actors: Actors
+    facts: Sequence[Mapping[str, Any]]
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of entities."""
+        return [fact["count"] for fact in self.facts]
+
+    def all(self, name: str, *args: Any) -> list[Any]:
+        return self.actors.all(name, *args, states=self._states)
+
+    def each(
+        self, name: str, args: Sequence[tuple | None], kwargs: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[Any]:
+        return self.actors.each(name, args, kwargs, self._states)
+
+    def one(self, part: int, name: str, *args: Any) -> Any:
+        return self.actors.one(part, name, *args, state=self._states[part])
+
+    def changed(
+        self, part: int, made: Callable[[], bool] | None, name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As [`Actors.changed`]."""
+        return self.actors.changed(part, self._states[part], made, name, *args, **kwargs)
+
+    @property
+    def _states(self) -> list[str]:
+        return [fact["state"] for fact in self.facts]
+
+
 def _reason(error: Exception) -> str:
     """The first line of what Ray says, or of what kept the actor from starting."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -192,4 +244,4 @@ def ray_at_work() -> Any:
     return ray
 
 
-__all__ = ["Actors", "PartGoneError", "ray_at_work"]
+__all__ = ["Actors", "Moment", "PartGoneError", "ray_at_work"]

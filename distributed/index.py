@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..building_mimic import Builder
+from ..contents_mimic import known_form
 from ..errors_mimic import EntityIndexError
 from ..files_mimic import is_there
-from ..identity_mimic import same_model
 from ..index_mimic import EntityIndex
 from ..modeling_mimic import MimicModel
 from ..processing_mimic import MimicProcessor
@@ -23,11 +24,10 @@ from ..records_mimic import table_record
 from ..saving_mimic import directory_of
 from ..searchable_mimic import SearchableIndex
 from ..snapshot_mimic import at_least
-from .actors import Actors
+from .actors import Actors, Moment
 from .state import PartedState
 
 _RECORDS_AT_ONCE = 4096
-_HASHES_AT_ONCE = 2**22
 
 
 class RayEntityIndex(SearchableIndex):
@@ -36,6 +36,9 @@ class RayEntityIndex(SearchableIndex):
     The k-th best score that one part has found for a mention is what the others' entities must reach, so they are
     pruned by it. An actor that dies is started again, opens its part again, and the question is asked again; a part
     that stays away is an error that names it, and never a shorter answer.
+
+    Each question is answered from one state of every part. What other processes write where a part is stored is not
+    seen until the part is changed here, or its actor is started again; from then on the new state is what is asked.
 
     Args:
         parts: directories or Hub repositories of stored indexes, of one model and precision.
@@ -50,7 +53,7 @@ class RayEntityIndex(SearchableIndex):
         ImportError: if Ray is not installed.
         EntityIndexError: if a part cannot be opened, parts are of different models or precisions, or two have an
             entity of the same id.
-        ValueError: if an argument is not valid.
+        ValueError, TypeError: if an argument is not valid.
 
     Example:
 
@@ -77,17 +80,14 @@ class RayEntityIndex(SearchableIndex):
         if isinstance(patience, bool) or not isinstance(patience, int | float) or not 0 < patience < math.inf:
             raise ValueError(f"`patience` must be a number of seconds above 0, got {patience!r}.")
         max_restarts = at_least("max_restarts", max_restarts, -1)
+        inspect.signature(EntityIndex.from_pretrained).bind("", **options)  # before an actor is started for it
         self._options = options
         self._actors = Actors(self.parts, own, options, patience=float(patience), max_restarts=max_restarts)
         try:
-            facts = self._actors.all("facts")
-            _check_facts(self.parts, facts)
-            self._actors.expect(facts[0])
-            _check_ids(self._actors, sum(fact["count"] for fact in facts))
+            self._state = PartedState(self._actors)
         except BaseException:
             self.close()
             raise
-        self._state = PartedState(self._actors, facts)
 
     def close(self) -> None:
         """Ends the actors. The parts stay where they are stored."""
@@ -119,11 +119,17 @@ class RayEntityIndex(SearchableIndex):
         entities, ids = self._read(model, processor, entities, options)
         if not ids:
             return
-        there = np.any(self._actors.all("has", ids), axis=0)
-        if there.any():
-            raise ValueError(f"The id {ids[int(there.argmax())]!r} is already in the index.")
-        part = int(np.argmin(self._state.counts))
-        self._change(part, "add", lambda: all(self._has(part, ids)), model, processor, entities, **options)
+
+        def add(moment: Moment) -> None:
+            moment.all("newest")
+            there = np.any(moment.all("has", ids), axis=0)
+            if there.any():
+                raise ValueError(f"The id {ids[int(there.argmax())]!r} is already in the index.")
+            part = int(np.argmin(moment.counts))
+            made = functools.partial(self._all_are_there, part, ids)
+            self._state.note(part, moment.changed(part, made, "add", model, processor, entities, **options))
+
+        self._state.at_one_moment(add)
 
     def update(self, model: Any, processor: Any, entities: Iterable[Mapping[str, Any]], **options: Any) -> None:
         """Replaces entities that are there by new versions of them, each in the part that it is in.
@@ -139,11 +145,13 @@ class RayEntityIndex(SearchableIndex):
         entities, ids = self._read(model, processor, entities, options)
         if twice := [entity_id for entity_id, count in collections.Counter(ids).items() if count > 1]:
             raise ValueError(f"The id {twice[0]!r} is there twice: each must be unique.")
-        for part, own in enumerate(self._state.parts_of(ids)):
-            if own:
-                some = [entity for entity, entity_id in zip(entities, ids, strict=True) if entity_id in own]
-                # To make it once more changes nothing.
-                self._change(part, "update", None, model, processor, some, **options)
+        by_id = dict(zip(ids, entities, strict=True))
+
+        def update(part: int, own: list[str], moment: Moment) -> Mapping[str, Any]:
+            # To make it once more changes nothing.
+            return moment.changed(part, None, "update", model, processor, [by_id[i] for i in own], **options)
+
+        self._change_each(ids, update)
 
     def remove(self, entity_ids: Iterable[str]) -> None:
         """Removes entities, whatever part they are in.
@@ -153,10 +161,33 @@ class RayEntityIndex(SearchableIndex):
         """
         if isinstance(entity_ids, str):
             raise ValueError(f"`remove` takes a list of entity ids, got the string {entity_ids!r}.")
-        for part, own in enumerate(self._state.parts_of(list(entity_ids))):
-            if own:
-                some = list(own)
-                self._change(part, "remove", functools.partial(self._has_none, part, some), some)
+
+        def remove(part: int, own: list[str], moment: Moment) -> Mapping[str, Any]:
+            return moment.changed(part, functools.partial(self._none_is_there, part, own), "remove", own)
+
+        self._change_each(list(entity_ids), remove)
+
+    def _change_each(
+        self, entity_ids: Sequence[Any], change: Callable[[int, list[str], Moment], Mapping[str, Any]]
+    ) -> None:
+        """Has each part changed that has some of the entities, once.
+
+        Args:
+            change: of a part, of the entities that are in it, at some moment; gives the part's facts afterwards.
+
+        Raises:
+            UnknownEntityError: if an id is not there; before anything is changed.
+        """
+        left = list(entity_ids)
+
+        def work(moment: Moment) -> None:
+            moment.all("newest")
+            for part, own in enumerate(self._state.parts_of(moment, left)):
+                if own:
+                    self._state.note(part, change(part, list(own), moment))
+                    left[:] = [entity_id for entity_id in left if known_form(entity_id) not in own]
+
+        self._state.at_one_moment(work)
 
     def _read(
         self, model: MimicModel, processor: MimicProcessor, entities: Any, options: Mapping[str, Any]
@@ -169,15 +200,11 @@ class RayEntityIndex(SearchableIndex):
             records += [some[row] for row in range(len(some))]
         return records, [table_record(record)["id"] for record in records]
 
-    def _has(self, part: int, ids: Sequence[str]) -> list[bool]:
-        return self._actors.one(part, "has", ids)
+    def _all_are_there(self, part: int, ids: Sequence[str]) -> bool:
+        return all(self._actors.one(part, "has", ids))
 
-    def _has_none(self, part: int, ids: Sequence[str]) -> bool:
-        return not any(self._has(part, ids))
-
-    def _change(self, part: int, name: str, made: Callable[[], bool] | None, *args: Any, **kwargs: Any) -> None:
-        """Makes a change of one part once; `made` as of [`Actors.changed`]."""
-        self._state.counts[part] = self._actors.changed(part, made, name, *args, **kwargs)
+    def _none_is_there(self, part: int, ids: Sequence[str]) -> bool:
+        return not any(self._actors.one(part, "has", ids))
 
     # --- Save
 
@@ -238,38 +265,6 @@ def _options_of_parts(options: Any, parts: int) -> list[dict[str, Any]]:
     if len(each) != parts:
         raise ValueError(f"There are {parts} parts, but `actor_options` for {len(each)}.")
     return [dict(own) for own in each]
-
-
-def _check_ids(actors: Actors, entities: int) -> None:
-    """Refuses an id that two parts have: in ranges of hashes, so that some million are here at a time."""
-    ranges = -(-entities // _HASHES_AT_ONCE) if len(actors) > 1 else 0
-    for number in range(ranges):
-        hashes, counts = np.unique(np.concatenate(actors.all("id_hashes", number, ranges)), return_counts=True)
-        if not len(doubtful := hashes[counts > 1]):
-            continue
-        owner: dict[str, int] = {}
-        for part, ids in enumerate(actors.all("ids_of_hashes", doubtful)):
-            for entity_id in ids:
-                if owner.setdefault(entity_id, part) != part:
-                    raise EntityIndexError(
-                        f"The parts {actors.places[owner[entity_id]]} and {actors.places[part]} both have the entity "
-                        f"{entity_id!r}: ids must be unique. Remove it from one of them."
-                    )
-
-
-def _check_facts(places: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses parts that cannot be one index."""
-    for place, fact in zip(places, facts, strict=True):
-        if fact["dtype"] != facts[0]["dtype"]:
-            raise EntityIndexError(
-                f"The part {place} is stored in {fact['dtype']}, the part {places[0]} in {facts[0]['dtype']}: parts "
-                "must have one precision."
-            )
-        if not same_model(fact["model"], facts[0]["model"]):
-            raise EntityIndexError(
-                f"The part {place} was made by another model or processor than the part {places[0]}: their scores "
-                "cannot be compared."
-            )
 
 
 __all__ = ["RayEntityIndex"]

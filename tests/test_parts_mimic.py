@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from gloo import outcomes_together
 from python_processes import own_python
@@ -22,6 +23,7 @@ from mimic_el.directory_mimic import files_of, read_manifest
 from mimic_el.errors_mimic import EntityIndexError, MimicImageError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
+from mimic_el.parts_mimic import checked_part
 from mimic_el.processing_mimic import MimicProcessor
 
 ENTITIES = 11
@@ -84,10 +86,16 @@ def test_a_part_that_was_interrupted_goes_on(
     assert_same_index(index, build(parts, entities, None), parts)
 
 
-@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 3, "1/2", (True, 2), (0.0, 2)])
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 3, "1/2", (True, 2), (0.0, 2), (np.True_, 2)])
 def test_a_shard_that_is_none(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, shard: Any) -> None:
     with pytest.raises(ValueError, match="`shard` must be the number of a part"):
         build(parts, knowledge_base(4), tmp_path / "index", shard=shard)
+
+
+def test_a_shard_in_numbers_of_numpy() -> None:
+    """As Ray Data, or a table of jobs, has them."""
+    assert checked_part(np.array([1, 2])) == (1, 2)
+    assert [type(number) for number in checked_part((np.int64(0), np.uint8(1)))] == [int, int]
 
 
 def test_entities_that_cannot_be_cut_into_parts(parts: tuple[MimicModel, MimicProcessor], tmp_path: Path) -> None:
