@@ -123,9 +123,10 @@ class Actors:
         """What every part answers to its own question; `None` of one that is asked none. Raises as [`one`] does."""
         self.check_open()
         options = kwargs or [{}] * len(args)
+        about: Sequence[str | None] = states or [None] * len(args)
         asks = [
             None if own is None else functools.partial(actor.ask.remote, state, name, *own, **named)
-            for actor, own, named, state in zip(self.actors, args, options, states or [None] * len(args), strict=True)
+            for actor, own, named, state in zip(self.actors, args, options, about, strict=True)
         ]
         asked = [None if ask is None else ask() for ask in asks]
         answers: list[Any] = []

@@ -60,7 +60,7 @@ class Part:
         answers.check(expected)
         return getattr(answers, name)(*args, **kwargs)
 
-    def change(self, expected: str, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def change(self, expected: str | None, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Changes the part as it is stored by now, by a method of `EntityIndex`, and gives its `facts` afterwards.
         Raises as [`ask`] does."""
         with self._turn_to_change:

@@ -96,7 +96,12 @@ class PartedState:
 
     def now(self) -> Moment:
         """The parts as they are now."""
-        return self.at_one_moment(lambda moment: moment.all("has", []) and moment)
+
+        def now(moment: Moment) -> Moment:
+            moment.all("has", [])
+            return moment
+
+        return self.at_one_moment(now)
 
     def note(self, part: int, facts: Mapping[str, Any]) -> None:
         """Takes notice of a change of a part that its actor has made."""
