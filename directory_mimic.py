@@ -310,10 +310,23 @@ def publish(
 def save_copy(directory: Path, manifest: Manifest, store: Store, matcher: Matcher) -> None:
     """Writes an index into another directory, without its removed entities; one that is there is replaced."""
     with locked(directory):
+        before = set(directory.iterdir())
         manifest = {**manifest, "generation": next_generation(directory)}
-        manifest["shards"] = [write_shard(directory, shard) for shard in store.compacted(shard_size, new_shard_name)]
-        kept = Store([read_shard(directory, entry) for entry in manifest["shards"]])
-        publish(directory, manifest, kept, matcher)
+        try:
+            manifest["shards"] = [
+                write_shard(directory, shard) for shard in store.compacted(shard_size, new_shard_name)
+            ]
+            kept = Store([read_shard(directory, entry) for entry in manifest["shards"]])
+            publish(directory, manifest, kept, matcher)
+        except BaseException:
+            named: list[str] = []
+            with suppress(EntityIndexError):
+                named = files_of(read_manifest(directory))
+            for path in set(directory.iterdir()) - before:
+                if is_part(path.name) and path.name not in named:
+                    with suppress(OSError):
+                        path.unlink()
+            raise
 
 
 def remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:

@@ -74,20 +74,20 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: OSError) -> Exception:
+def _cannot_write(path: Path, error: OSError | SafetensorError) -> Exception:
     """What to raise of an error of the system; that of a full disk as it is."""
     if is_full(error):
         return error
+    why = getattr(error, "strerror", None) or error
     return EntityIndexError(
-        f"{path} cannot be written: {error.strerror or error}. Look at what lies there and who may write there, or "
-        "name another place."
+        f"{path} cannot be written: {why}. Look at what lies there and who may write there, or name another place."
     )
 
 

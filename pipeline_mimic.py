@@ -359,23 +359,28 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             **kwargs: as of any pipeline.
 
         Raises:
-            SaveError: if the directory cannot be written, such as on a full disk; model and processor that were there
-                are then as they were.
+            SaveError: if the directory cannot be written, such as on a full disk. What was there is then as it was.
             EntityIndexError: the same of the index, or if it has no entities.
         """
         directory = directory_of(save_directory, "`save_directory`")
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", directory.resolve().name)
-        if save_index:
-            self.index.save_pretrained(directory / "index")
-            self._config.default_index = "index"
-            self._config.default_index_revision = None
+        config = self._config
+        named = config.default_index, config.default_index_revision
 
         def save(place: str) -> None:
             self.model.save_pretrained(place, **kwargs)
             self.processor.save_pretrained(place, **kwargs)
+            if save_index:  # when there was room for all else
+                self.index.save_pretrained(directory / "index")
 
-        save_whole(directory, save, weight_files(kwargs.get("variant")))
+        if save_index:
+            config.default_index, config.default_index_revision = "index", None
+        try:
+            save_whole(directory, save, weight_files(kwargs.get("variant")))
+        except BaseException:
+            config.default_index, config.default_index_revision = named
+            raise
 
 
 class _Mentions(Dataset[Any]):

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors_mimic import EntityIndexError, SaveError
+from .errors_mimic import EntityIndexError, MimicError, SaveError
 
 Saved = TypeVar("Saved")
 _BESIDE = ".saving-"
@@ -137,6 +137,8 @@ def _errors_told(directory: Path) -> Iterator[None]:
         yield
     except SaveError as error:  # of a part, which names the place where it was written at first
         raise _save_error(directory, error.__cause__ or error) from error.__cause__
+    except MimicError:
+        raise
     except Exception as error:
         if getattr(error, "errno", None) is None and not _OF_RUST.search(str(error)):
             raise

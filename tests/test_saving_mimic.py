@@ -86,13 +86,25 @@ def test_what_lies_in_the_way(door: str, tmp_path: Path):
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["configuration_mimic.py"]
 
 
-def test_a_pipeline_s_index_that_cannot_be_saved(tmp_path: Path):
-    (tmp_path / "index").write_text("text")
-    linker = MultimodalEntityLinkingPipeline(
-        model=MODEL, processor=PROCESSOR, entities=[{"id": "e", "name": "E", "description": ""}]
-    )
+def test_an_index_and_a_pipeline_with_its_index(tmp_path: Path):
+    entities = [{"id": f"e{number}", "name": "E", "description": ""} for number in range(9)]
+    linker = MultimodalEntityLinkingPipeline(model=MODEL, processor=PROCESSOR, entities=entities)
+    linker.save_pretrained(tmp_path, save_index=True)
+    before = contents(tmp_path)
+    largest = max(len(data) for name, data in before.items() if "shard" in name)
+    for size in (10, 1000, largest - 1):
+        with files_of_at_most(size), pytest.raises(EntityIndexError, match=r"shard.* cannot be written: .*too large"):
+            linker.index.save_pretrained(tmp_path / "index")
+        with files_of_at_most(size), pytest.raises(MimicError):
+            linker.save_pretrained(tmp_path, save_index=True)
+        assert contents(tmp_path) == before
+    linker.model.config.default_index = None
+    (tmp_path / "other" / "index").parent.mkdir()
+    (tmp_path / "other" / "index").write_text("text")
     with pytest.raises(EntityIndexError, match=r"index.*cannot be made a directory"):
-        linker.save_pretrained(tmp_path, save_index=True)
+        linker.save_pretrained(tmp_path / "other", save_index=True)
+    assert linker.model.config.default_index is None
+    assert set(contents(tmp_path / "other")) == {"index"}
 
 
 @pytest.mark.parametrize("door", ["model", "pipeline"])
