@@ -1,6 +1,7 @@
 """Tests of training/resume.py: a checkpoint counts only if its files are whole."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,38 @@ def test_a_cut_file_is_named_and_the_checkpoint_before_is_taken(
     args.resume_from_checkpoint = str(cut)
     with pytest.raises(ValueError, match=name):
         checkpoint_to_resume(args)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"global_step": value} for value in ("1", True, -1, 1.5, None, float("nan"), 10**400)),
+        *({"log_history": value} for value in (5, {}, [1], "x")),
+        *({"stateful_callbacks": []}, {"best_metric": "0.5"}, {"best_model_checkpoint": 5}, {"epoch": []}),
+        {"a field of tomorrow": 1},
+        [{"global_step": 1}],
+    ],
+    ids=str,
+)
+def test_states_that_no_training_can_go_on_with(changes: Any, tmp_path: Path) -> None:
+    made = checkpoint(tmp_path / "checkpoint-5")
+    state = {"global_step": 1, "epoch": 0.5, "best_metric": None, "log_history": [{"loss": 1.0}]}
+    (made / "trainer_state.json").write_text(json.dumps(state))
+    assert fault_of(made) is None
+    (made / "trainer_state.json").write_text(json.dumps(changes if isinstance(changes, list) else {**state, **changes}))
+    told = "holds no mapping" if isinstance(changes, list) else next(iter(changes))
+    assert told in str(fault_of(made))
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "config.json", "optimizer.pt", "model.safetensors", TABLE])
+def test_a_named_pipe_and_what_is_nested_too_deeply(name: str, tmp_path: Path) -> None:
+    made = checkpoint(tmp_path / "checkpoint-5")
+    if name.endswith(".json"):
+        (made / name).write_text("[" * 100_000)
+        assert f"its {name} cannot be read (it is nested too deeply)" == fault_of(made)
+    (made / name).unlink()
+    os.mkfifo(made / name)
+    assert name in str(fault_of(made))
 
 
 def test_a_checkpoint_that_lacks_one_of_the_files_of_its_weights(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import shutil
 import zipfile
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files_mimic import read_json
 from .arguments import MimicTrainingArguments
 from .data import MISSING_LOG
 from .hard_negatives import TABLE
@@ -22,21 +24,35 @@ logger = logging.getLogger("mimic_el.train")
 
 
 UNREADABLE_LOG = "unreadable_images.jsonl"
+STATE = "trainer_state.json"
+_WHOLE = ("global_step", "max_steps")
+_OTHER_KINDS: dict[str, type] = {
+    "stateful_callbacks": dict,
+    "trial_params": dict,
+    "best_model_checkpoint": str,
+    "trial_name": str,
+    "is_local_process_zero": bool,
+    "is_world_process_zero": bool,
+    "is_hyper_param_search": bool,
+}
 _SAVED_BY_TORCH = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin")
 
 
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words; `None` if all that training needs is there and whole."""
-    if not (checkpoint / "trainer_state.json").is_file():
-        return "it has no trainer_state.json"
+    if not (checkpoint / STATE).is_file():
+        return f"it has no {STATE}"
+    for path in sorted(checkpoint.iterdir()):
+        if not path.is_dir() and not path.is_file():  # reading a named pipe would wait for ever
+            return f"its {path.name} is no regular file"
     read: dict[str, Any] = {}
     for path in sorted(checkpoint.glob("*.json")):
         try:
-            read[path.name] = json.loads(path.read_text(encoding="utf-8"))
+            read[path.name] = read_json(path)
         except (OSError, ValueError) as error:
             return f"its {path.name} cannot be read ({error})"
-    if not isinstance(read["trainer_state.json"], dict):
-        return "its trainer_state.json holds no mapping"
+    if wrong := _wrong_in_state(read[STATE]):
+        return f"its {STATE} {wrong}"
     for name in sorted(_shards(read.get("model.safetensors.index.json"))):
         if not (checkpoint / name).is_file():
             return f"it lacks its {name}"
@@ -58,6 +74,31 @@ def fault_of(checkpoint: Path) -> str | None:
             np.load(checkpoint / TABLE, mmap_mode="r")  # compares the header with the file's size
     except (OSError, ValueError, EOFError) as error:
         return f"its {TABLE} is not whole ({error})"
+    return None
+
+
+def _wrong_in_state(state: Any) -> str | None:
+    """What keeps a Trainer from going on with a state; `None` if nothing does."""
+    if not isinstance(state, dict):
+        return "holds no mapping"
+    fields = dataclasses.fields(TrainerState)
+    kinds = {field.name: field.type.__name__ if isinstance(field.type, type) else str(field.type) for field in fields}
+    if unknown := sorted(state.keys() - kinds):
+        return f"has {unknown[0]!r:.60}, which this version of transformers does not know"
+    for name, value in state.items():
+        kind = kinds[name]
+        if value is None and ("None" in kind or name == "log_history"):
+            continue
+        # A bool is an int to Python, and JSON has numbers that are none.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+        if kind.startswith(("int", "float")):
+            fits = is_number and (name not in _WHOLE or (isinstance(value, int) and value >= 0))
+        elif name == "log_history":
+            fits = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+        else:
+            fits = isinstance(value, _OTHER_KINDS.get(name, object))
+        if not fits:
+            return f"has a `{name}` that is none"
     return None
 
 
