@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors_mimic import (
         CalibrationError,
         EntityIndexError,
+        LoadError,
         MentionError,
         MimicError,
         MimicImageError,
@@ -51,6 +52,7 @@ _HOMES = {
     "errors_mimic": [
         "CalibrationError",
         "EntityIndexError",
+        "LoadError",
         "MentionError",
         "MimicError",
         "MimicImageError",
@@ -106,6 +108,7 @@ __all__ = [
     "Explainer",
     "Explanation",
     "KnowledgeBase",
+    "LoadError",
     "MentionEntityCollator",
     "MentionError",
     "MentionFeatures",

@@ -439,11 +439,16 @@ def config_of(values: dict[str, Any], where: str) -> Any:
         where: what messages call it.
 
     Raises:
-        ValueError: if it is of no family that has an adapter.
+        ValueError: if it is of no family that has an adapter, or holds wrong values.
     """
     model_type = values.get("model_type")
-    if model_type in BACKBONES:
-        return BACKBONES[model_type].config_from(values)
+    if isinstance(model_type, str) and model_type in BACKBONES:
+        try:
+            return BACKBONES[model_type].config_from(values)
+        except Exception as error:  # the libraries have their own for each wrong value
+            raise ValueError(
+                f"{where} is no configuration of a model of type {model_type!r}: {' '.join(str(error).split()):.500}"
+            ) from error
     problem = f"{where} is a model of type {model_type!r}. "
     if str(model_type).endswith(("_text_model", "_vision_model")):
         missing = "vision" if str(model_type).endswith("_text_model") else "text"

@@ -10,7 +10,7 @@ from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 
 from .backbones_mimic import BACKBONES, SUPPORTED, TEXT_POOLINGS, backbone_of, config_of
 from .calibration_mimic import Calibration, is_newer
-from .saving_mimic import save_and_push
+from .saving_mimic import damage_told, save_and_push
 
 PIPELINE_TASK = "multimodal-entity-linking"
 CONTEXT_WINDOWS = ("start", "mention")
@@ -151,6 +151,16 @@ class MimicConfig(PreTrainedConfig):
         """What config.json holds: it tells transformers where the pipeline's code is, too."""
         return {**super().to_diff_dict(), "custom_pipelines": _CUSTOM_PIPELINES}
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """A checkpoint's configuration; arguments as of any configuration.
+
+        Raises:
+            LoadError: if its file is damaged.
+        """
+        with damage_told("configuration", pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the configuration and its code; arguments as of any configuration.
 
@@ -205,13 +215,13 @@ class MimicConfig(PreTrainedConfig):
         for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"MimicConfig: `{name}` must be a positive integer, got {value!r}.")
+                raise ValueError(f"MimicConfig: `{name}` must be a positive integer, got {value!r:.200}.")
         epsilon = self.layer_norm_eps
         if not isinstance(epsilon, int | float) or isinstance(epsilon, bool) or not 0 < epsilon < math.inf:
-            raise ValueError(f"MimicConfig: `layer_norm_eps` must be a positive number, got {epsilon!r}.")
+            raise ValueError(f"MimicConfig: `layer_norm_eps` must be a positive number, got {epsilon!r:.200}.")
         for name in ("mask_text_padding", "ignore_duplicate_answers", "symmetric_loss"):
             if not isinstance(value := getattr(self, name), bool):  # "false" would be true
-                raise ValueError(f"MimicConfig: `{name}` must be True or False, got {value!r}.")
+                raise ValueError(f"MimicConfig: `{name}` must be True or False, got {value!r:.200}.")
         self._check_backbone()
 
     def _check_backbone(self) -> None:
@@ -263,7 +273,7 @@ class MimicConfig(PreTrainedConfig):
 def check_context_window(owner: str, value: Any) -> None:
     """Raises a `ValueError` for a context window that there is not."""
     if value not in CONTEXT_WINDOWS:
-        raise ValueError(f"{owner}: `context_window` must be one of {', '.join(CONTEXT_WINDOWS)}, got {value!r}.")
+        raise ValueError(f"{owner}: `context_window` must be one of {', '.join(CONTEXT_WINDOWS)}, got {value!r:.200}.")
 
 
 HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
@@ -274,8 +284,8 @@ def _as_backbone_config(value: PreTrainedConfig | dict[str, Any] | None) -> Any:
         return CLIPConfig()
     if isinstance(value, dict):
         model_type = value.get("model_type", "clip")  # of old configurations
-        if model_type not in BACKBONES:
-            raise TypeError(f"MimicConfig: `backbone_config` is of model type {model_type!r}; {SUPPORTED}")
+        if not isinstance(model_type, str) or model_type not in BACKBONES:
+            raise TypeError(f"MimicConfig: `backbone_config` is of model type {model_type!r:.100}; {SUPPORTED}")
         return config_of({**value, "model_type": model_type}, "`backbone_config`")
     if not isinstance(value, PreTrainedConfig):
         raise TypeError(

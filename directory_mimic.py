@@ -34,7 +34,7 @@ from .files_mimic import (
     write_text,
 )
 from .identity_mimic import check_facts
-from .index_card_mimic import card_of_index
+from .index_card_mimic import card_of_index, is_index_card
 from .matching_mimic import Matcher
 from .names_mimic import NameTable
 from .precision_mimic import STORED_DTYPES
@@ -298,7 +298,11 @@ def publish(
     own = [shard_files(name)[0] for name in (manifest["matcher"], manifest["removed"]) if name]
     manifest["files"] = {file: file_facts(directory / file) for file in own}
     manifest["digest"] = sealed(manifest)["digest"]
-    write_text(directory / "README.md", card_of_index(directory.resolve().name, manifest, store))
+    card = directory / "README.md"
+    if is_index_card(card) or not (card.exists() or card.is_symlink()):
+        write_text(card, card_of_index(directory.resolve().name, manifest, store))
+    else:
+        logger.info("%s is none that was written from an index, and stays as it is.", card)
     write_json(directory / MANIFEST, manifest)
     try:
         remove_strays(directory, manifest)

@@ -23,6 +23,10 @@ class CalibrationError(MimicError, ValueError):
     """Mentions that a model cannot be calibrated on, a calibration that cannot be used, or none where one is needed."""
 
 
+class LoadError(MimicError, ValueError):
+    """A model, its configuration or its processor whose files are damaged, or hold what they should not."""
+
+
 class SaveError(MimicError, OSError):
     """A directory that a model, its configuration or its processor cannot be saved to, and why."""
 
@@ -37,6 +41,7 @@ class UnknownEntityError(MimicError, KeyError):
 __all__ = [
     "CalibrationError",
     "EntityIndexError",
+    "LoadError",
     "MentionError",
     "MimicError",
     "MimicImageError",

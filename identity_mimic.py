@@ -141,7 +141,8 @@ def same_model(facts: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def model_name(model: MimicModel) -> str:
     """The model's Hub id, or its directory's absolute path, which no Hub id looks like."""
     name = str(model.config.name_or_path or type(model).__name__)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return name.encode("utf-8", "backslashreplace").decode()  # a directory's name may be no text
 
 
 def copy_of_matcher(model: MimicModel) -> Matcher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from tqdm.auto import tqdm
 
-from .markdown_mimic import code, escaped, table
+from .files_mimic import regular
+from .markdown_mimic import code, escaped, listed, metadata_text, plain_line, table
 from .store_mimic import Store, TableFacts
 
 _TASK = "multimodal-entity-linking"
@@ -45,11 +47,19 @@ def card_of_index(place: str, manifest: Mapping[str, Any], store: Store, **about
 
 def hub_id(name: str) -> str | None:
     """The name, if it is a Hub id with a namespace."""
+    return name if "/" in name and _is_hub_id(name) else None
+
+
+def _is_hub_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    return name if "/" in name else None
+        return False
+    return True
+
+
+def _linked(name: str, prefix: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{prefix}{name})" if _is_hub_id(name) else code(name)
 
 
 def index_card(
@@ -77,13 +87,14 @@ def index_card(
     """
     size = sum(file["bytes"] for entry in manifest["shards"] for file in entry["files"].values())
     config, made_by = manifest["model"]["config"], manifest["model"]["name"]
-    title = place.rpartition("/")[2]
-    model = f"[{model_id}](https://huggingface.co/{model_id})" if model_id else _cell(Path(made_by).name)
+    title = plain_line(place.rpartition("/")[2])
+    model = _linked(model_id) if model_id else _cell(Path(made_by).name)
+    model_id = model_id if model_id and _is_hub_id(model_id) else None
     data = DatasetCardData(
-        license=license,
+        license=license and metadata_text(license),
         pretty_name=title,
         size_categories=[_size_category(count)],
-        source_datasets=[source] if source else None,
+        source_datasets=[source] if source and _is_hub_id(source) else None,
         base_model=model_id,
         task_categories=["text-retrieval"],
         tags=["entity-linking", _TASK, "mimic", "entity-index"],
@@ -105,15 +116,16 @@ def index_card(
     rows = [
         ("Entities", f"{count:,}"),
         ("With a description", share),
-        ("Fields", ", ".join(map(_cell, facts.fields))),
+        ("Fields", listed(map(_cell, facts.fields))),
         ("Features stored as", manifest["dtype"]),
         ("Size", f"{tqdm.format_sizeof(size)}B ({size / max(1, count):,.0f} bytes an entity, its data included)"),
         ("Model", model),
     ]
     if source:
-        rows.append(("Made from", f"[{source}](https://huggingface.co/datasets/{source})"))
+        rows.append(("Made from", _linked(source, "datasets/")))
     shown = ["id", "name", "description"]
     example_rows = [[_cell(record.get(name, "")) for name in shown] for record in islice(examples, _EXAMPLES)]
+    quoted_place = json.dumps(plain_line(place), ensure_ascii=False)
     text = f"""# {escaped(title)}: {count:,} entities to link mentions to
 
 A knowledge base, encoded for multimodal entity linking: given a mention, its sentence and its image, the MIMIC model
@@ -127,7 +139,7 @@ from transformers import pipeline
 linker = pipeline(
     "{_TASK}",
     model="{model_id or "THE-MODEL"}",
-    index="{place}",
+    index={quoted_place},
     trust_remote_code=True,
 )
 linker({{"mention": "Orange", "text": "Orange opened a shop on the corner.", "image": "photo.png"}}, top_k=3)
@@ -139,7 +151,7 @@ The entities alone, without features, are a data set:
 ```python
 from datasets import load_dataset
 
-entities = load_dataset("{place}", "entities", split="kb")
+entities = load_dataset({quoted_place}, "entities", split="kb")
 ```
 
 ## What is in it
@@ -163,16 +175,26 @@ The first of them:
 
 {_licence(license, source)}
 """
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+    return f"---\n{data.to_yaml()}\n---\n\n{_OURS}\n\n{text}"
 
 
+def is_index_card(path: Path) -> bool:
+    """Whether a file is a page that was written from an index, or empty, so that it may be written anew."""
+    try:
+        text = regular(path).read_bytes()
+    except OSError:
+        return False
+    return not text.strip() or _OURS.encode() in text
+
+
+_OURS = "<!-- Written from the index, and anew whenever it changes. Without this line it stays as you made it. -->"
 _NO_MODEL_ID = """
 `THE-MODEL` is the directory or Hub id of the model named above.
 """
 
 
 def _licence(license: str | None, source: str | None) -> str:
-    of = f"[{source}](https://huggingface.co/datasets/{source})" if source else "the knowledge base it was made from"
+    of = _linked(source, "datasets/") if source else "the knowledge base it was made from"
     if license is None:
         return f"That of {of}."
     return f"{code(license)}, after {of}."

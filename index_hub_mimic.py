@@ -23,6 +23,7 @@ from .errors_mimic import EntityIndexError
 from .files_mimic import json_text
 from .hub_files_mimic import refuse_links
 from .index_card_mimic import card_of_index, hub_id
+from .markdown_mimic import plain_line
 from .matching_mimic import Matcher
 from .store_mimic import Store
 
@@ -88,7 +89,7 @@ def files_for_hub(
         made_by = manifest["model"]["name"]
         model_id = model_id or hub_id(made_by)
         # A path on this machine is nothing to publish.
-        manifest["model"]["name"] = model_id or Path(made_by).name
+        manifest["model"]["name"] = plain_line(model_id or Path(made_by).name)
         card = card_of_index(repo_id, manifest, store, model_id=model_id, license=license, source=source)
         yield {
             **{name: directory / name for name in files_of(manifest)},

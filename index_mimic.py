@@ -299,7 +299,7 @@ class EntityIndex(SearchableIndex):
     # --- Save and load
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Stores the index in a directory; removed entities are left out.
+        """Stores the index in a directory; removed entities are left out. A README.md of your own that is there stays.
 
         Args:
             save_directory: the directory; an index that is there is replaced, once this one is complete.

@@ -10,28 +10,45 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# How many characters of a text are shown unless a place has its own number, and how many as many are looked at for it;
+# how many items of a list.
+SHOWN, _READ, _LISTED = 300, 16, 50
 # After this, which nobody sees, a bare address or e-mail address is not made a link of.
 _WORD_JOINER = "\u2060"
 
 
-def plain_line(text: Any, limit: int | None = None) -> str:
+def plain_line(text: Any, limit: int = SHOWN) -> str:
     """Text as one line of printable characters, cut at `limit` characters."""
-    words = "".join(character if character.isprintable() else " " for character in str(text)).split()
-    line = " ".join(words)
-    return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
+    text = str(text)
+    some = text[: _READ * limit]  # of a text of megabytes no more is looked at
+    line = " ".join("".join(character if character.isprintable() else " " for character in some).split())
+    return line if len(line) <= limit and len(some) == len(text) else line[: limit - 1] + "…"
 
 
-def escaped(text: Any, limit: int | None = None) -> str:
-    """Text as a line of Markdown that shows it as it is, also in a heading or the cell of a table."""
+def metadata_text(text: Any, limit: int = SHOWN) -> str:
+    """Text as a value of a card's metadata: what YAML and UTF-8 can hold of it, cut at `limit` characters."""
+    some = str(text)[:limit]
+    return "".join(character if character.isprintable() or character in "\n\t" else " " for character in some)
+
+
+def escaped(text: Any, limit: int = SHOWN) -> str:
+    """Text as a line of Markdown that shows it as it is, also in a heading or the cell of a table, cut at `limit`
+    characters."""
     line = plain_line(text, limit).replace("&", "&amp;").replace("<", "&lt;")
     line = re.sub(r"([\\`*_{}\[\]()#|!~>$])", r"\\\1", line)
     line = re.sub(r"^(\d*)([-+.])", r"\1\\\2", line)  # no list
     return re.sub(r"(?i):(?=//)|www(?=\.)|mailto:|xmpp:|(?=@)", rf"\g<0>{_WORD_JOINER}", line)
 
 
-def code(text: Any) -> str:
+def listed(texts: Iterable[Any], limit: int = _LISTED) -> str:
+    """Texts that are Markdown already, of which some are listed and the others counted."""
+    every = list(texts)
+    return ", ".join(every[:limit]) + (f" and {len(every) - limit:,} more" if len(every) > limit else "")
+
+
+def code(text: Any, limit: int = SHOWN) -> str:
     """Text as code in a line: between more backticks than it has together."""
-    line = plain_line(text).replace("|", "\u01c0")  # a bar would end the cell of a table, even in code
+    line = plain_line(text, limit).replace("|", "\u01c0")  # a bar would end the cell of a table, even in code
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     space = " " if line.startswith("`") or line.endswith("`") or not line else ""
     return f"{fence}{space}{line}{space}{fence}"
@@ -59,4 +76,4 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], right: bool = Fals
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(head), rule, *cells])
 
 
-__all__ = ["code", "code_block", "escaped", "plain_line", "table"]
+__all__ = ["SHOWN", "code", "code_block", "escaped", "listed", "metadata_text", "plain_line", "table"]

@@ -39,7 +39,7 @@ from .matching_mimic import (
     at_least_float32,
     is_traced,
 )
-from .saving_mimic import save_and_push
+from .saving_mimic import damage_told, save_and_push
 
 logger = logging.get_logger(__name__)
 
@@ -101,9 +101,14 @@ class MimicPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            LoadError: if its files are damaged.
+        """
+        with damage_told("model", pretrained_model_name_or_path):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
         model.encoder.freeze_unused()  # loading makes every parameter trainable
         return loaded

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .configuration_mimic import HUB_KWARGS, MimicConfig, check_context_window
 from .images_mimic import ImageInput, first_image, listed
 from .preparation_mimic import ImagePreparation, image_processor_for, settings_of
-from .saving_mimic import save_and_push
+from .saving_mimic import damage_told, save_and_push
 from .templates_mimic import TextTemplate
 from .texts_mimic import check_unicode
 
@@ -88,11 +88,16 @@ class MimicProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """A checkpoint's processor; arguments as of any processor."""
+        """A checkpoint's processor; arguments as of any processor.
+
+        Raises:
+            LoadError: if its files are damaged.
+        """
         for name in _MODEL_ARGUMENTS:
             # pipeline() passes them on. The tokenizer would take them for its own, and fail to save them.
             kwargs.pop(name, None)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with damage_told("processor", pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Directories that a caller names to save in: checked, made, and written in as a whole.
+"""Directories that a caller names: checked, written in as a whole, and what is wrong with their files told.
 
 What is saved is written beside what is there, and takes its place when all of it is written: so a disk that fills up
 costs nothing that was there. Knows nothing of what is saved, and loads no library.
@@ -16,8 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors_mimic import EntityIndexError, MimicError, SaveError
+from .errors_mimic import EntityIndexError, LoadError, MimicError, SaveError
 
+_OF_FILES = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RecursionError)
+_OF_LIBRARIES = ("SafetensorError", "StrictDataclass")
 Saved = TypeVar("Saved")
 _BESIDE = ".saving-"
 _WHERE_BESIDE = re.compile(rf"{re.escape(_BESIDE)}[^/\\\\']+[/\\\\]?")
@@ -145,6 +147,36 @@ def _errors_told(directory: Path) -> Iterator[None]:
         raise _save_error(directory, error) from error
 
 
+@contextmanager
+def damage_told(what: str, place: Any) -> Iterator[None]:
+    """Tells as such what a library raises of files that are damaged, or hold what they should not.
+
+    Errors that say themselves what is wrong pass: ours, those of the system, and of the Hub.
+
+    Args:
+        what: what is loaded, such as "model".
+        place: its directory or Hub id.
+
+    Raises:
+        LoadError: in the place of other errors.
+    """
+    try:
+        yield
+    except (MimicError, OSError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())
+        is_of_files = isinstance(error, _OF_FILES) or type(error).__name__.startswith(_OF_LIBRARIES)
+        if "ignore_mismatched_sizes" in told:
+            told = "its weights do not fit its configuration, as the report above says"
+        elif not is_of_files or told.startswith("Mimic"):
+            raise
+        raise LoadError(
+            f"The {what} in {str(place)!a:.200} cannot be loaded ({type(error).__name__}: {told:.500}). One of its "
+            "files is damaged, or holds what does not belong there: save or download it again."
+        ) from error
+
+
 def _save_error(directory: Path, error: BaseException) -> SaveError:
     place = ascii(os.fspath(directory)) if not os.fspath(directory).isprintable() else os.fspath(directory)
     if is_full(error):
@@ -159,4 +191,4 @@ def _save_error(directory: Path, error: BaseException) -> SaveError:
     return told
 
 
-__all__ = ["SaveError", "directory_of", "empty_path", "is_full", "save_and_push", "save_whole"]
+__all__ = ["damage_told", "directory_of", "empty_path", "is_full", "save_and_push", "save_whole"]

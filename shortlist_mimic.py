@@ -83,7 +83,10 @@ class Shortlist:
                 sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 40 * lists].sort().values
                 index.train(shortlist_vectors(store.gather(sample, _NAMES, device)))
         except RuntimeError as error:
-            raise ValueError(f"faiss cannot make the index {factory!r} of {count:,} entities: {error}") from error
+            removed = f" and {store.removed_count:,} removed ones" if store.removed_count else ""
+            raise ValueError(
+                f"faiss cannot make the index {factory!r} of {count - store.removed_count:,} entities{removed}: {error}"
+            ) from error
         with tqdm(total=count, desc="Shortlist", unit=" entities", disable=not show_progress) as progress:
             for start in range(0, count, _BLOCK):
                 stop = min(start + _BLOCK, count)

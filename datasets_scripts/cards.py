@@ -17,7 +17,7 @@ from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from mimic_el.markdown_mimic import escaped, plain_line, table
+from mimic_el.markdown_mimic import escaped, listed, metadata_text, plain_line, table
 
 from .custom import CustomData
 from .melbench import MelBench
@@ -152,8 +152,8 @@ def metadata(source: Source, facts: CardFacts) -> DatasetCardData:
     is_custom = isinstance(source, CustomData)
     data = DatasetCardData(
         language=None if is_custom else ["en"],
-        license=facts.license or _licence(source)[0],
-        pretty_name=facts.pretty_name or source.benchmark.pretty_name,
+        license=metadata_text(facts.license or _licence(source)[0]),
+        pretty_name=metadata_text(facts.pretty_name or source.benchmark.pretty_name),
         size_categories=[_size_category(sum(split.rows for split in facts.splits["mentions"].values()))],
         task_categories=["text-retrieval"],
         task_ids=["entity-linking-retrieval"],
@@ -318,7 +318,7 @@ def card_text(source: Source, report: Report, facts: CardFacts, figures: list[st
         ],
         differing=differing,
         is_as_published=bool(published) and not differing,
-        unused_fields=", ".join(f"{escaped(name)} ({count:,})" for name, count in sorted(report.unused_fields.items())),
+        unused_fields=listed(f"{escaped(name)} ({count:,})" for name, count in sorted(report.unused_fields.items())),
         findings=[[kind, report.counts[kind], KINDS[kind].effect] for kind in KINDS if report.counts[kind]],
         max_listed=MAX_LISTED,
         licence=f"Licence: {escaped(facts.license)}." if facts.license else _licence(source)[1],

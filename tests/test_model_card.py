@@ -249,3 +249,21 @@ def test_long_texts_of_data_are_cut() -> None:
     linked = [{"entity_id": long, "name": long, "description": long, "score": 1.0}]
     example = {"row": 0, "mention": long, "sentence": long, "answer": long, "has_image": False, "linked": linked}
     assert len(text_of(a_run(example=example))) < 8000
+
+
+def test_names_that_are_no_paths_and_no_text(tmp_path: Path) -> None:
+    """Of data set, base model and revision; all metadata can be written, and nothing is long."""
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("a\0b", "half \ud800", "x" * 100_000, str(tmp_path / "loop"), "caf\udce9/b"):
+        run = a_run(dataset=name, base_model=name, dataset_revision=name)
+        text = text_of(run, name)
+        assert text.encode().count(b"\0") == 0
+        assert len(text) < 15_000
+        run.write(tmp_path / "card", name)
+
+
+def test_long_lists_are_cut() -> None:
+    kinds = {f"kind {number}_{name}": 0.5 for number in range(200) for name in ("hits@1", "mrr")}
+    text = text_of(a_run(metrics={"test": {**METRICS, **kinds}}))
+    assert text.count("| This model, test, kind ") == 50
+    assert "| This model, test, 150 more kinds |" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -16,9 +17,10 @@ import torch
 from tiny import tiny_processor
 from tiny_clip import tiny_config, tiny_model
 
-from mimic_el.errors_mimic import EntityIndexError, MimicError, SaveError
+from mimic_el.errors_mimic import EntityIndexError, LoadError, MimicError, SaveError
 from mimic_el.modeling_mimic import MimicModel
 from mimic_el.pipeline_mimic import MultimodalEntityLinkingPipeline
+from mimic_el.processing_mimic import MimicProcessor
 
 MODEL = tiny_model()
 PROCESSOR = tiny_processor(MODEL)
@@ -121,3 +123,62 @@ def test_weights_of_a_checkpoint_that_is_replaced(door: str, sizes: tuple[str, s
     loaded = MimicModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in other.state_dict().items())
     assert (tmp_path / "model.fp16.safetensors").read_text() == "another's"
+
+
+DAMAGES: dict[str, bytes] = {
+    "nested": b"[" * 100_000,
+    "no mapping": b"[1]",
+    "no UTF-8": b'{"a": "\xff"}',
+    "no JSON": b"{",
+    "a number": b"1" * 5000,
+}
+WRONG: dict[str, list[Any]] = {
+    "backbone_config": [
+        "x",
+        {"model_type": ["clip"]},
+        {"model_type": "clip", "id2label": "x"},
+        {"model_type": "clip", "projection_dim": [[]]},
+        {"model_type": "clip", "dtype": "true"},
+    ],
+    "image_processor": [5, {"size": [[]]}, {"image_processor_type": [1]}, {"auto_map": 5}],
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    MODEL.save_pretrained(directory)
+    PROCESSOR.save_pretrained(directory)
+    return directory
+
+
+def load(directory: Path) -> None:
+    MimicModel.from_pretrained(directory)
+    MimicProcessor.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_of_a_checkpoint(damage: str, name: str, saved: Path, tmp_path: Path):
+    place = shutil.copytree(saved, tmp_path / "there")
+    (place / name).write_bytes(DAMAGES[damage])
+    with pytest.raises((LoadError, OSError), match="there"):  # transformers has a sentence for files that are no JSON
+        load(place)
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_wrong_values_in_files_of_a_checkpoint(key: str, saved: Path, tmp_path: Path):
+    place = shutil.copytree(saved, tmp_path / "there")
+    path = place / ("config.json" if key == "backbone_config" else "processor_config.json")
+    before = json.loads(path.read_text())
+    for value in WRONG[key]:
+        path.write_text(json.dumps({**before, key: value}))
+        with pytest.raises((LoadError, TypeError), match=r"there|MimicConfig: `backbone_config`"):
+            load(place)
+
+
+def test_weights_of_another_configuration(saved: Path, tmp_path: Path):
+    place = shutil.copytree(saved, tmp_path / "there")
+    tiny_config(tglu_hidden_size=5).save_pretrained(place)
+    with pytest.raises(LoadError, match="its weights do not fit its configuration"):
+        load(place)

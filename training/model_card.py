@@ -64,8 +64,8 @@ _ARGUMENTS = (
     "index_dtype",
 )
 _CONFIG = ("text_max_length", "mask_text_padding", "ignore_duplicate_answers", "symmetric_loss", "context_window")
-# How many characters of a text of the data are shown, and of an id.
-_TEXT_SHOWN, _ID_SHOWN = 300, 100
+# How many characters of a text of the data are shown, and of an id; how many kinds of mentions.
+_TEXT_SHOWN, _ID_SHOWN, _KINDS_SHOWN = 300, 100, 50
 _CITATION = """\
 @inproceedings{luo2023mimic,
   title = {Multi-Grained Multimodal Interaction Network for Entity Linking},
@@ -180,7 +180,7 @@ class TrainingRun:
     @property
     def dataset_title(self) -> str | None:
         """The last part of the data set's id or path."""
-        return None if self.dataset is None else Path(self.dataset).resolve().name
+        return None if self.dataset is None else _last_part(self.dataset)
 
     def card(
         self,
@@ -197,6 +197,7 @@ class TrainingRun:
             with_reliability: whether `reliability.png` is.
             with_explanation: whether `explanation.png` is.
         """
+        title = plain_line(model_name.rpartition("/")[2], _ID_SHOWN)
         data = ModelCardData(
             library_name="transformers",
             license=self.license,
@@ -204,7 +205,7 @@ class TrainingRun:
             base_model=_hub_id(self.base_model),
             datasets=[self.dataset_id] if self.dataset_id else None,
             tags=["mimic", TASK, "entity-linking", "multimodal", "custom_code"],
-            model_name=model_name.rpartition("/")[2],
+            model_name=title,
             eval_results=self._eval_results() or None,
             metrics=None,
         )
@@ -215,7 +216,7 @@ class TrainingRun:
             escaped=escaped,
             code=code,
             table=table,
-            title=model_name.rpartition("/")[2],
+            title=title,
             encoder=escaped(self.encoder),
             start="random weights" if self.base_model is None else _linked("", self.base_model),
             data=_linked("datasets/", self.dataset) if self.dataset else "",
@@ -256,7 +257,9 @@ class TrainingRun:
                         dataset_name=self.dataset_title or "unknown",
                         dataset_config="mentions",
                         dataset_split=split,
-                        dataset_revision=self.dataset_revision if self.dataset_id else None,
+                        dataset_revision=plain_line(self.dataset_revision, _ID_SHOWN)
+                        if self.dataset_id and self.dataset_revision
+                        else None,
                         metric_type=name,
                         metric_name=_LABELS[name],
                         metric_value=round(float(metrics[name]), 6),
@@ -307,10 +310,12 @@ class TrainingRun:
         for split, metrics in self.metrics.items():
             rows.append((f"This model, {split}", metrics, 100.0))
             kinds = sorted({name[: -len("_mrr")] for name in metrics if name.endswith("_mrr")})
-            for kind in kinds:
+            for kind in kinds[:_KINDS_SHOWN]:
                 names = [name for name in (*_SHOWN, "mentions") if f"{kind}_{name}" in metrics]
                 own = {name: metrics[f"{kind}_{name}"] for name in names}
-                rows.append((f"This model, {split}, kind {escaped(kind)}", own, 100.0))
+                rows.append((f"This model, {split}, kind {escaped(kind, _ID_SHOWN)}", own, 100.0))
+            if len(kinds) > _KINDS_SHOWN:
+                rows.append((f"This model, {split}, {len(kinds) - _KINDS_SHOWN:,} more kinds", {}, 100.0))
         if rows and self.benchmark is not None:
             rows.append(("Published MIMIC, test", PUBLISHED[self.benchmark], 1.0))
         return [
@@ -517,7 +522,15 @@ def _linked(prefix: str, name: str | None) -> str:
     hub_id = _hub_id(name)
     if hub_id is not None:
         return f"[{hub_id}](https://huggingface.co/{prefix}{hub_id})"
-    return code(Path(str(name)).resolve().name)
+    return code(_last_part(str(name)))
+
+
+def _last_part(name: str) -> str:
+    """The last part of an id or a path, as a line."""
+    try:
+        return plain_line(Path(name).resolve().name, _ID_SHOWN)
+    except (OSError, RuntimeError, ValueError):  # it cannot be a path, or its links go round
+        return plain_line(Path(name).name, _ID_SHOWN)
 
 
 def _quoted(text: str) -> str:
