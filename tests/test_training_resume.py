@@ -57,8 +57,8 @@ def test_a_cut_file_is_named_and_the_checkpoint_before_is_taken(
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"global_step": value} for value in ("1", True, -1, 1.5, None, float("nan"), 10**400)),
-        *({"log_history": value} for value in (5, {}, [1], "x")),
+        *[{"global_step": wrong} for wrong in ("1", True, -1, 1.5, None, float("nan"), 10**400)],
+        *[{"log_history": other} for other in (5, {}, [1], "x")],
         *({"stateful_callbacks": []}, {"best_metric": "0.5"}, {"best_model_checkpoint": 5}, {"epoch": []}),
         {"a field of tomorrow": 1},
         [{"global_step": 1}],
