@@ -152,14 +152,14 @@ class MimicConfig(PreTrainedConfig):
         return {**super().to_diff_dict(), "custom_pipelines": _CUSTOM_PIPELINES}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """A checkpoint's configuration; arguments as of any configuration.
 
         Raises:
             LoadError: if its file is damaged.
         """
         with damage_told("configuration", pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the configuration and its code; arguments as of any configuration.

@@ -54,11 +54,15 @@ def test_a_cut_file_is_named_and_the_checkpoint_before_is_taken(
         checkpoint_to_resume(args)
 
 
+WRONG_STEPS: list[Any] = ["1", True, -1, 1.5, None, float("nan"), 10**400]
+WRONG_LOGS: list[Any] = [5, {}, [1], "x"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        *[{"global_step": wrong} for wrong in ("1", True, -1, 1.5, None, float("nan"), 10**400)],
-        *[{"log_history": other} for other in (5, {}, [1], "x")],
+        *({"global_step": value} for value in WRONG_STEPS),
+        *({"log_history": value} for value in WRONG_LOGS),
         *({"stateful_callbacks": []}, {"best_metric": "0.5"}, {"best_model_checkpoint": 5}, {"epoch": []}),
         {"a field of tomorrow": 1},
         [{"global_step": 1}],
