@@ -62,9 +62,9 @@ class TopK:
 class Places:
     """The answers of M mentions, and how many other entities are known to score above them, or as much."""
 
-    def __init__(self, answers: Tensor, gold: Tensor) -> None:
+    def __init__(self, answers: Tensor, answer_score: Tensor) -> None:
         self.answers = answers  # (M,) rows
-        self.gold = gold  # (M, 1) their scores
+        self.answer_score = answer_score  # (M, 1) their scores
         self.above, self.equal = torch.zeros_like(answers), torch.zeros_like(answers)
 
     def within(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class Searcher:
         self,
         mentions: MentionFeatures,
         answers: Tensor,
-        gold: Tensor,
+        answer_score: Tensor,
         exhaustive: bool,
         advance: Callable[[int], Any],
     ) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ class Searcher:
 
         Args:
             answers (`torch.LongTensor` of shape `(M,)`): the row of each mention's answer; -1 where it is elsewhere.
-            gold (`torch.Tensor` of shape `(M,)`): its score.
+            answer_score (`torch.Tensor` of shape `(M,)`): its score.
 
         Returns:
             two `torch.LongTensor` of shape `(M,)`.
@@ -142,10 +142,10 @@ class Searcher:
         query = Query.of(self.matcher, mentions)
         plainly = torch.full_like(answers, exhaustive or self.sampler.few(query), dtype=torch.bool)
         if not bool(plainly.all()):
-            plainly = self.sampler.unprunable(query, gold.unsqueeze(1), slice(0, len(self.blocks)), ranks=True)
+            plainly = self.sampler.unprunable(query, answer_score.unsqueeze(1), slice(0, len(self.blocks)), ranks=True)
         above, equal = torch.zeros_like(answers), torch.zeros_like(answers)
         for way, picked, some in self._ways(query, plainly):
-            places = Places(answers[picked], gold[picked].unsqueeze(1))
+            places = Places(answers[picked], answer_score[picked].unsqueeze(1))
             self._rank_all(some, way, places, advance)
             above[picked], equal[picked] = places.above, places.equal
         return above, equal
@@ -307,21 +307,21 @@ class Searcher:
         for first, scores, margin in self._all_scores(query, start, stop):
             rows, columns = places.within(first, first + scores.shape[1])
             scores[rows, columns] = -torch.inf
-            surely = scores > places.gold + margin
-            rows, columns = (~surely & (scores >= places.gold - margin)).nonzero(as_tuple=True)
+            surely = scores > places.answer_score + margin
+            rows, columns = (~surely & (scores >= places.answer_score - margin)).nonzero(as_tuple=True)
             places.above += surely.sum(dim=1)
             self._compare(query, rows, columns + first, places)
 
     def _rank_pruned(self, query: Query, plan: ImagePlan, start: int, stop: int, places: Places) -> ImagePlan:
         """Takes a block into account; gives the plan for the next."""
         block = self.stages.coarse(query, plan, start, stop, places.within(start, stop))
-        pairs, plan = self.stages.contenders(query, plan, block, places.gold)
-        surely = pairs.lower > (places.gold + block.margin)[pairs.mention_rows, 0]
+        pairs, plan = self.stages.contenders(query, plan, block, places.answer_score)
+        surely = pairs.lower > (places.answer_score + block.margin)[pairs.mention_rows, 0]
         above = torch.bincount(pairs.mention_rows[surely], minlength=len(query))
         pairs, unprunable = self._part_unprunable(query, block, pairs[~surely])
         self._compare(query, pairs.mention_rows, pairs.columns + start, places)
         if len(unprunable):
-            some = Places(places.answers[unprunable], places.gold[unprunable])
+            some = Places(places.answers[unprunable], places.answer_score[unprunable])
             self._rank_exhaustive(Query.of(self.matcher, query.mentions[unprunable]), start, stop, some)
             above[unprunable] = some.above
             places.equal[unprunable] += some.equal
@@ -332,9 +332,9 @@ class Searcher:
         """Counts the pairs whose exact score is above their mention's answer's, or ties with it."""
         pairs = score_pairs(self.matcher, query.mentions, mention_rows, self.blocks, entity_rows, self.block_bytes)
         self.stats.exact_pairs += len(mention_rows)
-        gold = places.gold[mention_rows, 0]
-        tie = are_equal(pairs.total, gold)
-        places.above += torch.bincount(mention_rows[~tie & (pairs.total > gold)], minlength=len(query))
+        answer_score = places.answer_score[mention_rows, 0]
+        tie = are_equal(pairs.total, answer_score)
+        places.above += torch.bincount(mention_rows[~tie & (pairs.total > answer_score)], minlength=len(query))
         places.equal += torch.bincount(mention_rows[tie], minlength=len(query))
 
 
@@ -476,8 +476,8 @@ def answer_ranks(
     with torch.inference_mode(), full_precision(mentions.device):
         for start in range(0, len(mentions), _MENTION_BLOCK):
             part = slice(start, start + _MENTION_BLOCK)
-            gold = searcher.scores_of(mentions[part], answers[part])
-            above, equal = searcher.ranks(mentions[part], answers[part], gold, method == "exhaustive", advance)
+            answer_score = searcher.scores_of(mentions[part], answers[part])
+            above, equal = searcher.ranks(mentions[part], answers[part], answer_score, method == "exhaustive", advance)
             ranks[part] = (1 + above + equal / 2).double().cpu()
     return ranks, searcher.stats
 
@@ -493,7 +493,7 @@ def better_entities(
     entities: EntityBlocks,
     mentions: MentionFeatures,
     answers: Tensor,
-    gold: Tensor,
+    answer_score: Tensor,
     *,
     method: str,
     advance: Callable[[int], Any],
@@ -504,7 +504,7 @@ def better_entities(
     Args:
         answers (`torch.LongTensor` of shape `(M,)`): the row of each mention's answer, which does not count; -1 where
             it is in another part.
-        gold (`torch.Tensor` of shape `(M,)`): the scores of the answers.
+        answer_score (`torch.Tensor` of shape `(M,)`): the scores of the answers.
 
     Returns:
         two `torch.LongTensor` of shape `(M,)`.
@@ -515,7 +515,7 @@ def better_entities(
         for start in range(0, len(mentions), _MENTION_BLOCK):
             part = slice(start, start + _MENTION_BLOCK)
             above[part], equal[part] = searcher.ranks(
-                mentions[part], answers[part], gold[part], method == "exhaustive", advance
+                mentions[part], answers[part], answer_score[part], method == "exhaustive", advance
             )
     return above, equal
 

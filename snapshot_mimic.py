@@ -245,10 +245,12 @@ class Snapshot:
     ) -> tuple[np.ndarray, np.ndarray]:
         mentions, store = self._checked(mentions, method), self.contents.store
         rows = self._answer_rows(mentions, answers)
-        gold = for_each_mention("scores", np.nan if scores is None else scores, mentions)
-        assert gold is not None
+        answer_score = for_each_mention("scores", np.nan if scores is None else scores, mentions)
+        assert answer_score is not None
         with _progress("Ranking", len(rows) * len(store), show_progress) as advance:
-            above, equal = better_entities(self.matcher, store, mentions, rows, gold, method=method, advance=advance)
+            above, equal = better_entities(
+                self.matcher, store, mentions, rows, answer_score, method=method, advance=advance
+            )
         return above.cpu().numpy(), equal.cpu().numpy()
 
     def _answer_rows(self, mentions: MentionFeatures, answers: Sequence[str | None]) -> Tensor:

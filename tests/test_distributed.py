@@ -137,9 +137,9 @@ def test_candidates_floors_and_ranks(parts: Any, whole: Any) -> None:
     # It may itself be a part of a knowledge base.
     scores = parts.answer_scores(mentions, answers)
     np.testing.assert_allclose(scores, index.answer_scores(mentions, answers), rtol=1e-5)
-    gold, wanted = np.nan_to_num(scores), ["e1" if answer is None else answer for answer in answers]
+    of_answers, wanted = np.nan_to_num(scores), ["e1" if answer is None else answer for answer in answers]
     np.testing.assert_array_equal(
-        parts.count_better(mentions, gold, wanted), index.count_better(mentions, gold, wanted)
+        parts.count_better(mentions, of_answers, wanted), index.count_better(mentions, of_answers, wanted)
     )
 
 

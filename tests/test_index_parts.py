@@ -46,8 +46,8 @@ def test_ranks_are_the_sums_over_parts(
     parts = cut(index, model, bounds)
     scores = np.stack([part.answer_scores(mentions, answers) for part in parts])
     assert (np.isnan(scores).sum(axis=0) == [len(parts) - (answer is not None) for answer in answers]).all()
-    gold = np.nan_to_num(scores).sum(axis=0)
-    counts = np.sum([part.count_better(mentions, gold, answers, method=method) for part in parts], axis=0)
+    of_answers = np.nan_to_num(scores).sum(axis=0)
+    counts = np.sum([part.count_better(mentions, of_answers, answers, method=method) for part in parts], axis=0)
     ranks = 1 + counts[0] + counts[1] / 2
     ranks[3] = np.nan
     np.testing.assert_array_equal(ranks, index.rank(mentions, answers).ranks)

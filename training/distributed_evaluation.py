@@ -188,17 +188,9 @@ def ranked_by_all(
             all_of_them("scoring answers", lambda: None)
         every = _arrays_of_all(scores)
         known = ~np.isnan(every).all(axis=0)
-        gold = np.where(known, np.nanmax(np.where(np.isnan(every), -np.inf, every), axis=0), 0)
-
-        def count(features: Any = features, answers: Any = answers, known: Any = known, gold: Any = gold) -> np.ndarray:
-            counts = np.zeros((2, len(known)), dtype=np.int64)
-            if part is not None and known.any():
-                rows = torch.from_numpy(known.nonzero()[0]).to(features.device)
-                wanted = [answers[row] for row in rows.tolist()]
-                counts[:, known] = part.count_better(features[rows], gold[known], wanted)
-            return counts
-
-        above, equal = _arrays_of_all(all_of_them("ranking mentions", count)).sum(axis=0)
+        answer_scores = np.where(known, np.nanmax(np.where(np.isnan(every), -np.inf, every), axis=0), 0)
+        counts = functools.partial(_counts, part, features, answers, answer_scores, known)
+        above, equal = _arrays_of_all(all_of_them("ranking mentions", counts)).sum(axis=0)
         ranks.append(np.where(known, 1 + above + equal / 2, np.nan))
         results.ids += block.named["id"]
         results.answers += answers
@@ -211,6 +203,24 @@ def ranked_by_all(
     if all(kind is None for kind in results.kinds or []):
         results.kinds = None
     return results
+
+
+def _counts(
+    part: EntityIndex | None,
+    features: MentionFeatures,
+    answers: Sequence[str],
+    answer_scores: np.ndarray,
+    known: np.ndarray,
+) -> np.ndarray:
+    """How many entities of a part are better than each mention's answer, and how many as good: int64 of shape (2, M);
+    zeros where the answer is in no part."""
+    counts = np.zeros((2, len(known)), dtype=np.int64)
+    if part is not None and known.any():
+        rows = torch.from_numpy(known.nonzero()[0]).to(features.device)
+        counts[:, known] = part.count_better(
+            features[rows], answer_scores[known], [answers[row] for row in rows.tolist()]
+        )
+    return counts
 
 
 def _arrays_of_all(own: np.ndarray) -> np.ndarray:
