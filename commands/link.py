@@ -7,11 +7,12 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
+from tqdm.auto import tqdm
 
 from ..console import takes_unicode
 from ..errors_mimic import MimicError
@@ -114,6 +115,9 @@ def link(
             "--output_file", parser=path_of_option, metavar="PATH", help="Where to write (default: standard output)."
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the output file of a run that was interrupted.")
+    ] = False,
 ) -> None:
     """Link texts to entities: JSON Lines, each mention with its best `entities`, each document with its `mentions`."""
     single = {
@@ -129,7 +133,11 @@ def link(
         raise CommandError("Give either --index or --entities, not both.")
     if mentions is not None and mentions != "-" and not Path(mentions).is_file():
         raise CommandError(f"There is no file {mentions}.")
+    if resume and (output_file is None or mentions in (None, "-")):
+        raise CommandError("--resume goes on in an --output_file, with the lines of a file of mentions.")
     given = iter([(1, single, single)]) if mentions is None else mentions_of(mentions)
+    if resume and output_file is not None and output_file.is_file():
+        _skip_linked(given, output_file, str(mentions))
     place = {None: "the command line", "-": "standard input"}.get(mentions, str(mentions))
 
     from ..pipeline_mimic import MultimodalEntityLinkingPipeline
@@ -158,7 +166,10 @@ def link(
         except (OSError, ValueError, ImportError) as error:
             raise CommandError(f"--mention_detector {mention_detector!r}: {one_line(error)}") from error
     call["on_image_error"] = on_image_error.value
-    output: IO[str] = sys.stdout if output_file is None else open(output_file, "w", encoding="utf-8")  # noqa: SIM115
+    mode = "a" if resume else "w"
+    output: IO[str] = sys.stdout if output_file is None else open(output_file, mode, encoding="utf-8")  # noqa: SIM115
+    # Where it would not stand among the results, and somebody sees it.
+    bar = tqdm(desc="Linking", unit=" lines", disable=True if output_file is None else None)
     try:
         while block := list(itertools.islice(given, batch_size * _BATCHES_AT_ONCE)):
             lines = [f"{place}, line {number}" if mentions is not None else place for number, _, _ in block]
@@ -176,9 +187,44 @@ def link(
             for line, (_, record, inputs), answer in zip(lines, block, found, strict=True):
                 output.write(_linked_line(line, record, inputs, answer, on_error, output))
             output.flush()
+            bar.update(len(block))
     finally:
+        bar.close()
         if output_file is not None:
             output.close()
+
+
+def _skip_linked(given: Iterator[tuple[int, dict[str, Any], Any]], output_file: Path, place: str) -> None:
+    """Passes over the lines that an interrupted run has linked, and cuts off one that it wrote in part.
+
+    Raises:
+        CommandError: if the output is not of these lines.
+    """
+    whole = 0
+    with open(output_file, "r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            number, record, _ = next(given, (0, None, None))
+            if record is None or not _is_of(line, record):
+                raise CommandError(
+                    f"{output_file} is not what was linked of {place}{f', line {number}' if number else ''}: the lines "
+                    "differ. Leave --resume out to link all anew, or name another --output_file."
+                )
+            whole += len(line)
+        file.truncate(whole)
+
+
+def _is_of(line: bytes, record: dict[str, Any]) -> bool:
+    """Whether a line of the output is of a record: it has the record's own fields."""
+    try:
+        linked = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    own = [name for name in record if name not in ("entities", "mentions", "error", "error_type")]
+    return isinstance(linked, dict) and all(
+        name in linked and json.dumps(linked[name]) == json.dumps(record[name]) for name in own
+    )
 
 
 def detector_of_name(name: str) -> Any:

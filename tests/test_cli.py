@@ -103,6 +103,35 @@ def test_links_as_the_pipeline_does(made: Path, tmp_path: Path, capsys: pytest.C
     assert "is whole" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
+    mentions, output = made / "tables" / "mentions.jsonl", tmp_path / "linked.jsonl"
+    entities = ("--entities", made / "tables" / "entities.jsonl", "--output_file", output)
+    common = ("--model", made / "linker", *entities, "--batch_size", 1)
+    assert run("link", mentions, *common) == 0
+    whole = output.read_bytes()
+    first, second, *rest = whole.splitlines(keepends=True)
+
+    asked: list[int] = []
+    link = MultimodalEntityLinkingPipeline.__call__
+
+    def counted(self: Any, inputs: Any, **options: Any) -> Any:
+        asked.append(len(inputs))
+        return link(self, inputs, **options)
+
+    monkeypatch.setattr(MultimodalEntityLinkingPipeline, "__call__", counted)
+    for there, left in ((first + second[:-9], 1 + len(rest)), (b"", 2 + len(rest)), (whole, 0)):
+        output.write_bytes(there)
+        asked.clear()
+        assert run("link", mentions, *common, "--resume") == 0
+        assert output.read_bytes() == whole
+        assert sum(asked) == left
+    for other in (second + first, whole + first, b"{}\n", b"\xff\n"):
+        output.write_bytes(other)
+        assert "is not what was linked of" in refused("link", mentions, *common, "--resume")
+        assert output.read_bytes() == other
+    assert "--resume goes on in an --output_file" in refused("link", mentions, "--model", made / "linker", "--resume")
+
+
 def test_options_of_a_build_are_handed_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
