@@ -1,9 +1,6 @@
 """Training: batches, the published recipe, evaluation against the whole knowledge base, the script."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +14,9 @@ import torch
 import toy_data
 import transformers
 import yaml
+from gloo import run_together
 from PIL import Image
+from python_processes import own_python
 from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from mimic_el import train
@@ -611,21 +610,24 @@ def test_authors_archives_are_trained_on_as_they_are(tmp_path: Path, streaming: 
     assert len(EntityIndex.from_pretrained(tmp_path / "out" / "index")) == 4
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_several_processes_train_and_agree_on_the_metrics(data_dir: Path, tmp_path: Path, streaming: bool) -> None:
-    settings = {"dataset_name": str(data_dir), "output_dir": str(tmp_path / "out"), **FROM_SCRATCH, **QUICK}
-    settings |= {"streaming": streaming}
-    settings |= {"num_train_epochs": 2, "ddp_backend": "gloo"}
-    config = write_config(tmp_path / "c.yaml", **settings)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*launcher, "-m", "mimic_el.train", config], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["global_step"] == 6  # 36 mentions, twice, in batches of 8 in each of two processes
-    assert json.loads((tmp_path / "out" / "test_results.json").read_text())["test_mentions"] == 9
+def test_several_processes_train_and_agree_on_the_metrics(hub: Any, data_dir: Path, tmp_path: Path) -> None:
+    """On a data set, and on a stream. That a launcher starts them is tested in test_launchers.py."""
+    configs = []
+    for streaming in (False, True):
+        settings = {"dataset_name": str(data_dir), "streaming": streaming, **FROM_SCRATCH, **QUICK}
+        settings |= {"output_dir": str(tmp_path / f"out-{streaming}"), "num_train_epochs": 2, "ddp_backend": "gloo"}
+        configs.append(write_config(tmp_path / f"{streaming}.yaml", **settings))
+    code = """
+        from mimic_el import train
+        for config in configs:
+            train.main([config])
+    """
+    run_together(own_python(hub), 2, code, tmp_path / "run", connect=False, configs=configs)
+    for streaming in (False, True):
+        state = json.loads((tmp_path / f"out-{streaming}" / "trainer_state.json").read_text())
+        assert state["global_step"] == 6  # 36 mentions, twice, in batches of 8 in each of two processes
+        results = json.loads((tmp_path / f"out-{streaming}" / "test_results.json").read_text())
+        assert results["test_mentions"] == 9
 
 
 def test_pushed_output_is_loaded_from_the_hub(
