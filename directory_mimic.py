@@ -25,6 +25,7 @@ from torch import Tensor
 from .configuration_mimic import MimicConfig
 from .errors_mimic import EntityIndexError
 from .files_mimic import (
+    LOCK,
     file_facts,
     locked,
     read_json,
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 FORMAT, VERSION = "mimic-entity-index", 1
 MANIFEST = "index_config.json"
 BUILD_STATE = "build_state.json"
+# Of an index that is made in parts: what a part is a part of; in the index that was joined, what its parts were.
+PART_OF = "part_of.json"
 # Entities in a shard of a small index. Of a large one shards grow, so that there are few, up to a size that memory
 # holds while a shard is made.
 SHARD_ENTITIES = 8192
@@ -355,6 +358,20 @@ def remove_strays(directory: Path, manifest: Mapping[str, Any]) -> None:
                 errors.append(error)
     if errors:
         raise errors[0]
+
+
+def delete_index(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Deletes an index, and its directory where nothing else lies there. What cannot be deleted stays."""
+    own = [MANIFEST, "README.md", BUILD_STATE, PART_OF, LOCK, *files_of(manifest)]
+    with suppress(OSError):
+        own += [path.name for path in directory.iterdir() if is_part(path.name) or _TEMPORARY.fullmatch(path.name)]
+    for name in own:  # the list of files is the first: without it the rest is no index
+        with suppress(OSError):
+            (directory / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.resolve().rmdir()
+        if directory.is_symlink():
+            directory.unlink()
 
 
 def unfinished_build(directory: Path) -> dict[str, Any] | None:

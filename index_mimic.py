@@ -239,9 +239,10 @@ class EntityIndex(SearchableIndex):
         Files are linked where the file system can, else copied. The order is that of the parts.
 
         Args:
-            parts: directories of indexes.
+            parts: directories of indexes. That of an index on the Hub is `from_pretrained(...).directory`.
             output_dir: where the joined index is stored.
-            move: whether the parts are deleted once the index is complete.
+            move: whether the parts' files are deleted once the index is complete; their directories, too, where
+                nothing else lies in them.
             overwrite: whether an index that is in `output_dir` is replaced.
 
         Raises:

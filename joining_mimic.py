@@ -18,6 +18,7 @@ import torch
 from .directory_mimic import (
     MANIFEST,
     Manifest,
+    delete_index,
     new_manifest,
     new_shard_name,
     next_generation,
@@ -26,7 +27,7 @@ from .directory_mimic import (
     read_manifest,
 )
 from .errors_mimic import EntityIndexError
-from .files_mimic import locked, no_space_told
+from .files_mimic import is_there, locked, no_space_told
 from .identity_mimic import same_model
 from .matching_mimic import Matcher
 from .store_mimic import Store, read_shard, shard_files
@@ -43,14 +44,19 @@ class Part:
 
     @classmethod
     def opened(cls, directory: Path) -> Part:
+        if not is_there(directory):
+            raise EntityIndexError(
+                f"There is no directory {directory}. Parts are directories; that of an index on the Hub is "
+                f"EntityIndex.from_pretrained({str(directory)!r}).directory."
+            )
         return cls(directory, *open_directory(directory))
 
 
 def merge_parts(directories: Sequence[Path], output_dir: Path, *, move: bool = False, overwrite: bool = False) -> None:
     """Joins stored indexes to one, in their order, by links to their files, or by copies where links are not possible.
 
-    The parts stay as they are, unless they are moved: then they are deleted once the index is complete. Whenever the
-    process is killed, the parts are whole or the index is.
+    The parts stay as they are, unless they are moved: then their files are deleted once the index is complete. Whenever
+    the process is killed, the parts are whole or the index is.
 
     Raises:
         EntityIndexError: if a part is missing, damaged or unfinished, parts are of different models or precisions, two
@@ -96,7 +102,7 @@ def merge_locked(
     if move:
         for part in parts:
             if part.directory.resolve() != output_dir.resolve():
-                shutil.rmtree(part.directory, ignore_errors=True)
+                delete_index(part.directory, part.manifest)
 
 
 def _remove_linked(directory: Path, entries: Sequence[dict[str, Any]]) -> None:

@@ -26,7 +26,7 @@ from torch import distributed as dist
 
 from .alive_mimic import Silence, alive, clock_ahead
 from .building_mimic import Builder, build_in_directory
-from .directory_mimic import BUILD_STATE, MANIFEST, Manifest, read_manifest
+from .directory_mimic import BUILD_STATE, MANIFEST, PART_OF, Manifest, read_manifest
 from .errors_mimic import EntityIndexError
 from .files_mimic import locked, make_directory, no_space_told, read_json, write_json
 from .identity_mimic import model_facts
@@ -37,9 +37,6 @@ from .store_mimic import shard_files, table_line
 
 logger = logging.getLogger("mimic_el.index")
 
-# What a part notes of the entities that it is a part of, so that parts of other entities are not joined with it; and
-# the index that was joined, with its parts, so that a process that comes late knows it for its own.
-_WHOLE = "part_of.json"
 _STARTED = time.time()
 _SAMPLED = 64
 _PAUSES = 0.05, 2.0
@@ -318,7 +315,7 @@ class _Together:
     def _note_joined(self, manifest: Manifest) -> None:
         builds = [read_manifest(part).get("build") for part in self._every]
         facts = {**self.whole, "builds": builds, **_state(manifest)}
-        write_json(self.directory / _WHOLE, facts)
+        write_json(self.directory / PART_OF, facts)
 
     def _is_in_the_index(self) -> bool:
         """Whether the own part, as it is, was joined with the others to the index that is there."""
@@ -408,12 +405,12 @@ def _note_whole(own: Path, whole: dict[str, Any], overwrite: bool) -> None:
             )
         _begin_again(own)
     with no_space_told(own):
-        write_json(own / _WHOLE, whole)
+        write_json(own / PART_OF, whole)
 
 
 def _whole_of(part: Path) -> dict[str, Any] | None:
     try:
-        facts = read_json(part / _WHOLE)
+        facts = read_json(part / PART_OF)
     except (OSError, ValueError):
         return None
     return facts if isinstance(facts, dict) else None

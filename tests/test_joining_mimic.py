@@ -92,13 +92,15 @@ def test_parts_that_do_not_fit_are_refused(parts: tuple[MimicModel, MimicProcess
     other = tiny_model(seed=1)
     build((other, tiny_processor(other)), knowledge_base(4, start=4), tmp_path / "other")
     shutil.copytree(tmp_path / "a", tmp_path / "cut")
+    (tmp_path / "empty").mkdir()
     next((tmp_path / "cut").glob("shard-*.jsonl")).unlink()
     for name, message in (
         ("common", "both have the entity 'e3'"),
         ("int8", "is stored in int8, the part .* in float16"),
         ("other", "was made by another model or processor"),
         ("cut", "lacks its file"),
-        ("nothing", "There is no entity index in"),
+        ("nothing", r"There is no directory .*nothing. Parts are directories; .*from_pretrained\('.*nothing'\)"),
+        ("empty", "There is no entity index in"),
         ("a", "is named twice"),
     ):
         with pytest.raises(EntityIndexError, match=message):
@@ -110,6 +112,21 @@ def test_parts_that_do_not_fit_are_refused(parts: tuple[MimicModel, MimicProcess
         EntityIndex.merge(str(tmp_path / "a"), tmp_path / "index")
     with pytest.raises(EntityIndexError, match="already holds an index"):
         EntityIndex.merge([tmp_path / "common"], tmp_path / "a")
+
+
+def test_only_the_index_is_deleted_of_a_part_that_is_moved(
+    parts: tuple[MimicModel, MimicProcessor], tmp_path: Path
+) -> None:
+    """Not what else lies there, such as the index that is made of it, or another part."""
+    build(parts, knowledge_base(4), tmp_path / "a")
+    build(parts, knowledge_base(4, start=4), tmp_path / "a" / "b")
+    (tmp_path / "a" / "notes.txt").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    index = EntityIndex.merge([tmp_path / "a", tmp_path / "link"], tmp_path / "a" / "index", move=True)
+    assert list(index) == [f"e{number}" for number in range(8)]
+    index.verify()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["index", "notes.txt"]
+    assert not (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize("move", [False, True], ids=["linked", "moved"])
