@@ -271,9 +271,17 @@ def name_fits(
 ) -> np.ndarray:
     """How well the names of the best entities of each mention fit its words, `(M, some)`; NaN where there is none."""
     fits = np.full((len(words), some), np.nan)
+    wanted = list(dict.fromkeys(entity_id for ids in entity_ids for entity_id in ids[:some]))
+    # In one go: the index may be on other machines.
+    names = {
+        entity_id: names_of(record)
+        for entity_id, record in zip(wanted, index.state.records_of(wanted), strict=True)
+        if record is not None  # it was removed since
+    }
     for row, (mention, ids) in enumerate(zip(words, entity_ids, strict=True)):
         for place, entity_id in enumerate(ids[:some]):
-            fits[row, place] = name_fit(mention, names_of(index.entity(entity_id)))
+            if entity_id in names:
+                fits[row, place] = name_fit(mention, names[entity_id])
     return fits
 
 

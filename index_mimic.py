@@ -7,7 +7,7 @@ files.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,6 @@ class EntityIndex(SearchableIndex):
     def directory(self) -> Path | None:
         """Where the index is stored; `None` if it is in memory."""
         return self._contents.directory
-
-    def features(self, entity_ids: Sequence[str]) -> EntityFeatures:
-        """The features of some entities, float32, as they are stored: those of an int8 index are rounded.
-
-        Raises:
-            UnknownEntityError: if some are not in the index.
-        """
-        return self.state.features(entity_ids)
 
     # --- Tables beside it
 

@@ -15,7 +15,7 @@ import torch
 
 from .errors_mimic import MimicError
 from .identity_mimic import check_made_by
-from .matching_mimic import MentionFeatures
+from .matching_mimic import EntityFeatures, MentionFeatures
 from .mentions_mimic import answer_of_error, encoded_mentions, place_in_input
 from .modeling_mimic import MimicModel
 from .processing_mimic import MimicProcessor
@@ -43,6 +43,11 @@ class State(Protocol):
     def records(self) -> Iterator[dict[str, Any]]: ...
 
     def record(self, entity_id: str) -> dict[str, Any]: ...
+
+    def records_of(self, entity_ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The data of each of some entities; `None` for one that is not there."""
+
+    def features(self, entity_ids: Sequence[str]) -> EntityFeatures: ...
 
     def find(self, name: str, max_distance: int) -> list[str]: ...
 
@@ -110,6 +115,14 @@ class SearchableIndex(ABC):
             UnknownEntityError: if there is no such entity.
         """
         return self.state.record(entity_id)
+
+    def features(self, entity_ids: Sequence[str]) -> EntityFeatures:
+        """The features of some entities, float32, as they are stored: those of an int8 index are rounded.
+
+        Raises:
+            UnknownEntityError: if some are not in the index.
+        """
+        return self.state.features(entity_ids)
 
     @property
     def dtype(self) -> str:

@@ -124,6 +124,10 @@ class Snapshot:
     def record(self, entity_id: str) -> dict[str, Any]:
         return self.contents.store.record(self.contents.rows([entity_id])[0])
 
+    def records_of(self, entity_ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        rows = [self.contents.row(entity_id) for entity_id in entity_ids]
+        return [None if row is None else self.contents.store.record(row) for row in rows]
+
     def features(self, entity_ids: Sequence[str]) -> EntityFeatures:
         rows = torch.tensor(self.contents.rows(entity_ids), dtype=torch.long)
         return self.contents.store.full(rows, torch.device("cpu")).to(torch.float32)

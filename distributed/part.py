@@ -17,7 +17,7 @@ import torch
 from ..directory_mimic import read_manifest, sealed
 from ..errors_mimic import EntityIndexError
 from ..index_mimic import EntityIndex
-from ..matching_mimic import MentionFeatures
+from ..matching_mimic import EntityFeatures, MentionFeatures
 from ..mentions_mimic import checked_mentions
 from ..snapshot_mimic import SearchResult, Snapshot
 
@@ -144,6 +144,9 @@ class PartAnswers:
 
     def records(self, entity_ids: Sequence[str]) -> list[dict[str, Any] | None]:
         return [self._state.record(name) if name in self._state else None for name in entity_ids]
+
+    def features(self, entity_ids: Sequence[str]) -> EntityFeatures:
+        return self._state.features(entity_ids)
 
     def records_from(self, row: int, count: int) -> tuple[list[dict[str, Any]], int]:
         """Some records from a row on, and the row after the last of them; no records after the last row."""

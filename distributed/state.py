@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from ..contents_mimic import known_form, listed_candidates, unknown_entities
 from ..errors_mimic import EntityIndexError
-from ..matching_mimic import MentionFeatures
+from ..matching_mimic import EntityFeatures, MentionFeatures
 from ..mentions_mimic import check_features
 from ..names_mimic import longest_spans
 from ..pairs_mimic import TIE, SearchStats
@@ -148,6 +149,24 @@ class PartedState:
             if record is not None:
                 return record
         raise unknown_entities([entity_id], len(self))
+
+    def records_of(self, entity_ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        every = self.at_one_moment(lambda moment: moment.all("records", list(entity_ids)))
+        return [next((record for record in found if record is not None), None) for found in zip(*every, strict=True)]
+
+    def features(self, entity_ids: Sequence[str]) -> EntityFeatures:
+        entity_ids = list(entity_ids)
+
+        def features(moment: Moment) -> EntityFeatures:
+            parts = [list(part) for part in self.parts_of(moment, entity_ids)]
+            if not entity_ids:
+                return moment.one(int(np.argmax(moment.counts)), "features", [])
+            found = [part for part in moment.each("features", [(ids,) if ids else None for ids in parts]) if part]
+            places = {entity_id: place for place, entity_id in enumerate(itertools.chain(*parts))}
+            rows = [places[str(known_form(entity_id))] for entity_id in entity_ids]
+            return EntityFeatures.cat(found)[torch.tensor(rows, dtype=torch.long)]
+
+        return self.at_one_moment(features)
 
     @staticmethod
     def parts_of(moment: Moment, entity_ids: Sequence[object]) -> list[dict[str, None]]:

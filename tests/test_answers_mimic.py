@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from tiny import CALIBRATION_DEPTH, calibration_of
 from tiny_clip import tiny_model
 
 from mimic_el import Calibration, CalibrationError, EntityIndex, MultimodalEntityLinkingPipeline
@@ -13,21 +14,7 @@ from mimic_el.answers_mimic import calibration_for, name_fits
 from mimic_el.calibration_mimic import NIL_NAME, VERSION
 
 ENTITIES = 45
-DEPTH = 16
-
-
-def calibration_of(index: EntityIndex, **changes: Any) -> Calibration:
-    """One in which NIL, the best and the rest all have something; sets for 99% hold more than the best 16."""
-    settings: dict[str, Any] = {
-        "depth": DEPTH,
-        "nil_rate": 0.2,
-        "evidence": {"lead": (0.1, 0.1), "near_name": (0.5, 0.5)},
-        "lines": {"nil": (-1.0, -0.5, -0.5), "rest": (0.0, 0.1, 0.2), "sharpness": (2.0, 0.1, 0.1)},
-        "thresholds": tuple(np.linspace(0.5, 0.0001, 99)),
-        "mentions": 200,
-        "index": {"entities": len(index), "dtype": index.dtype, "ids": ["e0", "e7", "e40"]},
-    }
-    return Calibration(**{**settings, **changes})
+DEPTH = CALIBRATION_DEPTH
 
 
 @pytest.fixture(scope="module")

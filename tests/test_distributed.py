@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import (
+    calibration_of,
     encode_mentions,
     index_of,
     knowledge_base,
@@ -156,6 +157,11 @@ def test_what_it_holds(parts: Any, whole: Any) -> None:
     assert "e90" not in parts
     assert list(parts) == list(index)
     assert parts.entity("e45") == index.entity("e45")
+    for some in (["e89", "e0", "e45", "e0"], []):
+        for name, tensor in index.features(some).tensors.items():
+            torch.testing.assert_close(parts.features(some).tensors[name], tensor)
+    with pytest.raises(UnknownEntityError, match="'nothere'"):
+        parts.features(["e0", "nothere"])
     with pytest.raises(UnknownEntityError, match="'nothere'"):
         parts.entity("nothere")
     parts.check_model(model)
@@ -485,6 +491,13 @@ def test_the_pipeline_takes_it_and_it_changes(tmp_path: Path) -> None:
         assert [[item["entity_id"] for item in one] for one in found] == [
             [item["entity_id"] for item in one] for one in wanted
         ]
+    whys = [which.explain(mentions[0], entity_id="e1", versus="e6") for which in (linker, alone)]
+    assert whys[0].explained == pytest.approx(whys[1].explained, abs=1e-3)
+    model.config.calibration = calibration_of(whole).to_dict()
+    for one, other in zip(linker(mentions, top_k=4), alone(mentions, top_k=4), strict=True):
+        expected = {item["entity_id"]: item["probability"] for item in other}
+        assert {item["entity_id"]: item["probability"] for item in one} == pytest.approx(expected, rel=1e-3)
+    model.config.calibration = None
     assert index.find("orange 0") == whole.find("orange 0") == ["e0"]
     assert index.find("Georgja 1") == whole.find("Georgja 1")
     more = knowledge_base(3, start=8)

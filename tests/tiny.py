@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_clip import tiny_tokenizer
 
 from mimic_el import directory_mimic, sampling_mimic
+from mimic_el.calibration_mimic import Calibration
 from mimic_el.configuration_mimic import MimicConfig
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.matching_mimic import EntityFeatures, MentionFeatures, MimicEncoderOutput
@@ -152,3 +153,21 @@ def assert_equal_bytes(one: EntityIndex, other: EntityIndex) -> None:
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
     one.verify()
+
+
+# One that looks at so many of the best entities.
+CALIBRATION_DEPTH = 16
+
+
+def calibration_of(index: EntityIndex, **changes: Any) -> Calibration:
+    """One in which NIL, the best and the rest all have something; sets for 99% hold more than the best 16."""
+    settings: dict[str, Any] = {
+        "depth": CALIBRATION_DEPTH,
+        "nil_rate": 0.2,
+        "evidence": {"lead": (0.1, 0.1), "near_name": (0.5, 0.5)},
+        "lines": {"nil": (-1.0, -0.5, -0.5), "rest": (0.0, 0.1, 0.2), "sharpness": (2.0, 0.1, 0.1)},
+        "thresholds": tuple(np.linspace(0.5, 0.0001, 99)),
+        "mentions": 200,
+        "index": {"entities": len(index), "dtype": index.dtype, "ids": ["e0", "e7", "e40"]},
+    }
+    return Calibration(**{**settings, **changes})
