@@ -141,7 +141,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
             local = {} if local_files_only is None else {"local_files_only": local_files_only}
             index = opened_index(self._config, index, {**local, **(index_kwargs or {})})
         self._index: EntityIndex | None = None
-        self._known_calibration: tuple[Any, Any, Calibration | None] | None = None
+        self._known_calibration: tuple[Any, Any, int, Calibration | None] | None = None
         if index is not None:
             self.index = index
 
@@ -171,10 +171,10 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         """What answers' probabilities come from; `None` where the model was not calibrated. Warns once of a knowledge
         base that is not the one it was calibrated with."""
         block, index = self._config.calibration, self.index
-        known = self._known_calibration
-        if known is None or known[0] is not block or known[1] is not index:
-            known = self._known_calibration = block, index, calibration_for(self._config, index)
-        return known[2]
+        known, size = self._known_calibration, len(index)  # which changes where entities are added
+        if known is None or known[0] is not block or known[1] is not index or known[2] != size:
+            known = self._known_calibration = block, index, size, calibration_for(self._config, index)
+        return known[3]
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         reading, linking, answering = checked_call(self._config, **parameters)
