@@ -249,8 +249,8 @@ def test_another_index_is_told_once(linker: Any, parts: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             linker(mentions[0])
+    other.add(model, processor, tiny.knowledge_base(12, start=20), show_progress=False)
     with pytest.warns(UserWarning, match="it has 32 entities, not 45"):
-        other.add(model, processor, tiny.knowledge_base(12, start=20), show_progress=False)
         linker(mentions[0])
     assert calibration_for(model.config, index) is not None
 
