@@ -1,11 +1,11 @@
-# What people and CI run. `make help` lists it. Each target sets up what it needs in .venv.
+# The commands that people and CI run. `make help` lists them. Each target sets up what it needs in .venv.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPAT := .venv-compat
 WORKERS ?= 2
-# The root's folder may have any name. Tools that look for a package find it here, under its own name.
+# The folder of the repository may have any name. Tools that need a folder named like the package find it here.
 PACKAGE := $(VENV)/package
 
 .DEFAULT_GOAL := help
@@ -27,7 +27,7 @@ demo: $(STAMP) ## train a small model on the sample data set, and link with it
 test: lint types contracts ## linter, types, import contracts, and all tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-suite: $(STAMP) ## transformers' own tests on MIMIC, and on CLIP beside it (minutes; fetches their source through pip)
+suite: $(STAMP) ## transformers' own tests on MIMIC, and on CLIP beside it (minutes; downloads their source through pip)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,suite]"
 	$(BIN)/python tests/suite/run.py --workers $(WORKERS)
 
@@ -48,7 +48,7 @@ package: $(STAMP)
 	mkdir -p $(PACKAGE)
 	ln -sfn ../.. $(PACKAGE)/mimic_el
 
-compat: $(COMPAT)/.installed $(STAMP) ## all tests, with the oldest versions that pyproject.toml allows; images with the newest Pillow
+compat: $(COMPAT)/.installed $(STAMP) ## all tests with the oldest versions that pyproject.toml allows, and those of images with the newest Pillow
 	$(COMPAT)/bin/python -m pytest --numprocesses $(WORKERS)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(COMPAT)/newest pillow
 	PYTHONPATH=$(abspath $(COMPAT)/newest) $(BIN)/python -m pytest tests/test_images_mimic.py tests/test_image_sources_mimic.py \
@@ -59,5 +59,5 @@ $(COMPAT)/.installed: pyproject.toml constraints-oldest.txt
 	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
 	touch $@
 
-clean: ## delete what was built, the demo's results among it
+clean: ## delete what was built, and runs/ with the results of the demo
 	rm -rf build dist *.egg-info runs

@@ -1,9 +1,9 @@
-"""MIMIC for multimodal entity linking: the model, its pipeline, its index of entities, its training.
+"""MIMIC for multimodal entity linking: the model, its pipeline, its index of entities, and its training.
 
-`__all__` is the public interface. Names are loaded when they are first used, so that `import mimic_el` costs next to
-nothing. It also makes transformers know the model ("mimic") and the task ("multimodal-entity-linking"): `AutoConfig`,
-`AutoModel`, `AutoProcessor` and `pipeline` then load any checkpoint of MIMIC with this package's code, and need no
-`trust_remote_code`. The code that a checkpoint carries is not run, even where that is passed.
+`__all__` is the public interface. A name is loaded when it is first used, so `import mimic_el` is fast. Importing the
+package also makes transformers know the model ("mimic") and the task ("multimodal-entity-linking"): `AutoConfig`,
+`AutoModel`, `AutoProcessor` and `pipeline` then load any checkpoint of MIMIC with this package's code, without
+`trust_remote_code`. The code in a checkpoint is not run, even if `trust_remote_code` is passed.
 """
 
 from __future__ import annotations

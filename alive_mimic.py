@@ -1,8 +1,8 @@
-"""Signs of life of processes that share nothing but a directory: whose work goes on, and what is waited for in vain.
+"""Signs of life between processes that share only a directory: which of the others still work.
 
-Each process writes a number that grows into a file of its own; the others compare what they read with what they read
-before. No time of a file is asked, and no clock but each process's own: the clocks of machines differ, and a file
-system of a network may show times late. Knows files, not what the work is.
+Each process writes a growing number into a file of its own. The others compare what they read with what they read
+before. No file times are used, and no clock but each process's own: the clocks of machines differ, and a network file
+system may show file times late. Knows files, but not what the processes work on.
 """
 
 from __future__ import annotations

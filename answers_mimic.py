@@ -1,6 +1,6 @@
-"""The answers of mentions: the entities that an index finds, re-ranked, or with probabilities and NIL among them.
+"""Answers of mentions: the entities that an index finds, re-ranked, or with probabilities and NIL among them.
 
-Between the index, which knows scores, and calibration_mimic.py, which knows arrays.
+This file stands between the index, which knows scores, and calibration_mimic.py, which knows only arrays.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def calibration_for(config: MimicConfig, index: EntityIndex, warn: bool = True) 
     unlike = calibration.unlike(len(index), index.dtype, missing)
     if warn and unlike is not None:
         warnings.warn(
-            f"This is not the knowledge base that the model was calibrated with: {unlike}. Probabilities may be off; a "
-            "few hundred mentions with known answers renew them (mimic-el calibrate).",
+            f"This is not the knowledge base that the model was calibrated with: {unlike}. Probabilities may be "
+            "off. To correct them, calibrate it with a few hundred mentions with known answers (mimic-el calibrate).",
             stacklevel=2,
         )
     return calibration

@@ -1,11 +1,12 @@
 """What each word and each patch of an image adds to a score: integrated gradients through the matcher.
 
-A score is compared with the baseline's: a mention and an entity with no text and no image. Between the two the
-encoder's outputs move on a straight line, and the gradients along it are summed (integrated gradients: Sundararajan,
-Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017). What that gives the encoder's outputs is passed on
-to the vectors of the encoder's first layer, one a token and one a patch, in the same way with fewer points.
+A score is compared with the baseline's, which is the score of a mention and an entity with no text and no image. From
+the baseline to the pair, the encoder's outputs move on a straight line, and the gradients along it are summed
+(integrated gradients: Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017). What this
+gives each encoder output is passed on to the vectors of the encoder's first layer, one for each token and one for each
+patch, in the same way with fewer points.
 
-It knows the model and tensors; of words, records and pictures it knows nothing.
+Knows the model and tensors, but nothing of words, records and image files.
 """
 
 from __future__ import annotations

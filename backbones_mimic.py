@@ -1,10 +1,10 @@
-"""The dual encoders that MIMIC can stand on: what each family does in its own way, one adapter each.
+"""The dual encoders that MIMIC can be built on: an adapter for each family.
 
-An adapter answers two kinds of questions. Of a configuration: how wide the features are, how large an image is, how
-many tokens a text may have, how pixels are prepared. Of a model: what its pooled texts and images are, projected but
-not normalized, and what its tokens are. Nothing else in this project asks which family a backbone is of.
+An adapter answers two kinds of questions. About a configuration: how wide the features are, how large an image is, how
+many tokens a text may have, how pixels are prepared. About a model: its pooled texts and images, projected but not
+normalized, and its tokens. No other file asks which family a backbone belongs to.
 
-To add a family, write its adapter and put it into `BACKBONES`.
+To add a family, write its adapter and add it to `BACKBONES`.
 
 Shapes: B texts or images, L text tokens, P image tokens.
 """
@@ -106,7 +106,7 @@ class Backbone:
         return None
 
     def check(self, config: Any) -> None:
-        """Refuses a configuration that can be no backbone.
+        """Refuses a configuration that cannot be a backbone.
 
         Raises:
             ValueError: saying what is wrong with it.
@@ -342,7 +342,7 @@ class _TwoTowers(Backbone):
     """Any text encoder with any vision encoder, joined by projections: a `VisionTextDualEncoderModel`.
 
     `text_pooling` may say how texts are pooled before the projection, where the text encoder's own pooling layer is
-    absent or was never trained: "mean" of the tokens that are no padding, or the "first" token.
+    absent or was never trained: "mean" of the tokens that are not padding, or the "first" token.
     """
 
     model_type = "vision-text-dual-encoder"

@@ -1,17 +1,18 @@
-"""The bounds that a search prunes with: numbers that a pair's score cannot exceed, made of each side's features alone.
+"""Upper bounds of scores, which a search prunes with. They are made from the features of each side alone.
 
-The attention's part is `b + (c . w) / sqrt(|c|^2 / d + eps)` for the entity's vector w and number b, where c is a
-convex combination of the mention's centred value vectors u_1 .. u_L. So it is bounded, for all that the entity's tokens
-may do, by
+The attention's part of a score is `b + (c . w) / sqrt(|c|^2 / d + eps)`, with the entity's vector w and number b. Here
+c is a convex combination of the mention's centered value vectors u_1 .. u_L. So whatever the entity's tokens are, the
+part is bounded by
 
-- a few balls that the u_j lie in: with centres z_k and radii R_k, `c . w` is at most the largest `z_k . w + R_k |w|`;
-- the hull: `c . w` lies between the smallest and the largest `u_j . w`;
+- a few balls that hold the u_j: with centers z_k and radii R_k, `c . w` is at most the largest `z_k . w + R_k |w|`;
+- the hull: `c . w` is between the smallest and the largest `u_j . w`;
 
-and by `|c|^2`, which lies between the squared distance of the hull from the origin and the largest `|u_j|^2`.
+and by `|c|^2`, which is between the squared distance of the hull from the origin and the largest `|u_j|^2`.
 
-The image unit's part, `|m| sqrt(d)` at most in each direction, comes from the length of a vector divided by its own.
+The image unit's part is at most `|m| sqrt(d)` in each direction, because it is the length of a vector divided by its
+own.
 
-They are right for whatever an entity's tokens hold. Knows the units, not the procedure that uses the bounds.
+The bounds hold for any tokens of an entity. Knows the units, but not the search that uses the bounds.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class CoarseFeatures:
 class MentionBounds:
     """What bounds the attention's part for each of M mentions."""
 
-    values: Tensor  # (M, L, d) centred value vectors; of padding, repeats of a real one
-    balls: Tensor  # (K * M, d + 1) centres of K balls that hold them, and their radii; all first balls come first
+    values: Tensor  # (M, L, d) centerd value vectors; of padding, repeats of a real one
+    balls: Tensor  # (K * M, d + 1) centers of K balls that hold them, and their radii; all first balls come first
     by_small: Tensor  # (M, 1) 1 / sqrt(s / d + eps) where s is at most the squared distance of the hull from the origin
     by_large: Tensor  # (M, 1) the same for the largest |u_j|^2
     cap: Tensor  # (M, 1) the largest attention's part of a w of length 1
@@ -126,12 +127,12 @@ def _balls(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
         nearest = torch.minimum(nearest, distances[every, picked[-1]])
     to_picked = distances.gather(1, torch.stack(picked, dim=1).unsqueeze(-1).expand(-1, -1, points.shape[1]))
     member = torch.nn.functional.one_hot(to_picked.argmin(dim=1), count).to(points.dtype)
-    centres = member.transpose(1, 2) @ points / member.sum(dim=1).clamp(min=1).unsqueeze(-1)
-    radii = ((points.unsqueeze(2) - centres.unsqueeze(1)).norm(dim=-1) * member).amax(dim=1)
+    centers = member.transpose(1, 2) @ points / member.sum(dim=1).clamp(min=1).unsqueeze(-1)
+    radii = ((points.unsqueeze(2) - centers.unsqueeze(1)).norm(dim=-1) * member).amax(dim=1)
     # An empty ball, of points that are all the same, must not lower a bound: it repeats the first.
     empty = member.sum(dim=1) == 0
     radii = torch.where(empty, radii[:, :1], radii).unsqueeze(-1)
-    return torch.where(empty.unsqueeze(-1), centres[:, :1], centres), radii
+    return torch.where(empty.unsqueeze(-1), centers[:, :1], centers), radii
 
 
 def hull_distance(points: Tensor, steps: int = 100) -> Tensor:

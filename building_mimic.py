@@ -1,6 +1,6 @@
-"""Building an index: the records of a knowledge base encoded, shard by shard, in bounded memory.
+"""Builds an index: encodes the records of a knowledge base, shard by shard, in bounded memory.
 
-What is finished is kept: a build that was interrupted goes on after its last whole shard. Knows nothing of searches.
+Finished shards are kept, and an interrupted build goes on after the last one. Knows nothing of searches.
 """
 
 from __future__ import annotations
@@ -260,7 +260,8 @@ def build_in_directory(builder: Builder, entities: Any, directory: Path, overwri
     with locked(directory):
         if (directory / MANIFEST).exists() and not overwrite:
             raise EntityIndexError(
-                f"{directory} already holds an index. Name another directory, or pass overwrite=True to replace it."
+                f"{directory} already holds an index. Name another directory, or pass overwrite=True (--overwrite) to "
+                "replace it."
             )
         records = builder.records(entities)
         manifest = new_manifest(builder.dtype, model_facts(builder.model, builder.processor))
@@ -482,7 +483,8 @@ def _resumed(directory: Path, state: dict[str, Any], fresh: dict[str, Any], reco
     if not same:
         raise EntityIndexError(
             f"{directory} holds an unfinished build of another model, another precision, another `compile_encoder`, or "
-            "other entities. Build into another directory, or pass overwrite=True to give that build up."
+            "other entities. Build into another directory, or pass overwrite=True (--overwrite) to discard that "
+            "build."
         )
     if unreadable:
         warnings.warn(

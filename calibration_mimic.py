@@ -1,18 +1,21 @@
-"""How sure an answer is: from the scores of a mention's best entities to probabilities of entities and of NIL.
+"""How sure an answer is: turns the scores of a mention's best entities into probabilities of entities and of NIL.
 
-NIL is the answer "not in the knowledge base". The model is small and made to be checked. A few numbers that are known
-when a mention is linked, its evidence (how high the best score is, how far ahead of the next ones, whether the names
-fit), make three lines, each a bias and a weight for each of them:
+NIL is the answer "not in the knowledge base". The model is small, so that it can be checked. It uses a few numbers
+that are known when a mention is linked, called its evidence: how high the best score is, how far it is ahead of the
+next ones, whether the names fit. Three linear functions ("lines"), each with a bias and a weight for each number,
+give:
 
     p(NIL)            = sigmoid(line of nil)
-    p(rest)           = (1 - p(NIL)) * sigmoid(line of rest): the entity is below the best K together
+    p(rest)           = (1 - p(NIL)) * sigmoid(line of rest): the entity is not among the best K
     p(entity)         = (1 - p(NIL) - p(rest)) * softmax of scores * exp(line of sharpness), among the best K
 
-so that NIL and all entities add up to one. No entity below the K-th may be more probable than the K-th: with N entities
-p(rest) is at most N - K times as much, and is cut there. Below the K-th the probability falls exponentially with the
-score, at the rate at which all of them, their scores drawn out along the logarithm of the rank, add up to p(rest).
+NIL and all entities add up to one. No entity below the K-th may be more probable than the K-th. So with N entities,
+p(rest) is at most N - K times the probability of the K-th, and is cut there. Below the K-th, the probability falls
+exponentially with the score. The rate is such that all of these entities add up to p(rest), if their scores continue
+along the logarithm of the rank.
 
-The numbers come from training/calibration.py and lie in a model's configuration. It knows arrays, no index, no model.
+The weights are fitted by training/calibration.py and stored in the model's configuration. Knows arrays only: no index,
+no model.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ LINES = ("nil", "rest", "sharpness")
 SOME = 8
 LEAST_DEPTH, MOST_DEPTH = 2 * SOME, 65_536
 _MOST_EXPONENT = 30.0
-# Of a block that was made elsewhere: what is above is no calibration.
+# Of a block that was made elsewhere: what is above is not a calibration.
 _MOST_IDS, _MOST_ID_LENGTH, _MOST_FIGURES = 64, 512, 64
 _MOST_NUMBER = 1e9
 # An index is another one where it has so many times more or fewer entities, or lacks so many of the noted ids.
@@ -201,7 +204,7 @@ class Calibration:
         if known and not known / _OTHER_SIZE <= entities <= known * _OTHER_SIZE:
             ways.append(f"it has {entities:,} entities, not {known:,}")
         if missing > _OTHER_IDS * len(ids):
-            ways.append(f"of {len(ids)} entities that were noted it lacks {missing}")
+            ways.append(f"it lacks {missing} of {len(ids)} entities that the calibration noted")
         if self.index.get("dtype", dtype) != dtype:
             ways.append(f"its features are stored in {dtype}, not {self.index['dtype']}")
         return ", and ".join(ways) or None
@@ -229,7 +232,7 @@ class Calibration:
         """From the plain values of a configuration, which may come from anywhere.
 
         Raises:
-            CalibrationError: if it is no calibration, or one of a newer version.
+            CalibrationError: if it is not a calibration, or one of a newer version.
         """
         if is_newer(values):
             raise CalibrationError(

@@ -1,6 +1,6 @@
-"""What a call of the pipeline may say, checked before any mention is read.
+"""The options of a call of the pipeline, checked before any mention is read.
 
-What is wrong with a call must not be taken for a fault of each of its mentions. Knows no index.
+A wrong option must not look like a fault of each of the mentions. Knows no index.
 """
 
 from __future__ import annotations

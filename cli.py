@@ -1,7 +1,7 @@
 """The console command `mimic-el`: one command for what a user of the installed package does.
 
-Each subcommand imports what it needs when it runs, so that help costs next to nothing. Those that are programs of
-their own (`train`, `prepare`, `convert`, `push`, `sample`) get their arguments untouched.
+Each subcommand imports what it needs only when it runs, so that `--help` is fast. `train`, `prepare`, `convert`, `push`
+and `sample` are programs of their own: they get their arguments as they are.
 """
 
 from __future__ import annotations
@@ -55,11 +55,14 @@ def options(
 # --- Programs of their own --------------------------------------------------------------------------------------------
 
 _PROGRAMS = {
-    "train": ("mimic_el.train", "Train and evaluate a model: mimic-el train CONFIG.yaml, or sample, wikimel, ..."),
-    "prepare": ("mimic_el.datasets_scripts.prepare", "Turn the archives of a data set into a Hub data set."),
+    "train": ("mimic_el.train", "Train and evaluate a model."),
+    "prepare": (
+        "mimic_el.datasets_scripts.prepare",
+        "Make a Hub data set from a benchmark's archive or your own tables.",
+    ),
     "convert": ("mimic_el.scripts.convert_original_checkpoint", "Convert a checkpoint of the published code, or back."),
     "push": ("mimic_el.scripts.push_to_hub", "Publish a model, its index and data sets on the Hub."),
-    "sample": ("mimic_el.scripts.demo", "Train a small model on the sample data set and show what it links."),
+    "sample": ("mimic_el.scripts.demo", "Train a small model on the sample data set, and show some links."),
 }
 
 

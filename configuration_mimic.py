@@ -1,4 +1,4 @@
-"""Configuration of MIMIC, the multi-grained multimodal interaction network for entity linking."""
+"""`MimicConfig`, the configuration of MIMIC (the multi-grained multimodal interaction network for entity linking)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class MimicConfig(PreTrainedConfig):
         default_index_revision (`str`, *optional*):
             Revision of `default_index`.
         text_pooling (`str`, *optional*):
-            How a VisionTextDualEncoder backbone pools texts: "mean" of the tokens that are no padding, or the "first"
+            How a VisionTextDualEncoder backbone pools texts: "mean" of the tokens that are not padding, or the "first"
             token. By default with the text encoder's own pooling layer. The other families have their own way.
         context_window (`str`, defaults to "start"):
             Which part of a mention's text is read where not all of it fits in `text_max_length` tokens: "start", as

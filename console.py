@@ -1,6 +1,6 @@
-"""What the project's programs share at the command line: streams that take any text, and options that are nearly right.
+"""What all programs share at the command line: streams that can print any text, and hints for wrong options.
 
-It loads no library, so that help and wrong options cost nothing.
+It loads no library, so that `--help` and wrong options are fast.
 """
 
 from __future__ import annotations

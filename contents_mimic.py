@@ -1,7 +1,7 @@
-"""What an index holds at one moment, and the changes that lead from one moment to the next.
+"""What an index holds at one moment, and the changes that lead to the next.
 
-Contents never change: a change gives new ones. So a search that took them once is not disturbed by a change in another
-thread. Knows records, shards and files, not how they are searched.
+Contents never change: a change makes new ones. So a search is not disturbed by a change in another thread. Knows
+records, shards and files, but not how they are searched.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Contents:
                 name, rows = found
                 wrong = whose(rows, list(shard.ids()))
                 raise EntityIndexError(
-                    f"The features `{name}` of {wrong} are none that the model of this index gives: they were changed "
+                    f"The features `{name}` of {wrong} cannot come from the model of this index: they were changed "
                     "or damaged before they were stored. Build the index again, or remove what is named."
                 )
 
@@ -163,7 +163,7 @@ class Contents:
         return self.names, self.store.removed.numpy() if self.store.removed_count else None
 
     def rows_named(self, name: str, max_distance: int = 0) -> list[int]:
-        """The rows of the entities that bear a name: as it is written, else but for case, else nearly.
+        """The rows of the entities that have a name: as it is written, else in any case, else nearly.
 
         Args:
             name: a name or an alias.
@@ -186,7 +186,7 @@ class Contents:
         return names.places_in(text, fold(text), removed, lower_case)
 
     def bearers(self, name: str) -> Tensor | None:
-        """The rows of the entities that bear a name, but for case, in order; `None` where there are none."""
+        """The rows of the entities that have a name, in any case, in order; `None` where there are none."""
         names, removed = self._known_names()
         rows = names.rows_of(name, removed)[1]
         return torch.tensor(sorted(rows), dtype=torch.long) if rows else None
@@ -314,7 +314,7 @@ class Contents:
 
 
 def known_form(entity_id: object) -> str | None:
-    """An id as an index has it; `None` for what can be no entity's."""
+    """An id as an index has it; `None` for what cannot be an entity's."""
     try:
         known = entity_id_of(entity_id)
         known.encode()

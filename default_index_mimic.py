@@ -1,7 +1,7 @@
-"""The index that a pipeline links to: one that is given, one that is built of entities, or the checkpoint's default.
+"""The index of a pipeline: one that is given, one that is built from entities, or the default one of the checkpoint.
 
-A checkpoint's configuration is input from outside: nothing that it names is opened but a folder of the checkpoint or a
-repository of the Hub.
+A checkpoint's configuration comes from outside. Of the places that it may name, only a folder of the checkpoint or a
+Hub repository is opened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The directory of an index: its list of files (the manifest), its lock, and changes that are whole or not made at all.
+"""The directory of an index: its list of files (the manifest), its lock, and changes that are made whole or not at all.
 
-A change writes new files first, replaces the manifest in one step, and deletes what the manifest no longer names. So
-whoever opens the directory finds the old index or the new one, whenever a process is killed. Knows files, not searches.
+A change writes new files first, then replaces the manifest in one step, then deletes files that the manifest no longer
+names. So whoever opens the directory finds the old index or the new one, even if a process is killed. Knows files, not
+searches.
 """
 
 from __future__ import annotations

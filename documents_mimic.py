@@ -1,7 +1,7 @@
-"""Documents: a text in which mentions are to be found or are marked, and the pipeline's other input, a single mention.
+"""Documents: texts with mentions that are marked or are to be found. Also the pipeline's other input, a single mention.
 
-An item of the pipeline's input is read here, the mentions of a document are found by whatever finds them, and each
-becomes a mention like any other. Knows no index and no model but those of token classification.
+This file reads an item of the pipeline's input, finds the mentions of a document, and makes each of them a mention
+like any other. Knows no index, and no model except those of token classification.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def checked_spans(spans: Any, text: str, what: str) -> list[Span]:
         what: what messages call them.
 
     Raises:
-        MentionError: if they are something else, or one is no place in the text or has only white space.
+        MentionError: if they are something else, or one is not a place in the text or has only white space.
     """
     if isinstance(spans, str | bytes | Mapping) or not isinstance(spans, Iterable):
         raise MentionError(f"{what} must be a list of [start, end], got {type(spans).__name__}.")

@@ -1,7 +1,7 @@
-"""Fetching the bytes behind an `http(s)` address, within limits: of size, of time, and of the hosts that are asked.
+"""Downloads an `http(s)` address, within limits on size, time and hosts.
 
-Whoever writes an address into a table makes the machine that reads it send a request. So the addresses that a name
-stands for are checked before anything is sent, and so is each redirect. Knows nothing of images.
+Whoever writes an address into a table makes the machine that reads it send a request. So the IP addresses of a host
+are checked before anything is sent, and so is each redirect. Knows nothing of images.
 """
 
 from __future__ import annotations
@@ -62,20 +62,22 @@ def download(url: str, private: bool = False) -> bytes:
     except Exception as error:  # http.client, ssl, codecs and others have errors of their own
         if deadline.passed:
             raise MimicImageError(
-                f"The image {shown} cannot be fetched: it takes more than {MAX_SECONDS:g} s."
+                f"The image {shown} cannot be downloaded: it takes more than {MAX_SECONDS:g} s."
             ) from error
-        raise MimicImageError(f"The image {shown} cannot be fetched: {shortened(str(error) or repr(error))}") from error
+        raise MimicImageError(
+            f"The image {shown} cannot be downloaded: {shortened(str(error) or repr(error))}"
+        ) from error
 
 
 def as_browsers_send(url: str) -> str:
     """An address with what may not stand in one escaped: spaces, letters outside ASCII, in the host as IDNA.
 
     Raises:
-        ValueError: if it is no `http(s)` address with a host.
+        ValueError: if it is not an `http(s)` address with a host.
     """
     parts = urllib.parse.urlsplit(url.strip())
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("it is no http(s) address with a host")
+        raise ValueError("it is not an http(s) address with a host")
     host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
     place = f"[{host}]" if ":" in host else host
     if parts.port is not None:
@@ -166,7 +168,7 @@ class _Guard:
         if not public and not self.private:
             raise MimicImageError(
                 f"The image is at {shortened(host)}, an address of this machine or of a private network, which is not "
-                'asked here. Where that is meant, pass allow_urls="private".'
+                'read here. To read it, pass allow_urls="private".'
             )
         self.private = self.private and not public
         return found

@@ -1,4 +1,4 @@
-"""The encoder of mentions and entities: a backbone, and its image features projected to the units' width."""
+"""The encoder of mentions and entities: a backbone, and its image features projected to the width of the units."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Encoding many entities: in the precision that the machine computes fastest, compiled if asked, equal images once.
+"""Encodes many entities: in the fastest precision of the machine, compiled if asked, and equal images only once.
 
-What a model is trained in is one thing, what its features are computed in another: features are stored in 16 bits or 8.
+The precision in which features are computed need not be that of training: features are stored in 16 or 8 bits anyway.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Explains a link: from a mention and ids of entities to what each word and each patch of an image adds.
+"""Explains links: for a mention and ids of entities, what each word and each patch of an image adds.
 
-It reads the mention and the entities again, gives them to attribution_mimic, and lays the result over words and images.
+It reads the mention and the entities again, gives them to attribution_mimic, and maps the result to words and images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An explanation of a link, as numbers, as a page and as a picture. How the numbers come about it does not know."""
+"""An explanation of a link: as numbers, as a page and as an image file. Does not know how the numbers are computed."""
 
 from __future__ import annotations
 
@@ -186,10 +186,10 @@ class Explanation:
         what = "What each unit adds to the score" if self.versus is None else "What each unit adds to the lead"
         return f'<div class="bars"><h4>{what}</h4>{"".join(rows)}<small>{_LEGEND}</small></div>'
 
-    # --- As a picture
+    # --- As an image file
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the explanation as a picture (`.png` and what else Pillow writes), or as a page (`.html`).
+        """Writes the explanation as an image file (`.png` and what else Pillow writes), or as a page (`.html`).
 
         Raises:
             ValueError: if the name ends otherwise.
@@ -201,13 +201,11 @@ class Explanation:
             path.write_text(f"{head}<body>{self.to_html()}</body></html>\n", encoding="utf-8")
             return
         if path.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(
-                f"An explanation is saved as a picture (why.png) or a page (why.html), not as {path.name}."
-            )
+            raise ValueError(f"An explanation is saved as an image (why.png) or a page (why.html), not as {path.name}.")
         self.picture().save(path)
 
     def picture(self) -> Image.Image:
-        """The explanation as a picture: a column for each side, and the units' bars below."""
+        """The explanation as an image: a column for each side, and the units' bars below."""
         return _Sheet(self).drawn()
 
 

@@ -1,4 +1,4 @@
-"""What passes between encoder, units, index and search: named tensors of mentions and entities, and scores of pairs.
+"""Named tensors that go from the encoder to the units, the index and the search; and the scores of pairs.
 
 Knows no layer. Shapes: B mentions or entities, L text tokens, P image tokens (the class token and the patches).
 """

@@ -1,6 +1,6 @@
-"""Single files of an index: written whole or not at all, read safely, mapped without a descriptor, locked for a writer.
+"""Single files of an index: written whole or not at all, read safely, memory-mapped, locked for a writer.
 
-Knows files, not what is in them.
+Knows files, but not what is in them.
 """
 
 from __future__ import annotations
@@ -131,12 +131,12 @@ def regular(path: Path) -> Path:
         OSError: if it is something else.
     """
     if path.exists() and not path.is_file():
-        raise OSError(f"{os.fspath(path)} is no regular file")
+        raise OSError(f"{os.fspath(path)} is not a regular file")
     return path
 
 
 def is_there(path: str | os.PathLike[str], directory: bool = False) -> bool:
-    """Whether there is anything of that name, or a directory; `False` too for what can be no name."""
+    """Whether there is anything of that name, or a directory; `False` too for what cannot be a name."""
     try:
         return Path(path).is_dir() if directory else Path(path).exists()
     except (OSError, ValueError):  # too long, or with a zero
@@ -156,7 +156,7 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        OSError: if it cannot be read, or is no regular file.
+        OSError: if it cannot be read, or is not a regular file.
         ValueError: if it is not JSON, or nested too deeply.
     """
     try:
@@ -202,7 +202,7 @@ def locked(directory: Path) -> Iterator[None]:
     with no_space_told(directory):
         path = make_directory(directory) / LOCK
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise EntityIndexError(f"{path} is no regular file, so it cannot serve as a lock. Remove it.")
+            raise EntityIndexError(f"{path} is not a regular file, so it cannot serve as a lock. Remove it.")
         try:
             with _windows_lock(path) if fcntl is None else _posix_lock(path):
                 yield

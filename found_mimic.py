@@ -1,6 +1,6 @@
-"""What a search has found so far: the best rows of each mention, or what is known of its answer's place.
+"""What a search has found so far: the best rows of each mention, or what is known of its answer's rank.
 
-Knows scores and rows, not how scores come about.
+Knows scores and rows, but not how scores are computed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The one list of which files of a checkpoint, an index or a data set go to the Hub.
+"""The list of the files of a checkpoint, an index or a data set that go to the Hub.
 
-Whatever uploads asks here, so that all of them send the same files, and none sends what a symbolic link outside of the
-folder leads to. It knows names and folders only: nothing of models, and nothing of the Hub.
+Everything that uploads uses this list, so that all send the same files. A symbolic link that leads out of the folder
+is never followed. Knows names and folders only: nothing of models, and nothing of the Hub.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Which model and processor made an index: what tells them apart, and how that is compared.
+"""Which model and processor an index belongs to: what is noted of them, and how it is compared.
 
-An index holds features that mean something to one model only. It notes all that they depend on:
+The features in an index mean something to one model only. An index notes everything that they depend on:
 
-- the configuration, but for what cannot change a feature (`_NOT_IN_FEATURES`);
-- all weights of the matcher, and all of the encoder, as they lie in memory, quantized ones too;
-- the processor: its settings, those of its images, its tokenizer's vocabulary and what it makes of some texts.
+- the configuration, except for what cannot change a feature (`_NOT_IN_FEATURES`);
+- all weights of the matcher and of the encoder, as they are in memory, also if they are quantized;
+- the processor: its settings, those for images, the tokenizer's vocabulary, and the tokens of some texts.
 
-What is not covered: `reduce_jpeg` and `fast_resize` of a processor, which an index may be built with for their speed;
-merges of a tokenizer that none of those texts uses; weights on a disk or nowhere ("meta"); a change by way of `.data`
-later on; and a change of a model in another precision than that which made the index, where a sample of each tensor
-does not show it.
+Not noted: `reduce_jpeg` and `fast_resize` of a processor, which an index may be built with to be faster; merges of a
+tokenizer that none of those texts uses; weights that are on a disk or nowhere ("meta"); changes through `.data` later
+on; and, if the model is loaded in another precision than the one that made the index, changes that a sample of each
+tensor does not show.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Where the bytes of an image come from: what a string may name, and which places are read.
+"""Where the bytes of an image come from: what a string may name, and which places may be read.
 
-A string that a caller writes is as good as the caller's code. One in a table that came from elsewhere is not: it may
-name any file of this machine, or any address. [`ImagePlaces`] says which places are read, and [`PlacedImage`] carries
-that along with the string, from the table to the reader. Knows nothing of pixels.
+A string that the caller writes is as trustworthy as the caller's code. A string in a table from elsewhere is not: it
+could name any file of this machine, or any address. [`ImagePlaces`] says which places may be read. [`PlacedImage`]
+keeps that together with the string, all the way from the table to the reader. Knows nothing of pixels.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ImagePlaces:
     """The places that an image given as a string is read from. The defaults are for what a caller's own code says.
 
     Args:
-        allow_urls: whether `http(s)` and `hf://` addresses are fetched. `True`: public ones; `"private"`: those of this
+        allow_urls: whether `http(s)` and `hf://` addresses are read. `True`: public ones; `"private"`: those of this
             machine and of private networks too; `False`: none.
         image_root: whether files of this machine are read. `True`: any; `False`: none; a folder: those in it, and
             relative paths are seen from it.
@@ -142,7 +142,7 @@ def file_named(source: str | os.PathLike[str], places: ImagePlaces) -> str:
         name = name.partition("::")[2]
         kind = _kind(name)
     if kind not in ("", "file"):
-        raise MimicImageError(f"The image {shortened(name)} is no file of this machine.")
+        raise MimicImageError(f"The image {shortened(name)} is not a file on this machine.")
     return _local_file(_path_of_file_url(name) if kind == "file" else name, places)
 
 
@@ -155,8 +155,7 @@ def _kind(source: str | os.PathLike[str]) -> str:
 def _require_urls(name: str, places: ImagePlaces) -> None:
     if not places.allow_urls:
         raise MimicImageError(
-            f"The image {shortened(name)} is a URL, and URLs are not fetched here. Where they are meant to be, pass "
-            "allow_urls=True."
+            f"The image {shortened(name)} is a URL, and URLs are not read here. To read it, pass allow_urls=True."
         )
 
 
@@ -170,7 +169,7 @@ def _local_file(name: str, places: ImagePlaces) -> str:
     if places.image_root is False:
         raise MimicImageError(
             f"The image {shown} is a path on this machine, named in a table that came from elsewhere; no file is read "
-            "for it. Where it is meant, pass image_root= with the folder that its images are in."
+            "for it. To read it, pass image_root= with the folder that the images are in."
         )
     path = _seen_from_root(name, places)
     if not isinstance(places.image_root, bool):
@@ -190,7 +189,9 @@ def _local_file(name: str, places: ImagePlaces) -> str:
     if stat.S_ISDIR(mode):
         raise MimicImageError(f"The image {shown} is a directory.")
     if not stat.S_ISREG(mode):
-        raise MimicImageError(f"The image {shown} is no regular file but a named pipe or a device, which is not read.")
+        raise MimicImageError(
+            f"The image {shown} is not a regular file but a named pipe or a device, which is not read."
+        )
     return path
 
 
@@ -237,14 +238,14 @@ def _hub_file(name: str) -> bytes:
     except MimicImageError:
         raise
     except Exception as error:  # those of the Hub, of its HTTP library, of fsspec
-        raise MimicImageError(f"The image {shortened(name)} cannot be fetched: {shortened(str(error))}") from error
+        raise MimicImageError(f"The image {shortened(name)} cannot be downloaded: {shortened(str(error))}") from error
 
 
 def _zip_member(name: str, places: ImagePlaces) -> bytes:
     """A member of a zip archive, as `datasets` writes it where it streams one."""
     member, _, archive = name[len("zip://") :].partition("::")
     if not archive:
-        raise MimicImageError(f"The image {shortened(name)} names no archive: zip://member::archive is meant.")
+        raise MimicImageError(f"The image {shortened(name)} names no archive: write zip://member::archive.")
     kind = _kind(archive)
     if kind in ("http", "https", "hf"):
         _require_urls(archive, places)
@@ -285,7 +286,7 @@ def read_file(file: IO[bytes], name: str) -> bytes:
     """What an open file holds, from its beginning where it has one.
 
     Raises:
-        MimicImageError: if it cannot be read, is no file of bytes, or holds more than 64 MiB.
+        MimicImageError: if it cannot be read, is not a file of bytes, or holds more than 64 MiB.
     """
     try:
         if callable(getattr(file, "seekable", None)) and file.seekable():

@@ -1,8 +1,8 @@
 """The one reader of images: from a path, an address, bytes or an array to RGB, with limits on what is read.
 
-Whatever reads an image of a mention or an entity does it here: the processor, the collator of training, the index and
-the scripts that make data sets. So all of them take the same formats, hold the same limits, and call the same images
-unreadable. It knows nothing of models.
+Everything that reads an image of a mention or an entity uses this file: the processor, the collator of training, the
+index and the scripts that make data sets. So all of them take the same formats, have the same limits, and call the
+same images unreadable. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def load_image(
         max_pixels: larger images are refused before they are decoded.
         correct: whether the orientation that a camera recorded is applied, transparency shows white, and 16-bit
             values are scaled to 8 bits. If not, the image is only converted to RGB.
-        allow_urls: whether addresses are fetched: `True` (public ones), `"private"` (those of this machine and of
+        allow_urls: whether addresses are read: `True` (public ones), `"private"` (those of this machine and of
             private networks too) or `False`.
         resize: width and height to which the image is resized, whatever its proportions: after it is made RGB if it
             is corrected, before if not, as the published code does.
@@ -91,7 +91,7 @@ def load_image(
         `PIL.Image.Image` of mode "RGB", or `None` for no source.
 
     Raises:
-        MimicImageError: if there is no such file, it is no image, is broken, is too large, or is not read from there.
+        MimicImageError: if there is no such file, or it is not an image, broken, too large, or not read from there.
     """
     places = ImagePlaces(allow_urls, image_root)
     if is_placed(source):
@@ -135,7 +135,7 @@ def open_image(
         `PIL.Image.Image` as it is stored, and what messages call it.
 
     Raises:
-        MimicImageError: if there is no such file, it is no image, or it is too large.
+        MimicImageError: if there is no such file, it is not an image, or it is too large.
     """
     places = ImagePlaces(allow_urls) if places is None else places
     if isinstance(source, Image.Image):
@@ -239,7 +239,7 @@ def _of_array(source: Any) -> Image.Image:
         scale = 255 if values.dtype.kind == "f" and high <= 1 else 1
         values = np.rint(values.astype(np.float64) * scale).astype(np.uint8)
     elif values.dtype not in (np.uint8, np.uint16):
-        raise MimicImageError(f"The given array has the type {values.dtype}, which is none of pixels.")
+        raise MimicImageError(f"The given array has the type {values.dtype}, which is not a type of pixels.")
     return Image.fromarray(np.ascontiguousarray(values))
 
 

@@ -1,4 +1,4 @@
-"""The page of an entity index on the Hub, written from what is in it."""
+"""The page of an index on the Hub, written from what is in the index."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def index_card(
         facts: of all entities in its tables.
         examples: the entities' own data, of which the first are shown.
         model_id: the Hub id of the model that made it, if it is there.
-        license: the licence's name as the Hub spells it.
+        license: the license's name as the Hub spells it.
         source: the Hub id of the data set that the entities are from.
     """
     size = sum(file["bytes"] for entry in manifest["shards"] for file in entry["files"].values())
@@ -128,8 +128,8 @@ def index_card(
     quoted_place = json.dumps(plain_line(place), ensure_ascii=False)
     text = f"""# {escaped(title)}: {count:,} entities to link mentions to
 
-A knowledge base, encoded for multimodal entity linking: given a mention, its sentence and its image, the MIMIC model
-{model} finds the entity that is meant among those of this index. One model serves any number of such indexes.
+This is a knowledge base, encoded for multimodal entity linking: given a mention, its sentence and its image, the MIMIC
+model {model} finds the entity that is meant among those of this index. One model can have any number of indexes.
 
 ## Use
 
@@ -146,7 +146,7 @@ linker({{"mention": "Orange", "text": "Orange opened a shop on the corner.", "im
 ```
 {"" if model_id else _NO_MODEL_ID}
 The features are memory-mapped and read when a search needs them, so opening the index takes little time and memory.
-The entities alone, without features, are a data set:
+The entities, without their features, are a data set:
 
 ```python
 from datasets import load_dataset
@@ -158,22 +158,22 @@ entities = load_dataset({quoted_place}, "entities", split="kb")
 
 {table(("", ""), rows)}
 
-The first of them:
+The first entities:
 
 {table(shown, example_rows)}
 
 ## Limits
 
-- The index belongs to the model above. Any other, the same one trained further too, is refused.
+- The index belongs to the model above. Another model, or the same one trained further, is refused.
 - An entity is its name and description, cut at {config["text_max_length"]} tokens together, and its first image,
   as they were when the index was made. `EntityIndex.update`, `add` and `remove` change it.
-- Every mention is given its best entities, whether or not the right one is among them. What the knowledge base leaves
-  out cannot be found, and it covers some people, places and times better than others.
+- Every mention gets its best entities, whether or not the right one is among them. An entity that is not in the
+  knowledge base cannot be found, and it covers some people, places and times better than others.
 - Features are {_ROUNDED.get(manifest["dtype"], manifest["dtype"])}.
 
-## Licence
+## License
 
-{_licence(license, source)}
+{_license(license, source)}
 """
     return f"---\n{data.to_yaml()}\n---\n\n{_OURS}\n\n{text}"
 
@@ -193,7 +193,7 @@ _NO_MODEL_ID = """
 """
 
 
-def _licence(license: str | None, source: str | None) -> str:
+def _license(license: str | None, source: str | None) -> str:
     of = _linked(source, "datasets/") if source else "the knowledge base it was made from"
     if license is None:
         return f"That of {of}."

@@ -1,4 +1,4 @@
-"""An index on the Hub: a data set repository of its own, written in one commit and read as one commit left it."""
+"""An index on the Hub: a data set repository of its own, written in one commit and read from one commit."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def download_index(repo_id: str, repo_type: str, subfolder: str, revision: str |
         ) from error
     except EntryNotFoundError as error:
         raise EntityIndexError(
-            f"{place} on the Hub is no entity index: it has no {MANIFEST}. EntityIndex.push_to_hub uploads one."
+            f"{place} on the Hub is not an entity index: it has no {MANIFEST}. EntityIndex.push_to_hub uploads one."
         ) from error
     root = listed.parents[len(Path(folder).parts)]
     prefix = f"{folder}/" if folder else ""

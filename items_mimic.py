@@ -1,6 +1,6 @@
-"""Items of a user's input, answered in their order, while the mentions of several of them are linked together.
+"""Answers the items of a user's input in their order, while the mentions of several items are linked together.
 
-Knows neither what reads an item nor what links a mention: both are given.
+Knows neither what reads an item nor what links a mention: it is given both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Stored indexes joined to one, without encoding anything again: by links to their files, or copies of them.
+"""Joins stored indexes to one without encoding anything again: with links to their files, or copies of them.
 
-Knows files, not how the parts came about.
+Knows files, but not how the parts were made.
 """
 
 from __future__ import annotations

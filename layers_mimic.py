@@ -1,11 +1,11 @@
-"""The layers that the units are made of, and their arithmetic.
+"""The layers of the units, and their arithmetic.
 
-The units' factored form needs parts of a layer: the linear part of one, the scale of another. A part is asked for by
-calling the layer, never by reading its weights: so hooks fire, weights that are kept elsewhere are fetched, and a
-wrapper around the layer (an adapter, a copy that is trained in its place) has its say.
+The factored form of the units needs parts of a layer: the linear part of one, the scale of another. To get a part, the
+layer is called; its weights are never read. So hooks fire, weights that are stored elsewhere are loaded, and a wrapper
+around the layer (an adapter, a copy that is trained instead) takes effect.
 
-All arithmetic is done in float32 (or float64, for a model in float64): its cost is small beside the encoder's, and the
-expanded sums lose too many digits in half precision.
+All arithmetic is in float32 (or float64, for a model in float64). It costs little compared with the encoder, and the
+expanded sums would lose too many digits in half precision.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where the contents of an index come from, and where they go: built, joined or opened, and saved.
+"""Makes the contents of an index (built, joined or opened), and saves them.
 
-Each function gives a matcher and the contents that it scores. Knows nothing of searches.
+Each function returns a matcher and the contents that it scores. Knows nothing of searches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Text from data in the Markdown of a card: nothing of it is markup, a link or a control character.
+"""Makes text from data harmless in the Markdown of a card: it is never markup, a link or a control character.
 
-Every card that is generated, of a model, an index or a data set, takes texts of others through here. It knows nothing
-of what the cards say.
+All cards (of a model, an index or a data set) use this file for texts from elsewhere. Knows nothing of what cards say.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The matcher: features of mentions and of entities, and the scores of each pair of them.
+"""The matcher: features of mentions and of entities, and the score of each pair of them.
 
-With units_mimic, layers_mimic and features_mimic, which it is made of, this is the one place that knows the names of
-features, the numbers that the units keep beside their vectors, and the weights of the total. It does not know what
-encodes texts and images, nor how features are stored or searched.
+Together with the files that it is made of (units_mimic, layers_mimic and features_mimic), this is the only place that
+knows the names of features, the numbers that units keep with their vectors, and the weights of the total score. It
+does not know how texts and images are encoded, nor how features are stored or searched.
 
 Shapes: M mentions, N entities, L text tokens, P image tokens (the class token and the patches).
 """

@@ -1,7 +1,7 @@
 """Mentions on their way into a search: what users give is checked, read and encoded.
 
-Both the index, for plain mentions, and the pipeline take mentions apart here. What is wrong with one of them is told
-with its row or id, and what follows from it is the same in both.
+Both the index and the pipeline use this file for single mentions. An error names the row or id of the mention, and
+both handle it in the same way.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def mention_parts(mention: Any) -> tuple[str, str, ImageInput]:
     """The mention, its text and its image, of a dict with `mention`, `text` (or `sentence`) and perhaps `image`.
 
     Raises:
-        MentionError: if it is no such dict.
+        MentionError: if it is not such a dict.
     """
     record = checked_record(mention)
     parts = [checked_text(record, "mention"), checked_text(record, "text")]
@@ -88,7 +88,7 @@ def mention_place(record: Mapping[str, Any], mention: str, text: str) -> tuple[i
     """Where a mention says that it is in its text, checked; `None` where it does not say.
 
     Raises:
-        MentionError: if that is no place in the text.
+        MentionError: if that is not a place in the text.
     """
     start, end = (record.get(name) for name in ("start", "end"))
     if is_absent(start) and is_absent(end):
@@ -329,7 +329,7 @@ _NO_IMAGE = MentionImage(torch.zeros(0))
 
 
 def check_features(mentions: Any) -> None:
-    """Raises a `TypeError` for what are no features of mentions."""
+    """Raises a `TypeError` for what are not features of mentions."""
     if getattr(mentions, "side", None) != "mention":
         raise TypeError(
             f"An index is searched with MentionFeatures, from model.encode_mentions; got {type(mentions).__name__}."
@@ -340,7 +340,7 @@ def checked_mentions(mentions: MentionFeatures, matcher: Matcher) -> MentionFeat
     """Mentions that a matcher can score, in float32 at most.
 
     Raises:
-        TypeError: if they are no features of mentions.
+        TypeError: if they are not features of mentions.
         ValueError: if they are another model's, not finite, or too large.
     """
     check_features(mentions)

@@ -1,8 +1,8 @@
-"""The names of a knowledge base: which entities bear a name, and which names occur in a text.
+"""The names of a knowledge base: which entities have a name, and which names occur in a text.
 
-All names and aliases lie in one table of arrays that is stored with an index and memory-mapped. A name is found by a
-hash of its folded form; the hashes of all parts of a text are computed at once, so that a text is searched for a
-million names as fast as for ten. Knows strings, numbers of rows and files: no searches, no models.
+All names and aliases are in one table of arrays, which is stored with an index and memory-mapped. A name is found by a
+hash of its folded form. The hashes of all parts of a text are computed at once, so searching a text for a million
+names is as fast as for ten. Knows strings, row numbers and files: no searches, no models.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class NameTable:
         """
         try:
             if path.exists() and not path.is_file():
-                raise OSError("it is no regular file")
+                raise OSError("it is not a regular file")
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
                 if (rules := facts.get("rules", "1")) != str(RULES):
@@ -238,10 +238,10 @@ class NameTable:
             if entries and not 0 <= int(values.min()) <= int(values.max()) < limit:
                 raise ValueError(f"its `{name}` names what is not there")
 
-    # --- Who bears a name
+    # --- Which entities have a name
 
     def rows_of(self, name: str, removed: np.ndarray | None = None) -> tuple[list[int], list[int]]:
-        """The rows of the entities that bear a name: as it is written, and but for case.
+        """The rows of the entities that have a name: as it is written, and in any case.
 
         Args:
             name: the name.

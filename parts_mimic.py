@@ -1,7 +1,7 @@
-"""An index made in parts: which entities are in which part, how processes wait for each other, and who joins the parts.
+"""Builds an index in parts: who builds which entities, how processes wait for each other, who joins the parts.
 
-Parts are indexes of their own, each with its lock and its unfinished build to go on with. They may be made by
-processes of one machine, or in a directory that several machines share. Knows files, not searches.
+Each part is an index of its own, with its own lock and its own unfinished build. The processes may run on one machine,
+or on several that share a directory. Knows files, not searches.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 
 class MultimodalEntityLinkingPipeline(Pipeline):
-    """Tells which entities of a knowledge base a text speaks of, from the text and its image.
+    """Links the mentions of a text, with an image, to the entities of a knowledge base.
 
     Example:
 
@@ -47,46 +47,48 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     [{'mention': 'Orange', 'start': 0, 'end': 6, 'context_window': 'mention', 'entities': [...]}]
     ```
 
-    A mention is a dict with `mention` and `text` (or `sentence`), and may have `start` and `end` (its place in the
-    text), `image` (a path, a URL, a PIL image or the bytes of a file) and `candidates` (ids of the entities that it may
-    mean). It gives a list of entities, best first. A document is the same without `mention`: its mentions are found, or
-    given as `spans`, and it gives a list of dicts, one for each, with their `entities`. A string is a document without
-    an image. A list of mentions or documents gives a list of answers; a data set or generator gives them one after the
-    other.
+    A mention is a dict with `mention` and `text` (or `sentence`). It may have `start` and `end` (its place in the
+    text), `image` (a path, a URL, a PIL image or the bytes of a file) and `candidates` (ids of the entities that it
+    may mean). It gives a list of entities, best first. A document is the same without `mention`. Its mentions are
+    found, or given as `spans`, and it gives a list with a dict for each mention, which has its `entities`. A string is
+    a document without an image. A list of mentions or documents gives a list of results; a data set or generator gives
+    the results one after the other.
 
     Args:
-        index ([`EntityIndex`] or `str`, *optional*): the knowledge base, encoded; or its directory or Hub repository.
-            Defaults to the `default_index` of the model's configuration, which may name a folder of the checkpoint too.
-        entities (*optional*): in place of `index`, a knowledge base that is encoded now: a `datasets.Dataset` or a list
-            of dicts with `id`, `name`, `description`, `images` and perhaps `aliases`.
+        index ([`EntityIndex`] or `str`, *optional*): the encoded knowledge base, or its directory or Hub repository.
+            Defaults to the `default_index` of the configuration, which may also name a folder of the checkpoint.
+        entities (*optional*): in place of `index`, a knowledge base to encode now: a `datasets.Dataset` or a list of
+            dicts with `id`, `name`, `description`, `images` and perhaps `aliases`.
         index_kwargs (`dict`, *optional*): with `index`, arguments of [`EntityIndex.from_pretrained`] (`revision`,
             `token`, ...).
         build_kwargs (`dict`, *optional*): with `entities`, arguments of [`EntityIndex.build`] (`dtype`,
             `batch_size`, ...).
-        allow_urls, image_root (*optional*): where images that are named by a string are read from, in `entities` and
-            in a data set of mentions; see [`EntityIndex.build`]. Where they are given, they hold for mentions that a
-            caller passes, too: a service for strangers says `allow_urls=False, image_root=False`.
-        top_k (`int`, defaults to 5): number of entities for each mention. Also an argument of the call, as all that
-            follow.
-        min_probability (`float`, *optional*): of a calibrated model, only answers that are at least so probable.
-        coverage (`float`, *optional*): of a calibrated model, in the place of the best `top_k` answers the smallest set
-            that holds the right one of so many mentions, such as 0.95: see [`Calibration.threshold`].
-        candidates (*optional*): what every mention of the call may mean: ids; "names" for the entities that bear its
-            name, and all where there are none; "names+search" for these and what the search finds, `top_k` of each.
+        allow_urls, image_root (*optional*): which places images may be read from that `entities`, or a data set of
+            mentions, name by a string; see [`EntityIndex.build`]. If given, they also hold for mentions that a caller
+            passes: a service for strangers passes `allow_urls=False, image_root=False`.
+        top_k (`int`, defaults to 5): number of entities for each mention. This argument and all that follow are also
+            arguments of the call.
+        min_probability (`float`, *optional*): give only answers that are at least this probable; needs a calibrated
+            model.
+        coverage (`float`, *optional*): in place of the best `top_k` answers, give the smallest set that holds the right
+            one for this share of mentions, such as 0.95; needs a calibrated model. See [`Calibration.threshold`].
+        candidates (*optional*): what every mention of the call may mean: a list of ids; "names" for the entities that
+            have its name, or all if there are none; "names+search" for these and those that the search finds, `top_k`
+            of each.
         method (`str`, defaults to "pruned"): or "exhaustive"; the entities found are the same.
         context_window (*optional*): "start" or "mention": which part of a long text is read. By default "mention" for
             documents, and what the configuration says for mentions.
         mention_detector (*optional*): what finds the mentions of a document: "names" of the knowledge base (the
             default), a token-classification pipeline, its directory or Hub id, or a callable that takes a text and
-            gives pairs of start and end, or dicts with `start` and `end`.
-        reranker (*optional*): a callable that takes a mention and its `rerank_top_k` best entities and gives a score
-            for each, by which they are sorted; they then have `rerank_score` too, and no probability.
+            returns pairs of start and end, or dicts with `start` and `end`.
+        reranker (*optional*): a callable that takes a mention and its `rerank_top_k` best entities and returns a score
+            for each. They are sorted by it, and then have a `rerank_score` and no probability.
         rerank_top_k (`int`, defaults to 10): how many entities a re-ranker sees.
-        on_error (`str`, defaults to "raise"): what follows from an item that cannot be linked. "raise" ends the call,
-            after the answers of those before it, with an error that names its row and id; "warn" gives an empty list
-            in its place; "return" a dict with `error`, the message, and `error_type`.
-        on_image_error (`str`, defaults to "raise"): an image that cannot be read is such an error; with "warn" the item
-            is linked without.
+        on_error (`str`, defaults to "raise"): what to do with an item that cannot be linked. "raise" ends the call with
+            an error that names its row and id, after the results of the items before it; "warn" gives an empty list;
+            "return" gives a dict with `error` (the message) and `error_type`.
+        on_image_error (`str`, defaults to "raise"): an image that cannot be read is such an error; with "warn", the
+            item is linked without it.
 
     Raises:
         EntityIndexError: if the index was made by another model.

@@ -1,4 +1,4 @@
-"""The numbers of an index: what precision features are stored in, and which names and shapes a model's features have.
+"""The precision in which features are stored, and the names and shapes of a model's features.
 
 Knows neither shards nor files.
 """

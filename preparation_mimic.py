@@ -1,6 +1,6 @@
-"""Images as a model reads them: brought to the backbone's size and normalized, by an image processor's settings.
+"""Prepares images for a model: resizes and normalizes them by the settings of an image processor.
 
-One at a time: an image may take a hundred times as much memory as its file. Knows no texts.
+One image at a time, because an image may take a hundred times as much memory as its file. Knows no texts.
 """
 
 from __future__ import annotations

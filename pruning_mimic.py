@@ -1,8 +1,8 @@
-"""The stages that a search prunes pairs in: from cheap upper bounds of all pairs to few pairs with tight ones.
+"""The stages of pruning: from cheap upper bounds of all pairs to a few pairs with tight bounds.
 
-Each stage is a function of its inputs: mentions prepared for a search, what is known of their images' pairs, and bounds
-of a block of entities go in; what is left comes out, and nothing that went in is changed. Only the work is counted.
-Knows bounds and units, not the best entities nor the order in which blocks and stages come.
+Each stage is a function of its inputs. In go mentions prepared for a search (a `Query`), what is known of their image
+scores, and bounds of a block of entities; out come the pairs that are left. Inputs are never changed; only the work is
+counted. Knows bounds and units, but neither the best entities nor the order of blocks and stages.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class Block:
         """Which pairs may reach a score (M, 1), by the block's bounds, (M, N)."""
         # What is hidden is below any number.
         lowest = torch.finfo(self.high.dtype).min
-        return ~(self.high < (floor - self.margin - query.most).clamp(min=lowest))  # what is no number is found later
+        return ~(
+            self.high < (floor - self.margin - query.most).clamp(min=lowest)
+        )  # what is not a number is found later
 
 
 @dataclass(frozen=True)

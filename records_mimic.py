@@ -1,6 +1,6 @@
-"""Reading a knowledge base: records from any list, data set or generator, and what an index keeps of each.
+"""Reads the records of a knowledge base, from any list, data set or generator; and what an index keeps of each.
 
-Knows how records are read and checked, not how they are encoded or stored.
+Knows how records are read and checked, but not how they are encoded or stored.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def places_of(
     Args:
         table: records with images.
         column: the field that has them.
-        allow_urls: whether addresses are fetched: `True` (public ones), `"private"` or `False`. Where it is `None`,
+        allow_urls: whether addresses are read: `True` (public ones), `"private"` or `False`. Where it is `None`,
             they are for what a caller made (a list, a DataFrame, a generator), and are not for a data set, whose rows
             somebody else may have written.
         image_root: whether files of this machine are read: `True` (any), `False`, or the folder that they must be in.

@@ -1,7 +1,7 @@
-"""Makes transformers know the model, its processor and the task, once transformers loads the tables that hold them.
+"""Makes transformers know the model, its processor and the pipeline's task.
 
-Loading them costs seconds that a command such as `mimic-el prepare --help` does not need. So nothing is imported here:
-what is to be registered waits until the table that it goes into is imported, by whomever.
+Importing transformers takes seconds that a command such as `mimic-el prepare --help` does not need. So nothing is
+imported here: each entry is registered as soon as something else imports the table that it goes into.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Re-ranking: a second look at the entities that a search found best, by a model that reads both sides together.
+"""Re-ranking: sorts the best entities of a search again, by a model that reads mention and entity together.
 
-A re-ranker is any callable that takes a mention and its best entities and gives a score for each. Two adapters are
-here, for models of other libraries. Knows answers, not how they were found.
+A re-ranker is any callable that takes a mention and its best entities and returns a score for each. This file has two
+adapters for models of other libraries. Knows answers, but not how they were found.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whether bounds pay: what a sample of entities shows of how many pairs they would leave to be scored.
+"""Tries on a sample of entities whether upper bounds save time: how many pairs would they leave to be scored?
 
-Where they leave many, bounding pairs comes on top of scoring them. Knows the stages, not the search that they serve.
+If they leave many, computing bounds only adds to the work. Knows the stages, but not the search that uses them.
 """
 
 from __future__ import annotations

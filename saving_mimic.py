@@ -1,7 +1,7 @@
-"""Directories that a caller names: checked, written in as a whole, and what is wrong with their files told.
+"""Directories that a caller names: checked, replaced as a whole, and errors that say which of their files is wrong.
 
-What is saved is written beside what is there, and takes its place when all of it is written: so a disk that fills up
-costs nothing that was there. Knows nothing of what is saved, and loads no library.
+What is saved is written next to what is there, and replaces it when everything is written. So nothing is lost if the
+disk is full. Knows nothing of what is saved, and loads no library.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What an index of entities is asked, whether it lies in one place or in parts: its names, links, searches and ranks.
+"""What any index can be asked, in one piece or in parts: names, links, searches and ranks.
 
-Each question takes one state of the index and hands over to it; to link is to encode mentions, to look for those by
-name, and to search. Knows nothing of how an index is made, changed or stored.
+Each question takes one state of the index and is passed on to it. To link means to encode mentions, find entities by
+name if asked, and search. Knows nothing of how an index is made, changed or stored.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class State(Protocol):
     def find_mentions(self, text: str, lower_case: bool) -> list[tuple[int, int]]: ...
 
     def check_candidates(self, entity_ids: Sequence[str] | None) -> None:
-        """Raises a `ValueError` or `UnknownEntityError` for what are no candidates of a mention."""
+        """Raises a `ValueError` or `UnknownEntityError` for what cannot be candidates of a mention."""
 
     def bearers(self, names: Sequence[str]) -> Sequence[Any]:
-        """For each name the entities that bear it, but for case, as candidates; `None` where there are none."""
+        """For each name the entities that have it, in any case, as candidates; `None` where there are none."""
 
     def linked(
         self, mentions: MentionFeatures, top_k: int, candidates: Sequence[Any], **options: Any
@@ -146,17 +146,19 @@ class SearchableIndex(ABC):
     # --- Names
 
     def find(self, name: str, *, max_distance: int = 2) -> list[str]:
-        """The ids of the entities that bear a name or alias, in the index's order: as it is written; where there are
-        none but for case and the form of its Unicode; and where there are none either, those whose names are nearest.
+        """The ids of the entities that have a name or alias, in the order of the index.
+
+        If no name is written exactly like this, case and the form of the Unicode are ignored. If there is still none,
+        the entities with the nearest names are given.
 
         Args:
             name: the name.
-            max_distance: how many characters may differ in the last case, which needs `rapidfuzz`; a third of the
-                name's at most. 0 leaves that case out.
+            max_distance: how many characters the nearest names may differ in; never more than a third of the name's.
+                Needs `rapidfuzz`; 0 does without nearest names.
 
         Raises:
             EntityIndexError: if the index was made without names: see [`EntityIndex.build_names`].
-            TypeError: if it is no string.
+            TypeError: if it is not a string.
             ValueError: if `max_distance` is not an integer of at least 0.
         """
         if not isinstance(name, str):
@@ -169,17 +171,17 @@ class SearchableIndex(ABC):
     def find_mentions(self, text: str, *, lower_case: bool = False) -> list[tuple[int, int]]:
         """Where names and aliases of the entities occur in a text: start and end of each place, in characters.
 
-        Names are whole words, in any script; case and the form of the Unicode do not matter. Where several overlap
-        the longest is taken. What is too common is not: one character, what has no letter, stop words, and a single
-        word in lower case for a name that is not written so.
+        Names are whole words, in any script. Case and the form of the Unicode do not matter. If several names overlap,
+        the longest is taken. Left out is what is too common: a single character, what has no letter, stop words, and a
+        single word in lower case if the name is not written so.
 
         Args:
             text: any text.
-            lower_case: whether such words in lower case are taken too.
+            lower_case: whether to take such words in lower case too.
 
         Raises:
             EntityIndexError: if the index was made without names: see [`EntityIndex.build_names`].
-            TypeError: if it is no string.
+            TypeError: if it is not a string.
         """
         if not isinstance(text, str):
             raise TypeError(f"A text is a string, got {type(text).__name__}.")
@@ -202,22 +204,22 @@ class SearchableIndex(ABC):
         context_window: str | None = None,
         show_progress: bool = False,
     ) -> list[Any]:
-        """Finds the entities that fit each mention best, from the mentions as they are.
+        """Encodes mentions, and finds the entities that fit each of them best.
 
         Args:
-            model, processor: what made the index, and encodes the mentions; on the model's device.
-            mentions: M dicts with `mention`, `text` and, where there is one, `image`; `start` and `end`, the mention's
-                place in its text, are of use for the context window "mention".
+            model, processor: those that made the index. The mentions are encoded on the model's device.
+            mentions: M dicts with `mention`, `text` and maybe `image`. They may have `start` and `end`, the mention's
+                place in its text, which the context window "mention" uses.
             top_k: number of entities for each mention.
             batch_size: mentions encoded at a time.
-            candidates: for each mention, or for all of them, what it may mean. A list of ids; "names" for the entities
-                that bear the mention's words as their name or alias, and all where there are none; "names+search" for
-                these and what the search finds among all, `top_k` of each at most; or `None` for all.
+            candidates: for each mention, or for all of them, what it may mean: a list of ids; "names" for the entities
+                that have the mention's words as their name or alias, or all if there are none; "names+search" for these
+                and those that the search finds among all, at most `top_k` of each; or `None` for all.
             method: as in [`search`].
             on_image_error: "raise", or "warn" to go on without an image that cannot be read.
-            on_error: what follows from a mention that cannot be linked. "raise" ends the call with an error that
-                names its row and id; "warn" gives an empty list in its place; "return" a dict with `error`, the
-                message, and `error_type`.
+            on_error: what to do with a mention that cannot be linked. "raise" ends the call with an error that names
+                its row and id; "warn" gives an empty list; "return" gives a dict with `error` (the message) and
+                `error_type`.
             context_window: "start" or "mention", in place of the configuration's: see [`MimicConfig`].
             show_progress: whether to show a progress bar.
 
@@ -270,12 +272,12 @@ class SearchableIndex(ABC):
         names: Sequence[str] | None = None,
         **options: Any,
     ) -> list[list[dict[str, Any]]]:
-        """As [`link`], of mentions that were encoded before.
+        """Like [`link`], for mentions that are already encoded.
 
         Args:
-            mentions, top_k, **options: as of [`search`].
-            candidates: as of [`link`].
-            names: what each mention says, for candidates that are found by name.
+            mentions, top_k, **options: as in [`search`].
+            candidates: as in [`link`].
+            names: the words of each mention, for candidates that are found by name.
 
         Raises:
             ValueError: if there are candidates by name and no names.
@@ -315,20 +317,20 @@ class SearchableIndex(ABC):
         nprobe: int = 32,
         show_progress: bool = False,
     ) -> SearchResult:
-        """Finds the entities that fit each mention best; exactly, unless a shortlist is asked for.
+        """Finds the entities that fit each mention best. The search is exact, unless a shortlist is used.
 
         Args:
-            mentions ([`MentionFeatures`]): M mentions, from [`MimicModel.encode_mentions`]. The work is done on their
+            mentions ([`MentionFeatures`]): M mentions, from [`MimicModel.encode_mentions`]. The search runs on their
                 device.
-            top_k: number of entities wanted; all, if the knowledge base has fewer.
+            top_k: number of entities to find; all, if the knowledge base has fewer.
             candidates: for each mention the ids of the entities that it may mean, or `None` for all.
-            method: "pruned" scores only those pairs whose upper bound leaves them in question, "exhaustive" scores
-                all. Both are exact, and their answers are the same.
-            min_score: what an entity's score must reach to be found, for all mentions or for each: those below are
-                left out, and are pruned where their upper bound is below.
-            num_candidates: number of entities that an approximate shortlist leaves of each mention's, to be scored
-                exactly; needs `faiss`, and is for knowledge bases of 10^7 entities and more. See [`build_shortlist`].
-            nprobe: of the shortlist, the number of an inverted file's lists that are read.
+            method: "pruned" scores only the pairs whose upper bound is high enough, "exhaustive" scores all pairs. Both
+                are exact and find the same.
+            min_score: the lowest score that an entity may have to be found: one for all mentions, or one for each.
+                Entities whose upper bound is lower are pruned.
+            num_candidates: how many entities an approximate shortlist gives for each mention; only these are scored.
+                Needs `faiss`, and is for knowledge bases of 10^7 entities and more. See [`build_shortlist`].
+            nprobe: how many lists of the shortlist's inverted file are searched.
             show_progress: whether to show a progress bar.
 
         Raises:
@@ -360,11 +362,11 @@ class SearchableIndex(ABC):
 
         Args:
             mentions ([`MentionFeatures`]): M mentions.
-            answers: the id of each mention's entity, or `None`. Where it is not in the index the rank is NaN.
+            answers: the id of each mention's entity, or `None`. If it is not in the index, the rank is NaN.
             method, show_progress: as in [`search`].
 
         Raises:
-            ValueError: if the numbers of mentions and answers differ, an answer is no id, or `method` is not valid.
+            ValueError: if the numbers of mentions and answers differ, an answer is not an id, or `method` is not valid.
             EntityIndexError: if the index is empty.
         """
         return self.state.rank(mentions, answers, method, show_progress)

@@ -1,8 +1,9 @@
-"""An approximate shortlist for knowledge bases where even one cheap pass over all entities is too long.
+"""An approximate shortlist, for knowledge bases that are too large even for one cheap pass over all entities.
 
-Two parts of a score are dot products: of the pooled texts, and of the cross-modal vectors. `faiss` finds the entities
-with the largest sum of the two, and only those are searched, exactly. Entities that only their image or the attention
-speaks for can be missed: the recall against the exact answer depends on the model and must be measured.
+Two parts of a score are dot products: that of the pooled texts, and that of the cross-modal vectors. `faiss` finds the
+entities with the largest sum of the two, and only those are searched exactly. An entity can be missed if its score
+comes mainly from its image or from the attention. How often that happens depends on the model, so measure the recall
+against the exact search.
 """
 
 from __future__ import annotations

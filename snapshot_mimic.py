@@ -1,7 +1,7 @@
-"""One state of an index, asked: ids become rows, the search is entered once, and rows become ids and records again.
+"""Answers questions from one state of an index: ids become rows, the search runs, rows become ids and records again.
 
-A question is answered by one snapshot from beginning to end, so a change in another thread does not disturb it. Does no
-arithmetic, changes nothing, and knows nothing of how an index comes about.
+One snapshot answers a question from beginning to end, so a change in another thread does not disturb it. Computes
+nothing itself, changes nothing, and does not know how an index is made.
 """
 
 from __future__ import annotations
@@ -139,11 +139,11 @@ class Snapshot:
         return self.contents.spans_of_names(text, lower_case)
 
     def bearers(self, names: Sequence[str]) -> list[Tensor | None]:
-        """For each name the entities that bear it, but for case, as candidates; `None` where there are none."""
+        """For each name the entities that have it, in any case, as candidates; `None` where there are none."""
         return [self.contents.bearers(name) for name in names]
 
     def bearer_ids(self, name: str) -> list[str]:
-        """The ids of the entities that bear a name, but for case."""
+        """The ids of the entities that have a name, in any case."""
         rows = self.contents.bearers(name)
         return [] if rows is None else self._ids(rows.tolist())
 
@@ -298,7 +298,7 @@ class Snapshot:
 
 
 def check_method(method: Any) -> None:
-    """Raises a `ValueError` for what is no method of a search."""
+    """Raises a `ValueError` for what is not a method of a search."""
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
 
@@ -310,7 +310,7 @@ def check_numbers(mentions: Any, **others: Any) -> None:
         others: what there must be one of, by name.
 
     Raises:
-        TypeError: if they are no features of mentions.
+        TypeError: if they are not features of mentions.
         ValueError: if the numbers differ.
     """
     check_features(mentions)
@@ -325,7 +325,7 @@ def answer_ids(mentions: Any, answers: Any) -> list[str | None]:
     """The id of each mention's answer as an index has it; `None` where the mention has none.
 
     Raises:
-        TypeError, ValueError: as [`check_numbers`]; and if an answer is no id, nor absent.
+        TypeError, ValueError: as [`check_numbers`]; and if an answer is not an id, nor absent.
     """
     check_numbers(mentions, answers=answers)
     return [

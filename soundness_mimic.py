@@ -1,8 +1,8 @@
-"""Whether stored features of entities can be what a model's matcher gave: what `verify` looks for beyond checksums.
+"""Checks whether stored features of entities can come from a model's matcher: what `verify` checks beyond checksums.
 
-A checksum tells that a file is as it was written, not that what was written was right. Most features follow from a few
-of them, and these come from layer norms, whose output has a largest length. Numbers that break this come from no
-encoder, whatever it read. Knows the units and how features are stored, not files.
+A checksum shows that a file is as it was written, but not that what was written was right. Most features follow from a
+few of them, and these come from layer norms, whose output has a largest length. Numbers that break these rules come
+from no encoder, whatever it read. Knows the units and how features are stored, but not files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Places in texts: the form in which names are compared, where words begin and end, and what is around a mention.
+"""Places in texts: how names are compared, where words begin and end, and the words around a mention.
 
-Offsets are characters of the text as it was given, whatever Unicode normalization makes of it. Knows strings only: no
+Offsets are characters of the original text, even if Unicode normalization changes its length. Knows strings only: no
 models, no indexes.
 """
 
@@ -243,7 +243,7 @@ def checked_place(mention: str, text: str, start: Any, end: Any) -> tuple[int, i
         The place; `None` where it is not known and the mention does not occur.
 
     Raises:
-        ValueError: if they are no integers, or no place in the text.
+        ValueError: if they are not integers, or not a place in the text.
     """
     known_start, known_end = as_offset("start", start), as_offset("end", end)
     if known_start is None:
@@ -256,7 +256,7 @@ def checked_place(mention: str, text: str, start: Any, end: Any) -> tuple[int, i
 
 
 def check_span(start: int, end: int, text: str) -> None:
-    """Raises a `ValueError` for what is no place in a text."""
+    """Raises a `ValueError` for what is not a place in a text."""
     if start >= end:
         raise ValueError(f"The span from {start} to {end} has no characters: `end` must be more than `start`.")
     if start < 0 or end > len(text):
@@ -268,7 +268,7 @@ def as_offset(name: str, value: Any) -> int | None:
     column with gaps, is taken.
 
     Raises:
-        ValueError: if it is no whole number.
+        ValueError: if it is not a whole number.
     """
     if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
         return None

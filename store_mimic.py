@@ -1,7 +1,7 @@
-"""What an index is stored in: shards of features and tables of entities, memory-mapped.
+"""How an index is stored: shards of features and tables of entities, memory-mapped.
 
-A table is JSON Lines with offsets and hashes beside it, not Parquet: it must open where only transformers is installed,
-and give one row without reading the rest. Knows neither models' encoders nor how shards are searched.
+A table is JSON Lines with offsets and hashes, not Parquet: it must open with only transformers installed, and give one
+row without reading the others. Knows neither encoders nor how shards are searched.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Table:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_number)
@@ -84,10 +84,10 @@ def _entity(line: bytes) -> dict[str, Any]:
     text = line.decode()
     record = _DECODER.decode(text)
     if not isinstance(record, dict) or not isinstance(record.get("id"), str) or not record["id"]:
-        raise ValueError("it is no entity with an id")
+        raise ValueError("it is not an entity with an id")
     for name in ("name", "description"):
         if not isinstance(record.get(name, ""), str):
-            raise ValueError(f"its `{name}` is no text")
+            raise ValueError(f"its `{name}` is not a text")
     if "\\ud" in text or "\\uD" in text:
         for name, value in record.items():
             f"{name}{value}".encode()  # half of a character would fail only where it is written
@@ -311,7 +311,7 @@ def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
 
 def shard_files(name: Any) -> tuple[str, str]:
     if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-        raise EntityIndexError(f"The index names a part {name!r}, which is no valid name: the index is damaged.")
+        raise EntityIndexError(f"The index names a part {name!r}, which is not a valid name: the index is damaged.")
     return f"{name}.safetensors", f"{name}.jsonl"
 
 

@@ -1,4 +1,4 @@
-"""The one text template, `head + " [SEP] " + body`, and what of it is read where not all of it fits.
+"""The one text template, `head + " [SEP] " + body`, and which part of a text is read if not all of it fits.
 
 Strings in, strings and tokens out. Knows no images and no model.
 """

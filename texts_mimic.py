@@ -1,4 +1,4 @@
-"""Texts from outside: whether they are valid, how much of them is read, how a message shows them."""
+"""Texts from outside: whether they are valid, how much of them is read, and how a message shows them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_unicode(text: str) -> bool:
 
 
 def check_unicode(text: str, what: str, where: str = "") -> None:
-    """Raises a `ValueError` that names what is no valid text, and where."""
+    """Raises a `ValueError` that names what is not a valid text, and where."""
     try:
         if not text.isascii():
             text.encode()

@@ -1,4 +1,4 @@
-"""Train and evaluate MIMIC: `python train.py CONFIG.yaml`, or `python train.py --dataset_name ... --backbone ...`.
+"""Trains and evaluates MIMIC: `mimic-el train CONFIG.yaml`, or `mimic-el train --dataset_name ... --backbone ...`.
 
 The defaults are the published recipe. The output directory ends up a checkpoint that `AutoModel`, `AutoProcessor` and
 `pipeline("multimodal-entity-linking")` load, with its model card, the metrics and predictions of the test split, and
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
     """Arguments from the command line: options, or a YAML or JSON file and options that go before what it says.
 
     Raises:
-        ValueError: if the file is no mapping, or has a key that is no option.
+        ValueError: if the file is not a mapping, or has a key that is not an option.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = option_parser()

@@ -1,4 +1,4 @@
-"""Turns of threads that compute with a model. Knows neither what they compute nor the pipeline."""
+"""Limits how many threads compute with a model at once. Knows neither what they compute nor the pipeline."""
 
 from __future__ import annotations
 

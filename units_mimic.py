@@ -1,11 +1,11 @@
-"""The three units that score a pair of a mention and an entity: what each needs of either side, and the pair's score.
+"""The three units that score a pair of a mention and an entity: their features of each side, and the pair's score.
 
-The model is that of Luo et al., "Multi-Grained Multimodal Interaction Network for Entity Linking" (KDD 2023). Each unit
-is written as features of the entity, features of the mention, and a score of the two, so that a knowledge base is
-encoded once and a pair costs little. The scores are those of the published equations, term by term.
+The model is that of Luo et al., "Multi-Grained Multimodal Interaction Network for Entity Linking" (KDD 2023). Each
+unit is split into features of the entity, features of the mention, and a score of the two. So a knowledge base is
+encoded once, and a pair costs little. The scores are those of the published equations, term by term.
 
-A unit is called with features of mentions and of entities, and scores all pairs. It calls its layers for all that it
-needs of them (see layers_mimic).
+A unit is called with features of mentions and of entities, and scores all pairs. It calls its layers for everything
+that it needs of them (see layers_mimic).
 
 Shapes: M mentions, N entities, L text tokens, P image tokens (the class token and the patches).
 """
@@ -42,7 +42,7 @@ class TextGlobalLocalUnit(nn.Module):
 
     The attention's part is `<e, LN(c)>` with `e = fc_cls(t_e)` and `c` the mean over the entity's tokens of the
     attended values. With `p` the mean attention weight of each mention token, `c = p U`, and a layer norm ignores the
-    mean of what it normalises, so only the centred rows of U and the centred `gamma * e` are needed.
+    mean of what it normalizes, so only the centerd rows of U and the centerd `gamma * e` are needed.
     """
 
     def __init__(self, config: MimicConfig) -> None:
@@ -170,7 +170,7 @@ class VisionDualDirection(nn.Module):
         self.layer_norm = UnitLayerNorm(size, eps=config.layer_norm_eps)
 
     def _project(self, x: Tensor) -> Tensor:
-        """`A_x` of a centred x."""
+        """`A_x` of a centerd x."""
         return linear_part(self.fc, scaled(self.add_layer_norm, x))
 
     def _h0(self, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The weights that a model works with, whatever its layers have become: adapted, quantized, kept elsewhere.
+"""The weights that a model works with, also if its layers are adapted, quantized or offloaded.
 
-Libraries that train, compress or move models put layers of their own in the place of a model's, or values that are
-fetched when they are needed in the place of its weights. What is asked here is asked of any of them.
+Libraries that train, compress or move models replace layers by their own, or load weights only when they are needed.
+The functions here work for all of these.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _weight_and_bias(layer: Any, expected: nn.Module) -> tuple[Tensor, Tensor]:
         bias: Any = getattr(layer, "bias", None)
         if not _is_plain(weight) or not _is_plain(bias):
             if not isinstance(expected, nn.Linear):
-                raise TypeError(f"Of a {type(layer).__name__} in the matcher it is not known what it computes.")
+                raise TypeError(f"It is not known what a {type(layer).__name__} in the matcher computes.")
             weight, bias = _of_calls(layer, expected.in_features)
         return tuple(tensor.detach().to("cpu", torch.float32, copy=True) for tensor in (weight, bias))
 

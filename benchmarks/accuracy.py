@@ -22,7 +22,7 @@ LOGITS = {"logits": "total", "text_logits": "text", "image_logits": "image", "cr
 
 
 def random_matcher(config: MimicConfig, scale: float) -> Matcher:
-    """Matrices as they are initialised, times `scale`; layer norms and biases that leave no term out."""
+    """Matrices as they are initialized, times `scale`; layer norms and biases that leave no term out."""
     matcher = Matcher(config)
     with torch.no_grad():
         for name, parameter in matcher.named_parameters():

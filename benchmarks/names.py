@@ -1,6 +1,6 @@
 """What names are worth: `python benchmarks/names.py --data_dir FOLDER --sample_model runs/demo`.
 
-- `detector`: how well the names of the knowledge base find the mentions of MELBench's real sentences. Gold are the
+- `detector`: how well the names of the knowledge base find the mentions of MELBench's real sentences. Right are the
   mentions that their authors marked; a sentence has other names besides, so that precision is a lower bound.
 - `speed`: a table of 10^6 names, opened and looked for in a text of 1,000 words (times of the processor), beside a dict
   of the same names that is asked for every part of the text.
@@ -57,23 +57,23 @@ def detector(world: World) -> None:
             {"name": name, "aliases": sorted(aliases.get(entity, ()))} for entity, name in world.names.items()
         ),
     }
-    gold: dict[str, set[tuple[int, int]]] = {}
+    marked: dict[str, set[tuple[int, int]]] = {}
     bearers: dict[tuple[str, tuple[int, int]], str] = {}
     for _, name, mention, sentence in world.test:
         place = place_of(mention, sentence)
         if place is not None:
-            gold.setdefault(sentence, set()).add(place)
+            marked.setdefault(sentence, set()).add(place)
             bearers[sentence, place] = name
     for _, _, mention, sentence in world.train:  # of a sentence that is tested, all mentions that are marked
-        if sentence in gold and (place := place_of(mention, sentence)):
-            gold[sentence].add(place)
-    total = sum(map(len, gold.values()))
-    print(f"\n## The default detector on MELBench: {len(world.names):,} entities; {len(gold):,} test sentences with ")
+        if sentence in marked and (place := place_of(mention, sentence)):
+            marked[sentence].add(place)
+    total = sum(map(len, marked.values()))
+    print(f"\n## The default detector on MELBench: {len(world.names):,} entities; {len(marked):,} test sentences with ")
     print(f"{total:,} mentions that are marked. Aliases: what the entities are called in the other nine tenths.\n")
     figures: dict[str, list[str]] = {}
     for label, names in tables.items():
         found_count = exact = touched = named = named_exact = 0
-        for sentence, places in gold.items():
+        for sentence, places in marked.items():
             found = names.spans_in(sentence)
             found_count += len(found)
             for place in places:

@@ -48,7 +48,7 @@ def difference(ours, theirs):
 
 
 def write(directory):
-    """The golden model in the published format, tokens of texts, and normalised pixels of images."""
+    """The golden model in the published format, tokens of texts, and normalized pixels of images."""
     from transformers import CLIPConfig
 
     from mimic_el.processing_mimic import MimicProcessor

@@ -1,1 +1,1 @@
-"""The commands of `mimic-el`: a module for each, what their options have in common, and the files that they read."""
+"""The commands of `mimic-el`: a file for each, the options that they share, and the files that they read."""

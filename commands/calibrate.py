@@ -1,4 +1,4 @@
-"""`mimic-el calibrate`: a model learns how sure its answers are."""
+"""`mimic-el calibrate`: learns how sure a model's answers are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def calibrate_(
             "directory or a Hub id).",
         ),
     ],
-    split: Annotated[str, typer.Option("--split", help="Of a data set, the split.")] = "validation",
+    split: Annotated[
+        str, typer.Option("--split", help="The split to use, if the mentions are a data set.")
+    ] = "validation",
     index: Annotated[
         str | None,
         typer.Option("--index", help="The knowledge base: an index (default: the one the model names)."),
@@ -32,10 +34,10 @@ def calibrate_(
         float | None,
         typer.Option(
             "--nil_rate",
-            help="Share of mentions to be expected whose entity is not there (default: as in the mentions).",
+            help="Share of mentions to expect whose entity is not in the knowledge base (default: as in --mentions).",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is left to chance.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random choices.")] = 0,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -48,14 +50,14 @@ def calibrate_(
     batch_size: BatchOption = 32,
     device: DeviceOption = None,
 ) -> None:
-    """Learn from mentions with known answers how sure an answer is, so that the model's answers have probabilities."""
+    """Learn how sure answers are, from mentions with known answers. The model's answers then have probabilities."""
     if output_dir is None and not Path(model).is_dir():
-        raise CommandError(f"{model} is no directory: say with --output_dir where the calibrated model is saved.")
+        raise CommandError(f"{model} is not a directory: say with --output_dir where the calibrated model is saved.")
     from ..pipeline_mimic import MultimodalEntityLinkingPipeline
     from ..training.calibration import calibrate
 
     loaded, processor = load_model(model, device)
-    linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, index=index)
+    linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, device=loaded.device, index=index)
     calibration = calibrate(
         loaded,
         linker.index,

@@ -1,4 +1,4 @@
-"""`mimic-el demo`: the page."""
+"""`mimic-el demo`: opens the page in a browser."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def demo(
         typer.Option("--entities", help="A data set with the entities' images, to show them: a directory or a Hub id."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="A file of settings, as space/config.yaml; options go before it.")
+        Path | None, typer.Option("--config", help="A file of settings such as space/config.yaml; options override it.")
     ] = None,
-    host: Annotated[
-        str, typer.Option("--host", help="The address to serve at; others than this machine's are open.")
-    ] = ("127.0.0.1"),
+    host: Annotated[str, typer.Option("--host", help="The address to serve at; 0.0.0.0 lets other machines in.")] = (
+        "127.0.0.1"
+    ),
     port: Annotated[
         int | None, typer.Option("--port", help="The port (default: the first free one from 7860).")
     ] = None,
     mcp: Annotated[bool, typer.Option("--mcp", help="Serve the same functions to agents, as an MCP server.")] = False,
 ) -> None:
-    """Open the page: type a text, add an image, see the entities and why."""
+    """Open a page in the browser. Type a text, add an image, and see the entities and why they were found."""
     try:
         from ..space.app import launch
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`mimic-el index`: an index is built, looked into, checked."""
+"""`mimic-el index`: builds, shows and checks indexes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .options import (
 )
 
 index_app = typer.Typer(
-    help="Build an index of a knowledge base, show what is in one, check its files.",
+    help="Build an index of a knowledge base, show or check one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -49,21 +49,28 @@ def build(
     batch_size: BatchOption = 64,
     num_workers: Annotated[
         int | None,
-        typer.Option("--num_workers", min=0, help="Processes that read images; some for large ones unless told."),
+        typer.Option(
+            "--num_workers",
+            min=0,
+            help="Extra processes that read images (default: up to 4 if there are many entities).",
+        ),
     ] = None,
     on_image_error: Annotated[
         OnImageError, typer.Option("--on_image_error", help="Go on without an image that cannot be read, or stop.")
     ] = OnImageError.WARN,
     encoding_dtype: Annotated[
         EncodingDtype | None,
-        typer.Option("--encoding_dtype", help="What the encoder computes in; auto: bfloat16 where that is fast."),
+        typer.Option(
+            "--encoding_dtype",
+            help="What the encoder computes in (default: as the weights); auto is bfloat16 if the machine has it.",
+        ),
     ] = None,
     compile_encoder: Annotated[
-        bool, typer.Option("--compile", help="Compile the encoder first: pays for thousands of entities.")
+        bool, typer.Option("--compile", help="Compile the encoder first; pays for thousands of entities.")
     ] = False,
     fast_resize: Annotated[
         bool,
-        typer.Option("--fast_resize", help="Shrink images by torch: much faster, off by 1 of 255 levels in places."),
+        typer.Option("--fast_resize", help="Shrink images by torch: faster, and off by 1 of 255 levels in places."),
     ] = False,
     image_root: ImageRootOption = None,
     allow_urls: AllowUrlsOption = AllowUrls.NONE,
@@ -72,8 +79,8 @@ def build(
     ] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Encode a knowledge base. Run the same command again to go on after an interruption. With several GPUs:
-    `torchrun --nproc-per-node N -m mimic_el.cli index build ...`, each encodes a part."""
+    """Encode a knowledge base. To go on after an interruption, run the same command again. With several GPUs, start
+    `torchrun --nproc-per-node N -m mimic_el.cli index build ...`: each encodes a part."""
     rows = read_entities(entities)
 
     from ..index_mimic import EntityIndex
@@ -122,7 +129,7 @@ def info(index: Annotated[str, typer.Argument(help="An index: a directory or a H
 
 @index_app.command("verify")
 def verify(index: Annotated[str, typer.Argument(help="An index: a directory or a Hub id.")]) -> None:
-    """Compare every file of an index with the checksum that was taken when it was written."""
+    """Check every file of an index. Files are compared with the checksums that were taken when they were written."""
     from ..index_mimic import EntityIndex
 
     opened = EntityIndex.from_pretrained(index)

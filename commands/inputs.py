@@ -1,4 +1,4 @@
-"""What commands read: tables of entities and mentions, data sets, checkpoints. What is wrong is told with its line."""
+"""What commands read: tables of entities and mentions, data sets, checkpoints. Errors name the line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_entities(source: str) -> Any:
         if not path.is_file():
             raise CommandError(f"There is no file {source}.")
         if path.suffix.lower() not in _TABLES:
-            raise CommandError(f"{source} is no table of entities: its name must end in {', '.join(_TABLES)}.")
+            raise CommandError(f"{source} is not a table of entities: its name must end in {', '.join(_TABLES)}.")
         return _Records(source)
     import datasets
 
@@ -135,7 +135,9 @@ def _json_lines(place: str) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise CommandError(f"{place}, line {number}: not JSON: {error}") from error
+                raise CommandError(
+                    f"{place}, line {number}: not JSON: {error}. Each line must be a JSON object."
+                ) from error
             if not isinstance(record, dict):
                 raise CommandError(f"{place}, line {number}: not an object, but a {type(record).__name__}.")
             yield number, record
@@ -178,9 +180,11 @@ def load_model(source: str, device: str | None) -> tuple[Any, Any]:
     from ..processing_mimic import MimicProcessor
 
     try:
+        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+            raise CommandError(f"{source} is not a MIMIC checkpoint: it has no config.json.")
         values, _ = PreTrainedConfig.get_config_dict(source)
         if values.get("model_type") != MimicConfig.model_type:
-            raise CommandError(f"{source} is no MIMIC checkpoint: its model type is {values.get('model_type')!r}.")
+            raise CommandError(f"{source} is not a MIMIC checkpoint: its model type is {values.get('model_type')!r}.")
         # Without this, transformers would ask at the keyboard whether to run the code that the checkpoint brings.
         own: dict[str, Any] = {"trust_remote_code": False}
         model = MimicModel.from_pretrained(source, **own)
@@ -188,7 +192,8 @@ def load_model(source: str, device: str | None) -> tuple[Any, Any]:
     except Exception as error:  # a damaged configuration fails in many ways
         if isinstance(error, MimicError):
             raise
-        raise CommandError(f"The model {source!r} cannot be loaded: {one_line(error)}") from error
+        where = "" if Path(source).exists() else f" There is no directory {source!r}; as a Hub id:"
+        raise CommandError(f"The model {source!r} cannot be loaded.{where} {one_line(error)}") from error
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"

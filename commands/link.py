@@ -1,4 +1,4 @@
-"""`mimic-el link`: texts or mentions in, JSON Lines of entities out."""
+"""`mimic-el link`: reads mentions or texts, and writes their entities as JSON Lines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def link(
         ),
     ] = None,
     mention: Annotated[
-        str | None, typer.Option("--mention", help="In place of a file: the words to be linked.")
+        str | None, typer.Option("--mention", help="The words to be linked, in place of a file.")
     ] = None,
     text: Annotated[
         str | None,
@@ -66,12 +66,14 @@ def link(
     allow_urls: AllowUrlsOption = AllowUrls.NONE,
     top_k: Annotated[int | None, typer.Option("--top_k", min=1, help="Answers for each mention (default: 5).")] = None,
     method: Annotated[
-        Method | None, typer.Option("--method", help="How the index is searched; the result is the same.")
+        Method | None,
+        typer.Option("--method", help="How the index is searched; both find the same entities (default: pruned)."),
     ] = None,
     candidates: Annotated[
         ByName | None,
         typer.Option(
-            "--candidates", help="Entities that bear the mention's name, alone or with what the search finds."
+            "--candidates",
+            help="Only entities that have the mention's name, or these and what the search finds (default: all).",
         ),
     ] = None,
     mention_detector: Annotated[
@@ -91,20 +93,24 @@ def link(
         ),
     ] = None,
     on_error: Annotated[
-        OnError, typer.Option("--on_error", help="Stop at a line that cannot be linked, warn of it, or write `error`.")
+        OnError,
+        typer.Option("--on_error", help="What to do with a line that cannot be linked: stop, warn, or write `error`."),
     ] = OnError.RAISE,
     on_image_error: Annotated[
         OnImageError, typer.Option("--on_image_error", help="Go on without an image that cannot be read, or stop.")
     ] = OnImageError.RAISE,
     min_probability: Annotated[
         float | None,
-        typer.Option("--min_probability", help="Of a calibrated model: only answers that are at least so probable."),
+        typer.Option(
+            "--min_probability", help="Give only answers that are at least this probable; needs a calibrated model."
+        ),
     ] = None,
     coverage: Annotated[
         float | None,
         typer.Option(
             "--coverage",
-            help="Of a calibrated model: in place of the best, sets that hold the right answer of so many mentions.",
+            help="Give sets of answers that hold the right one for this share of mentions, such as 0.9, in place of "
+            "the best; needs a calibrated model.",
         ),
     ] = None,
     batch_size: BatchOption = 32,
@@ -116,10 +122,14 @@ def link(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in the output file of a run that was interrupted.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on after an interruption, with the lines that the output file does not have."
+        ),
     ] = False,
 ) -> None:
-    """Link texts to entities: JSON Lines, each mention with its best `entities`, each document with its `mentions`."""
+    """Link mentions, or whole texts, to entities. The output is JSON Lines: the lines of the input, each mention with
+    its best `entities`, each document with its `mentions`."""
     single = {
         name: value for name, value in (("mention", mention), ("text", text), ("image", image)) if value is not None
     }
@@ -135,6 +145,8 @@ def link(
         raise CommandError(f"There is no file {mentions}.")
     if resume and (output_file is None or mentions in (None, "-")):
         raise CommandError("--resume goes on in an --output_file, with the lines of a file of mentions.")
+    if output_file is not None and not output_file.parent.is_dir():
+        raise CommandError(f"--output_file {output_file}: there is no directory {output_file.parent}. Make it first.")
     given = iter([(1, single, single)]) if mentions is None else mentions_of(mentions)
     if resume and output_file is not None and output_file.is_file():
         _skip_linked(given, output_file, str(mentions))
@@ -142,14 +154,12 @@ def link(
 
     from ..pipeline_mimic import MultimodalEntityLinkingPipeline
 
-    loaded, processor = load_model(model, None)
+    loaded, processor = load_model(model, device)
     knowledge: dict[str, Any] = {"index": index}
     if entities is not None:
         places = image_places(entities, image_root, allow_urls)
         knowledge = {"entities": read_entities(entities), "build_kwargs": places}
-    if device is not None:
-        knowledge["device"] = device
-    linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, **knowledge)
+    linker = MultimodalEntityLinkingPipeline(model=loaded, processor=processor, device=loaded.device, **knowledge)
     # Lines are told of here, by their numbers in the file.
     call: dict[str, Any] = {"batch_size": batch_size, "on_error": "return"}
     if top_k is not None or coverage is None:

@@ -1,4 +1,4 @@
-"""Options that several commands take, and the values that they choose among."""
+"""Options that several commands share, and the values that they may have."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Dtype(str, Enum):  # noqa: UP042
 
 
 class AllowUrls(str, Enum):  # noqa: UP042
-    """Which addresses are fetched."""
+    """Which addresses are read."""
 
     NONE = "none"
     PUBLIC = "public"
@@ -58,14 +58,14 @@ class AllowUrls(str, Enum):  # noqa: UP042
 
 
 class OnImageError(str, Enum):  # noqa: UP042
-    """What follows from an image that cannot be read."""
+    """What to do with an image that cannot be read."""
 
     WARN = "warn"
     RAISE = "raise"
 
 
 class OnError(str, Enum):  # noqa: UP042
-    """What follows from a line that cannot be linked."""
+    """What to do with a line that cannot be linked."""
 
     RAISE = "raise"
     WARN = "warn"
@@ -97,11 +97,11 @@ ImageRootOption = Annotated[
     str | None,
     typer.Option(
         "--image_root",
-        help="The folder that the entities' image files must be in (default: that of the table; of a data set none, "
-        "for it brings its images along).",
+        help="The folder that the image files of entities must be in (default: the folder of the table; none for a "
+        "data set, which holds its images).",
     ),
 ]
 AllowUrlsOption = Annotated[
-    AllowUrls, typer.Option("--allow_urls", help="Which addresses of entities' images are fetched.")
+    AllowUrls, typer.Option("--allow_urls", help="Which addresses are read, where entities name their images by one.")
 ]
 BatchOption = Annotated[int, typer.Option("--batch_size", min=1, help="Mentions or entities encoded at a time.")]

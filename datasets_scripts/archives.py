@@ -1,7 +1,7 @@
-"""Safe reading of what other people packed: folders, zip and tar archives, and JSON files.
+"""Safe reading of folders, zip and tar archives, and JSON files that come from other people.
 
-Nothing here trusts a name, a size or a byte that comes from an archive. A [`Tree`] is a read-only view of a folder,
-a zip or an uncompressed tar that never leaves it. Archives are read in place, also a zip inside a tar.
+No name, size or byte from an archive is trusted. A [`Tree`] is a read-only view of a folder, a zip or an uncompressed
+tar that never leaves it. Archives are read in place, even a zip inside a tar.
 """
 
 from __future__ import annotations

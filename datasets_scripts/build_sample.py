@@ -1,7 +1,7 @@
 """Builds the sample data set: a few hundred entities with colliding names, and mentions of them.
 
 The drawings come from published packages of flags, brand logos and pictograms, which are read as they were
-published (never unpacked, never installed). Fetch them into a folder by name and version, then build:
+published (never unpacked, never installed). Download them into a folder by name and version, then build:
 
     mkdir packages && cd packages && npm pack $(python -m mimic_el.datasets_scripts.build_sample --list_packages)
     python -m mimic_el.datasets_scripts.build_sample --packages_dir packages --output_dir sample
@@ -177,7 +177,7 @@ def card(entities: Sequence[Entity], splits: dict[str, list[dict[str, Any]]], se
         unseen=unseen,
         shown=len(drawn),
         packages="\n".join(
-            f"| {p.name} | {p.version} | {p.licence} | [{p.role}]({p.project}) |" for p in PACKAGES.values()
+            f"| {p.name} | {p.version} | {p.license} | [{p.role}]({p.project}) |" for p in PACKAGES.values()
         ),
         python=platform.python_version(),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -224,10 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Build the sample data set from published packages of flags, logos and pictograms.",
         allow_abbrev=False,
     )
-    parser.add_argument("--packages_dir", help="folder with the archives that npm pack fetched")
+    parser.add_argument("--packages_dir", help="folder with the archives that npm pack downloaded")
     parser.add_argument("--output_dir", type=given_path, help="folder to write the data set to")
     parser.add_argument("--seed", type=int, default=0, help="of texts, images and order (default: %(default)s)")
-    parser.add_argument("--list_packages", action="store_true", help="print the packages to fetch, and stop")
+    parser.add_argument("--list_packages", action="store_true", help="print the packages to download, and stop")
     options = parser.parse_args(arguments)
     if options.list_packages:
         print(" ".join(f"{package.name}@{package.version}" for package in PACKAGES.values()))

@@ -151,7 +151,7 @@ class MelConfig(datasets.BuilderConfig):
 class MelBuilder(datasets.GeneratorBasedBuilder):
     """Builds the configurations `mentions` and `entities` of one data set from a local copy of its archive.
 
-    Findings are counted and logged; `python -m mimic_el.datasets_scripts.prepare` lists each of them.
+    Findings are counted and logged; `mimic-el prepare` lists each of them.
 
     Raises:
         ValueError: from `download_and_prepare`, where the data cannot be read; the message says what is wrong where.

@@ -70,7 +70,7 @@ _ORIGINS = {
     "wikidiverse": "WikiDiverse: mentions in captions of images, from Wikinews, linked to Wikipedia.",
     "custom": "",
 }
-_IMAGES_LICENCE = "Images of Wikimedia Commons have licences of their own, each its own."
+_IMAGES_LICENSE = "Images of Wikimedia Commons have licenses of their own, each its own."
 
 # Spelled here, because they are the user's to read; the names are the columns'.
 _FIELDS = {
@@ -114,7 +114,7 @@ class CardFacts:
         features: by configuration, the columns.
         options: the command's options that shape the data, as they were given.
         pretty_name: overrides the data set's name.
-        license: overrides the licence identifier.
+        license: overrides the license identifier.
     """
 
     splits: dict[str, dict[str, SplitFacts]]
@@ -124,20 +124,20 @@ class CardFacts:
     license: str | None = None
 
 
-def _licence(source: Source) -> tuple[str, str]:
+def _license(source: Source) -> tuple[str, str]:
     """The identifier and what the source says."""
     name = source.benchmark.name
     if isinstance(source, MelBench):
         return (
             "mit",
-            f"MELBench is published under the MIT licence (copyright 2021 BlueStragglers). {_IMAGES_LICENCE}",
+            f"MELBench is published under the MIT license (copyright 2021 BlueStragglers). {_IMAGES_LICENSE}",
         )
     if isinstance(source, WikiDiverseRelease):
-        return "cc-by-sa-4.0", f"WikiDiverse is published under CC BY-SA 4.0. {_IMAGES_LICENCE}"
+        return "cc-by-sa-4.0", f"WikiDiverse is published under CC BY-SA 4.0. {_IMAGES_LICENSE}"
     if isinstance(source, CustomData):
-        return "unknown", "No licence was stated."
+        return "unknown", "No license was stated."
     origin = "WikiDiverse, published under CC BY-SA 4.0" if name == "wikidiverse" else "MELBench, published under MIT"
-    text = f"The archive states no licence of its own. Its mentions derive from {origin}. {_IMAGES_LICENCE}"
+    text = f"The archive states no license of its own. Its mentions derive from {origin}. {_IMAGES_LICENSE}"
     return "unknown", text
 
 
@@ -147,12 +147,12 @@ def _size_category(rows: int) -> str:
 
 
 def metadata(source: Source, facts: CardFacts) -> DatasetCardData:
-    """The card's YAML: licence, languages, task, configurations with their files, columns and sizes."""
+    """The card's YAML: license, languages, task, configurations with their files, columns and sizes."""
     name = source.benchmark.name
     is_custom = isinstance(source, CustomData)
     data = DatasetCardData(
         language=None if is_custom else ["en"],
-        license=metadata_text(facts.license or _licence(source)[0]),
+        license=metadata_text(facts.license or _license(source)[0]),
         pretty_name=metadata_text(facts.pretty_name or source.benchmark.pretty_name),
         size_categories=[_size_category(sum(split.rows for split in facts.splits["mentions"].values()))],
         task_categories=["text-retrieval"],
@@ -321,7 +321,7 @@ def card_text(source: Source, report: Report, facts: CardFacts, figures: list[st
         unused_fields=listed(f"{escaped(name)} ({count:,})" for name, count in sorted(report.unused_fields.items())),
         findings=[[kind, report.counts[kind], KINDS[kind].effect] for kind in KINDS if report.counts[kind]],
         max_listed=MAX_LISTED,
-        licence=f"Licence: {escaped(facts.license)}." if facts.license else _licence(source)[1],
+        license=f"License: {escaped(facts.license)}." if facts.license else _license(source)[1],
         citations=_CITATIONS[source.benchmark.name] + ([_MIMIC] if isinstance(source, MimicArchive) else []),
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"

@@ -1,4 +1,4 @@
-"""The format of anyone's own tables, and the columns that are theirs alone."""
+"""The format of your own tables, and their own columns."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class CustomData(Source):
     names. `images/` or `images.zip` holds the images of both.
     """
 
-    format = "own files"
+    format = "tables (CSV, TSV, JSON or JSON Lines)"
 
     def __init__(self, benchmark: Benchmark, trees: list[Tree], prefix: str, report: Report, **options: bool):
         super().__init__(benchmark, trees, prefix, report, **options)

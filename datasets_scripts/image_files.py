@@ -1,4 +1,4 @@
-"""Images of a data set: found by the names that its rows give, decoded once to know that a reader can, shrunk."""
+"""Images of a data set: found by the names in its rows, decoded once as a check, and shrunk if asked."""
 
 from __future__ import annotations
 

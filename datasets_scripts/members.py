@@ -1,7 +1,7 @@
 """The members of zip and tar archives as bytes, read within limits of memory and time.
 
-Sizes and names in an archive are claims of whoever made it: they are looked at before they are followed, and what comes
-out of a decoder is counted. A broken member is an [`ArchiveError`], whatever its decoder raises.
+Sizes and names in an archive are only claims. They are checked before they are used, and the output of a decoder is
+counted. A broken member is an [`ArchiveError`], whatever its decoder raises.
 """
 
 from __future__ import annotations
@@ -323,13 +323,13 @@ def _tar_number(field: bytes, place: int) -> int:
     if not text:
         return 0
     if not all(digit in b"01234567" for digit in text):
-        raise _broken_tar(place, f"{text[:20]!r} is no octal number")
+        raise _broken_tar(place, f"{text[:20]!r} is not an octal number")
     return int(text, 8)
 
 
 def _decimal(text: str, place: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise _broken_tar(place, f"{text[:20]!r} is no size")
+        raise _broken_tar(place, f"{text[:20]!r} is not a size")
     return int(text)
 
 

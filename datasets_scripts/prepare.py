@@ -1,8 +1,8 @@
 """Turn the archives of a multimodal entity linking data set into a Hub data set.
 
 ```bash
-python -m mimic_el.datasets_scripts.prepare wikimel --data_dir WikiMEL --output_dir wikimel-hub
-python -m mimic_el.datasets_scripts.prepare wikimel --data_dir WikiMEL.tar --push_to_hub me/wikimel
+mimic-el prepare wikimel --data_dir WikiMEL --output_dir wikimel-hub
+mimic-el prepare wikimel --data_dir WikiMEL.tar --push_to_hub me/wikimel
 ```
 
 Everything is checked first and a report is printed; then rows are written to Parquet files, one at a time, and a card.
@@ -76,7 +76,7 @@ class Options:
         strict: refuse where a row or an image would be left out or changed.
         num_workers: threads that check images.
         pretty_name: the name on the card, in place of the benchmark's.
-        license: the licence on the card, in place of what is known of the source's.
+        license: the license on the card, in place of what is known of the source's.
         keep_nil: keep mentions of no entity, with the answer null, in place of leaving them out.
     """
 
@@ -462,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="threads that check images (default: %(default)s)")  # fmt: skip
     parser.add_argument("--problems", help="with --report_only, where to list findings (default: NAME-problems.jsonl)")
     parser.add_argument("--pretty_name", help="the name on the card")
-    parser.add_argument("--license", help="the licence's identifier on the card")
+    parser.add_argument("--license", help="the license's identifier on the card")
     return parser
 
 

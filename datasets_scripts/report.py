@@ -1,4 +1,4 @@
-"""What is in a data set and what is wrong with it: counted by kind, each finding listed in a JSON Lines file."""
+"""What is in a data set and what is wrong with it: findings are counted by kind, and listed in a JSON Lines file."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class Report:
             examples.append(f"{place}: {detail}" if detail else place)
         if self.counts[kind] > MAX_LISTED:
             return
-        # Escaped as ASCII, because a name may hold what is no text.
+        # Escaped as ASCII, because a name may hold what is not a text.
         line = json.dumps({"file": file, "row": row, "kind": kind, "detail": detail}) + "\n"
         if self._file:
             self._file.write(line)

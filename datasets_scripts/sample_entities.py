@@ -1,8 +1,8 @@
 """The entities of the sample data set, and the published packages that their names and drawings come from.
 
 Packages are read as they were published: never unpacked, never installed, each checked against its digest and its
-licence. An identifier, or a name beside it, that the packages do not know stops the build. Nothing here knows of texts
-or of how a drawing is shown.
+license. The build stops if the packages do not know an identifier, or a name beside it. Knows nothing of texts, or of
+how a drawing is shown.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ KB_IMAGES = 2
 NOUNS = ("count", "mass", "plural", "bare", "proper", "proper-the", "proper-count")
 DEFAULT_POOL = "any"
 
-# What a logo may be under when the package names a licence for that one icon.
-ICON_LICENCES = {"CC0-1.0", "MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0"}
+# What a logo may be under when the package names a license for that one icon.
+ICON_LICENSES = {"CC0-1.0", "MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0"}
 
 
 class SampleError(ValueError):
@@ -45,7 +45,7 @@ class Package:
     name: str
     version: str
     sha256: str
-    licence: str
+    license: str
     role: str
     project: str
 
@@ -102,7 +102,7 @@ PACKAGES = {
             "16.37.0",
             "cd9faf0e6faa8a8fdd15e9632ab4c86fcae4b986fe552b87673149847f2f671d",
             "CC0-1.0",
-            "one-colour brand logos collected by Simple Icons; names and colours of brands",
+            "one-color brand logos collected by Simple Icons; names and colors of brands",
             "https://github.com/simple-icons/simple-icons",
         ),
         Package(
@@ -161,7 +161,7 @@ class PackageStore:
         folder: where `npm pack` put the archives.
 
     Raises:
-        SampleError: an archive is missing, is not the published one, or states another licence.
+        SampleError: an archive is missing, is not the published one, or states another license.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -178,7 +178,7 @@ class PackageStore:
             if hashlib.sha256(content).hexdigest() != package.sha256:
                 raise SampleError(
                     f"{self.folder / package.filename} is not {package.name} {package.version} as it was published: "
-                    "delete it and fetch it again."
+                    "delete it and download it again."
                 )
             # The archive is the published one, byte for byte; it is read in memory and never unpacked.
             with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
@@ -187,9 +187,9 @@ class PackageStore:
                     reader = archive.extractfile(member) if member.isfile() else None
                     if reader is not None:
                         files[member.name.removeprefix("package/")] = reader.read()
-            licence = json.loads(files["package.json"]).get("license")
-            if licence != package.licence:
-                raise SampleError(f"{package.name} {package.version} is under {licence}, not under {package.licence}.")
+            license = json.loads(files["package.json"]).get("license")
+            if license != package.license:
+                raise SampleError(f"{package.name} {package.version} is under {license}, not under {package.license}.")
             self._files[package.name] = files
 
     def has(self, package: str, path: str) -> bool:
@@ -274,7 +274,7 @@ def brand_slug(title: str) -> str:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing of an entity. `ink` is the colour of a one-colour drawing, None for a coloured one."""
+    """One drawing of an entity. `ink` is the color of a one-color drawing, None for a colored one."""
 
     package: str
     svg: str
@@ -361,8 +361,8 @@ def find_drawings(entity: Entity, packages: PackageStore) -> tuple[str, list[Dra
         the name that the source gives it, and its drawings, best first.
 
     Raises:
-        SampleError: no package knows the identifier or a drawing that the list asks for, or a logo has a licence
-            of its own that is not among `ICON_LICENCES`.
+        SampleError: no package knows the identifier or a drawing that the list asks for, or a logo has a license
+            of its own that is not among `ICON_LICENSES`.
     """
     kind, _, key = entity.id.partition(":")
     name: str | None = None
@@ -386,9 +386,9 @@ def find_drawings(entity: Entity, packages: PackageStore) -> tuple[str, list[Dra
     elif kind == "brand" and key in packages.brands:
         brand = packages.brands[key]
         name = brand["title"]
-        licence = brand.get("license", {}).get("type")
-        if licence is not None and licence not in ICON_LICENCES:
-            raise SampleError(f"{entity.id}: the logo itself is under {licence}; leave this entity out.")
+        license = brand.get("license", {}).get("type")
+        if license is not None and license not in ICON_LICENSES:
+            raise SampleError(f"{entity.id}: the logo itself is under {license}; leave this entity out.")
         ink = bytes.fromhex(brand["hex"])
         found = [("simple-icons", packages.text("simple-icons", f"icons/{key}.svg"), (ink[0], ink[1], ink[2]))]
     elif kind == "brand" and entity.extra_drawings:

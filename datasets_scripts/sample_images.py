@@ -1,6 +1,6 @@
-"""The images of the sample data set: drawings shown as a photo would show them, and as a catalogue would.
+"""The images of the sample data set: drawings shown as in a photo, and as in a catalog.
 
-Takes drawings (SVG) and a random generator, gives small RGB images; knows nothing of entities, texts or files.
+Takes drawings (SVG) and a random generator, and returns small RGB images. Knows nothing of entities, texts or files.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def render(drawing: Drawing, ink: tuple[int, int, int] | None = None) -> Image.I
     """Draws an SVG as an RGBA image, trimmed to what is drawn, its longer side `DRAWING_SIZE` at most."""
     import resvg_py
 
-    colour = "#{:02x}{:02x}{:02x}".format(*(ink or drawing.ink or (0, 0, 0)))
-    svg = drawing.svg.replace("currentColor", colour)
+    color = "#{:02x}{:02x}{:02x}".format(*(ink or drawing.ink or (0, 0, 0)))
+    svg = drawing.svg.replace("currentColor", color)
     if drawing.ink is not None:
-        svg = svg.replace("<svg ", f'<svg fill="{colour}" ', 1)
+        svg = svg.replace("<svg ", f'<svg fill="{color}" ', 1)
     png = resvg_py.svg_to_bytes(svg_string=svg, width=DRAWING_SIZE, skip_system_fonts=True)
     with Image.open(io.BytesIO(png)) as file:
         image = file.convert("RGBA")
@@ -37,19 +37,19 @@ def render(drawing: Drawing, ink: tuple[int, int, int] | None = None) -> Image.I
     return image
 
 
-def brightness(colour: Sequence[float]) -> float:
-    """Perceived brightness of an RGB colour, 0 to 255."""
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+def brightness(color: Sequence[float]) -> float:
+    """Perceived brightness of an RGB color, 0 to 255."""
+    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
-def random_colour(rng: np.random.Generator) -> np.ndarray:
+def random_color(rng: np.random.Generator) -> np.ndarray:
     grey = rng.uniform(60, 220)
     return np.clip(grey + rng.normal(0, 28, size=3), 0, 255)
 
 
 def background(rng: np.random.Generator, size: int) -> Image.Image:
     """A scene without a subject: a gradient, cloudy noise, stripes, a horizon, tiles or lights out of focus."""
-    first, second = random_colour(rng), random_colour(rng)
+    first, second = random_color(rng), random_color(rng)
     second = first + (second - first) * rng.uniform(0.2, 0.8)
     rows, columns = np.mgrid[0:size, 0:size] / size
     angle = rng.uniform(0, 2 * math.pi)
@@ -118,7 +118,7 @@ def on_card(drawing: Image.Image, paper: Sequence[int]) -> Image.Image:
 
 
 def camera(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """What a camera does to a scene: light, colour, blur, noise, compression. Returns `IMAGE_SIZE` squared RGB."""
+    """What a camera does to a scene: light, color, blur, noise, compression. Returns `IMAGE_SIZE` squared RGB."""
     image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.8, 1.15))
     image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.75, 1.15))
     image = ImageEnhance.Color(image).enhance(rng.uniform(0.75, 1.25))
@@ -152,7 +152,7 @@ def photograph(drawing: Drawing | None, rng: np.random.Generator) -> Image.Image
             if rng.random() < 0.2:
                 subject = on_card(subject, tuple(rng.integers(225, 256, size=3).tolist()))
         else:
-            # A one-colour drawing is printed in its own colour most of the time, and else in black or white; mostly
+            # A one-color drawing is printed in its own color most of the time, and else in black or white; mostly
             # on a card, the way logos are seen, and always where it would not stand out.
             chosen = ink if rng.random() < 0.9 else [(25, 25, 25), (245, 245, 245)][int(rng.integers(2))]
             subject = render(drawing, chosen)

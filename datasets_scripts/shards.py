@@ -1,4 +1,4 @@
-"""Parquet files of bounded size, written one at a time so that an interrupted run goes on where it stopped."""
+"""Parquet files of limited size, written one at a time, so that an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What every format of a data set shares: rows, benchmarks, and the reading of files, fields and images.
+"""What all formats of data sets share: rows, benchmarks, and the reading of files, fields and images.
 
-A [`Source`] yields [`MentionRow`] and [`EntityRow`] objects and tells a [`Report`] of everything that is wrong with
-them. Rows are light: they name their images, which are read when they are written or used. The formats are in files of
-their own; [`mimic_el.datasets_scripts.sources`] finds the one that a folder has.
+A [`Source`] yields [`MentionRow`] and [`EntityRow`] objects, and reports everything that is wrong with them to a
+[`Report`]. Rows are light: they only name their images, which are read when they are written or used. Each format has
+its own file; [`mimic_el.datasets_scripts.sources`] finds the format of a folder.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ class Source(ABC):
     # Fields of a row.
 
     def _clean(self, text: str, report: Report, file: str, row: int | str, name: str) -> str:
-        """`text` without code points that are no characters (they cannot be stored as UTF-8)."""
+        """`text` without code points that are not characters (they cannot be stored as UTF-8)."""
         stored = whole(text)
         if stored is not text:
             report.add("broken_text", file, row, f"{name}: {text[:80]!r}")

@@ -1,9 +1,9 @@
-"""Which format a folder or archive has: found by the names of its files, and opened.
+"""Which format a folder or archive has, by the names of its files.
 
 - [`MimicArchive`]: what the authors of MIMIC publish, with a knowledge base of names, descriptions and images;
 - [`MelBench`]: MELBench's `Wikidata-MEL.json` and `Richpedia-MEL.json`;
 - [`WikiDiverseRelease`]: WikiDiverse's own files;
-- [`CustomData`]: anyone's own tables.
+- [`CustomData`]: your own tables.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _layouts(tree: Tree, benchmark: Benchmark) -> Iterator[tuple[int, type[Sourc
 def _locate(
     trees: list[Tree], benchmark: Benchmark, which: str, depth: int = 2
 ) -> tuple[type[Source], list[Tree], str] | None:
-    """The best layout in the innermost tree, or in an archive in it that bears the data set's name."""
+    """The best layout in the innermost tree, or in an archive in it with the data set's name."""
     layouts = [
         layout
         for layout in _layouts(trees[-1], benchmark)

@@ -1,6 +1,6 @@
-"""Which split a mention is in: by the words that data sets use, or by hash where a data set has no splits.
+"""Which split a mention is in: from the split's name in the data, or by a hash if the data has no splits.
 
-Mentions of one sentence, one image or one record are kept together: otherwise what is tested was trained on.
+Mentions of one sentence, one image or one record stay together, so that nothing is tested that was trained on.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tables from outside, one row at a time: CSV (with commas, semicolons or tabs), JSON Lines and JSON.
+"""Reads tables from outside, one row at a time: CSV (with commas, semicolons or tabs), JSON Lines and JSON.
 
-A broken row is given as what is wrong with it, so that none is lost without a word. It knows nothing of what the
+A broken row is returned as a description of what is wrong, so that none is lost silently. Knows nothing of what the
 columns mean.
 """
 

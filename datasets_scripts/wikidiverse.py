@@ -1,4 +1,4 @@
-"""The format of WikiDiverse's own files, and the pages of Wikipedia that its annotations name."""
+"""The format of WikiDiverse's own files, and the Wikipedia pages that its annotations name."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class WikiDiverseRelease(ClosedSource):
                 yield MentionRow(file, row, id_, mention, sentence, answer, image, *span, extra)
 
     def _optional(self, value: Any, name: str, report: Report, file: str, row: int) -> str | None:
-        """A field that may be null or empty; what is no string is reported, and taken as null."""
+        """A field that may be null or empty; what is not a string is reported, and taken as null."""
         if isinstance(value, str):
             return self._clean(value, report, file, row, name) if value.strip() else None
         if value is not None:
@@ -147,7 +147,7 @@ class WikipediaPage:
 
 
 def wikipedia_page(url: str) -> WikipediaPage | None:
-    """The page that an address means; `None` for what is no address of a wiki's page.
+    """The page that an address means; `None` for what is not an address of a wiki's page.
 
     All addresses of a page give the same: with another section, version or access (`#History`, `?oldid=1`, `.m.`,
     `/w/index.php?title=`), a small first letter, other white space or another Unicode form. The release's annotations
@@ -175,7 +175,7 @@ def wikipedia_page(url: str) -> WikipediaPage | None:
 
 
 def _decoded(path: str) -> str:
-    """The text of an address's part. Escapes that are no UTF-8 stay: as U+FFFD, two pages would be one."""
+    """The text of an address's part. Escapes that are not UTF-8 stay: as U+FFFD, two pages would be one."""
     text = unquote(whole(path), errors="surrogateescape")
     return whole(re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", text))
 

@@ -1,7 +1,7 @@
-"""A knowledge base over several machines: parts of an index, each held by a Ray actor, that answer as one index does.
+"""A knowledge base over several machines: Ray actors hold the parts of an index, which answer like one index.
 
-Needs Ray: `pip install "mimic-el[ray]"`. Parts are indexes of one model, made by builds of their own; each lies where
-its actor can open it, in a directory or a Hub repository.
+Needs Ray: `pip install "mimic-el[ray]"`. The parts are indexes of one model, built separately. Each must be in a place
+where its actor can open it: a directory or a Hub repository.
 """
 
 from .index import RayEntityIndex

@@ -1,4 +1,4 @@
-"""The actors that hold the parts of an index: started, asked, started again, or named where they stay away.
+"""The actors that hold the parts of an index: started, asked, started again, and named if they cannot be reached.
 
 Knows nothing of what the parts are asked.
 """

@@ -1,4 +1,4 @@
-"""`RayEntityIndex`: an index in parts, as its user sees it: opened, changed, saved and closed."""
+"""`RayEntityIndex`, an index in parts as its user sees it: opened, changed, saved and closed."""
 
 from __future__ import annotations
 

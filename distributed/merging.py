@@ -1,4 +1,4 @@
-"""What the parts of an index found for the same mentions, merged to what one index would have found.
+"""Merges what the parts of an index found for the same mentions into what one index would have found.
 
 Knows no actors.
 """

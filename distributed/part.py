@@ -1,4 +1,4 @@
-"""What an actor does: one part of an index, opened where the actor runs, answers for itself.
+"""What an actor does: it opens one part of an index where it runs, and answers for this part.
 
 Knows nothing of the other parts, nor of Ray.
 """

@@ -1,8 +1,8 @@
 """The parts of an index, asked as one: each question goes to all parts, and their answers become one answer.
 
-A question is about the states that the parts have when it is asked. Where one has another before all is answered, by a
-change or since its actor was started again, the whole question is asked once more. Knows what is asked and how answers
-add up; how a part is reached is the actors' business, how it is stored its own.
+A question is about the states that the parts have when it is asked. If one part gets another state before all have
+answered, because it was changed or its actor was started again, the whole question is asked again. Knows what is asked
+and how answers are combined, but not how a part is reached or stored.
 """
 
 from __future__ import annotations
@@ -339,9 +339,9 @@ class PartedState:
     ) -> tuple[np.ndarray, np.ndarray]:
         shared = self._sent(mentions, method)
         answers = answer_ids(mentions, answers)
-        gold = for_each_mention("scores", np.nan if scores is None else scores, mentions)
-        assert gold is not None
-        rows, values = np.arange(len(answers)), gold.cpu().numpy()
+        answer_scores = for_each_mention("scores", np.nan if scores is None else scores, mentions)
+        assert answer_scores is not None
+        rows, values = np.arange(len(answers)), answer_scores.cpu().numpy()
         above, equal = self.at_one_moment(lambda moment: _count_better(moment, shared, rows, values, answers, method))
         return above, equal
 

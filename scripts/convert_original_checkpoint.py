@@ -3,12 +3,12 @@
     mimic-el convert --checkpoint mimic.ckpt --clip openai/clip-vit-base-patch32 --output_dir mimic-wikimel
     mimic-el convert --to_original --checkpoint mimic-wikimel --output_dir original
 
-The first reads a Lightning `.ckpt`, or a state dict as `.pt` or `.safetensors`, and writes what
-`AutoModel.from_pretrained(..., trust_remote_code=True)` loads, with the processor where the CLIP source has a
-tokenizer. The second writes `mimic.ckpt`, whose `state_dict` has the published names.
+The first reads a Lightning `.ckpt`, or a state dict as `.pt` or `.safetensors`. It writes a directory for
+`AutoModel.from_pretrained(..., trust_remote_code=True)`, with the processor if the CLIP source has a tokenizer. The
+second writes `mimic.ckpt`, whose `state_dict` has the published names.
 
-Nothing in a checkpoint is executed: its pickle is not run but followed, hyper-parameters are passed over, and a file
-that asks for anything but weights and hyper-parameters is refused. Damaged weights are refused too.
+Nothing in a checkpoint is executed: its pickle is not run, hyper-parameters are ignored, and a file that asks for
+anything but weights and hyper-parameters is refused. So are damaged weights.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def read_clip_config(source: str) -> CLIPConfig:
         if isinstance(values, dict):
             values = values.get("clip_config", values)
         if not isinstance(values, dict) or not {"text_config", "vision_config"} <= set(values):
-            raise ConversionError(f"{source} is no CLIP configuration: it has no `text_config` and `vision_config`.")
+            raise ConversionError(f"{source} is not a CLIP configuration: it has no `text_config` and `vision_config`.")
     if values.get("model_type", "clip") != "clip":
         raise ConversionError(
             f"{source} is the configuration of a model of type {values['model_type']!r}, not of CLIP."
@@ -192,7 +192,7 @@ def read_clip_config(source: str) -> CLIPConfig:
     try:
         return CLIPConfig.from_dict(values)
     except Exception as error:  # transformers checks some values, and stumbles over others
-        raise ConversionError(f"{source} is no valid CLIP configuration: {error}") from error
+        raise ConversionError(f"{source} is not a valid CLIP configuration: {error}") from error
 
 
 def from_original(

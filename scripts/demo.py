@@ -1,7 +1,6 @@
-"""`make demo`: train a small model from scratch on the sample, measure it, and show what it links.
+"""Trains a small model from scratch on the sample data set, measures it, and shows some links (`make demo`).
 
-Leaves the checkpoint, with its card and its index, in runs/demo, and an image of some linked mentions in
-runs/demo/linked.png.
+The checkpoint, with its card and its index, is then in runs/demo, and an image of the links in runs/demo/linked.png.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mimic_el import train
 from mimic_el.calibration_mimic import LEAST_DEPTH, Calibration
+from mimic_el.console import parse
 from mimic_el.images_mimic import first_image, load_image
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.training import KnowledgeBase, MentionEntityCollator, rank_mentions
@@ -187,11 +187,16 @@ def sureness(found: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
     """Runs the demonstration; returns the rows of its table."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="the training's configuration file")
-    parser.add_argument("--dataset", type=Path, default=SAMPLE, help="the data set's directory")
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="where everything is written")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the processor")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--config", type=Path, default=CONFIG, help="configuration of the training (default: the sample's)"
+    )
+    parser.add_argument("--dataset", type=Path, default=SAMPLE, help="directory of the data set (default: the sample)")
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="where to write (default: %(default)s)")
+    threads = min(2, os.cpu_count() or 1)
+    parser.add_argument(
+        "--threads", type=int, default=threads, help="CPU threads to compute with (default: %(default)s)"
+    )
+    args = parse(parser, argv)
     start = time.time()
     torch.set_num_threads(args.threads)
 

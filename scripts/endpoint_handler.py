@@ -1,11 +1,11 @@
-"""What Hugging Face Inference Endpoints run: `mimic-el push` uploads it beside a checkpoint, as `handler.py`.
+"""What Hugging Face Inference Endpoints run: `mimic-el push` uploads this file with a checkpoint, as `handler.py`.
 
-It stands alone, with what an endpoint has: transformers and torch. The model's code comes with the checkpoint.
+It needs only what an endpoint has: transformers and torch. The model's code comes with the checkpoint.
 
     {"inputs": {"mention": "Orange", "text": "Orange opened a shop.", "image": "<base64>"}, "parameters": {"top_k": 3}}
 
-`inputs` is one mention or document, or a list of them, as the pipeline takes them; images are base64 or data URIs. The
-answer is a list: what the pipeline gives for one, or a list of that for each.
+`inputs` is one mention or document, or a list of them, as the pipeline takes them. Images are base64 or data URIs. The
+answer is what the pipeline returns: for one input its list, for a list of inputs a list of these.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = "") -> None:
-        # A server that fetches what strangers name can be made to look around in its own network; private addresses are
-        # not fetched in any case.
+        # A server that downloads what strangers name can be made to explore its own network; private addresses are
+        # never read.
         allow_urls = os.environ.get("MIMIC_ALLOW_URLS") == "1"
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         load: Any = pipeline

@@ -106,7 +106,7 @@ def model_repository(
         datasets: ids of the data sets for the card's metadata.
 
     Raises:
-        PublishError: if it is no checkpoint of a MimicModel, or lacks a file that loading it needs.
+        PublishError: if it is not a checkpoint of a MimicModel, or lacks a file that loading it needs.
         HubFilesError: if a file is a symbolic link to a place outside of it.
     """
     try:
@@ -115,7 +115,7 @@ def model_repository(
         model_type, auto_map = config["model_type"], config.get("auto_map") or {}
         auto_map = {str(name): str(reference) for name, reference in auto_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PublishError(f"{directory} is no checkpoint: its config.json cannot be read ({error}).") from error
+        raise PublishError(f"{directory} is not a checkpoint: its config.json cannot be read ({error}).") from error
     if model_type != MimicConfig.model_type:
         raise PublishError(f"{directory} is a model of type {model_type!r}, not {MimicConfig.model_type!r}.")
     files, left_out = hub_files(directory, "model")
@@ -239,7 +239,7 @@ def dataset_repository(directory: Path, repo_id: str) -> Repository:
     """
     card = directory / "README.md"
     if not card.is_file():
-        raise PublishError(f"{directory} is no data set: it has no README.md. `mimic-el prepare` makes one.")
+        raise PublishError(f"{directory} is not a data set: it has no README.md. `mimic-el prepare` makes one.")
     listed = _read_card(card).data.to_dict().get("configs")
     configurations = {
         str(item.get("config_name")): item
@@ -410,7 +410,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--namespace", required=True, help="your user name on the Hub, or an organisation's")
+    parser.add_argument("--namespace", required=True, help="your user name on the Hub, or an organization's")
     parser.add_argument(
         "--model_dir", type=given_path, help="a checkpoint, such as the output directory of `mimic-el train`"
     )
@@ -429,7 +429,7 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="whether the published model names the published index as its default (default: it does)",
     )
-    parser.add_argument("--license", help="licence of the index's entities (default: that of a single data set)")
+    parser.add_argument("--license", help="license of the index's entities (default: that of a single data set)")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and send nothing")
     return parser

@@ -1,9 +1,9 @@
 """Reads the tensors of a file of `torch.save` without running its pickle.
 
-A pickle is a program. Here its instructions are followed on inert nodes only: a call stays a note of what would be
-called, a dictionary a list of pairs, and no key is hashed. So nothing is executed, and a small file can take neither
-much memory nor much time: what is kept grows with the instructions, whose number is limited, and tensors are read only
-where they are asked for. It knows nothing of models, or of what the weights are for.
+A pickle is a program. Here its instructions are only followed, on nodes that do nothing: a call becomes a note of what
+would be called, a dictionary a list of pairs, and no key is hashed. So nothing is executed, and a small file can take
+neither much memory nor much time: memory grows with the number of instructions, which is limited, and tensors are read
+only when they are asked for. Knows nothing of models, or of what the weights are for.
 """
 
 from __future__ import annotations

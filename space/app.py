@@ -1,6 +1,6 @@
-"""The page in a browser, with Gradio: its layout, and what happens when something on it is clicked.
+"""The page in a browser, with Gradio: its layout, and what happens when something is clicked.
 
-On a Space this file is what runs, with `config.yaml` beside it; on one's own machine `mimic-el demo` calls it.
+A Space runs this file, with `config.yaml` in the same folder. On your own machine `mimic-el demo` calls it.
 """
 
 from __future__ import annotations

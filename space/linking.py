@@ -1,4 +1,4 @@
-"""What the page does, without the page: links, explanations and entities that a visitor adds. It knows no Gradio."""
+"""What the page does, without its layout: links, explanations, and entities that a visitor adds. Knows no Gradio."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Settings:
         entities: a data set with the columns `id` and `images`, for the entities' images: a directory or a Hub id.
         title, description: what heads the page.
         examples: lists of a text, an image's path as seen from the file (or nothing), and a mention (or nothing).
-        allow_urls: whether an image may be given as an address, which the server then fetches.
+        allow_urls: whether an image may be given as an address, which the server then downloads.
     """
 
     model: str
@@ -284,7 +284,7 @@ def image_of_request(value: str | None, allow_urls: bool) -> Image.Image | None:
     Never a path: a request must not read the server's files.
 
     Raises:
-        PageError: if it is no string, or too large.
+        PageError: if it is not a string, or too large.
         MimicImageError: if it is none of these, or no image.
     """
     if value is None or value == "":

@@ -237,7 +237,7 @@ def test_another_index_is_told_once(linker: Any, parts: Any) -> None:
         "float32, not int8": EntityIndex.build(
             model, processor, tiny.knowledge_base(ENTITIES), dtype="int8", show_progress=False
         ),
-        "it has 20 entities, not 45, and of 3 entities that were noted it lacks 1": EntityIndex.build(
+        "it has 20 entities, not 45, and it lacks 1 of 3 entities that the calibration noted": EntityIndex.build(
             model, processor, tiny.knowledge_base(20), dtype="float32", show_progress=False
         ),
     }

@@ -307,7 +307,7 @@ def test_clip_has_the_published_pixels(checkpoints: dict[str, Path], tmp_path: P
     assert (one.resample, one.do_center_crop) == (1, False)
 
 
-# --- What can be no backbone --------------------------------------------------------------------------------------
+# --- What cannot be a backbone --------------------------------------------------------------------------------------
 
 SOME: dict[str, Any] = {**VISION, "image_size": 24, "patch_size": 8}
 

@@ -271,7 +271,7 @@ class TestShippedData:
             assert f"| {name} | {len(split):,} | {kinds['text']:,} | {kinds['image']:,} |" in card.text
         assert f"The knowledge base has {len(kb):,} entities" in card.text
         for package in sample_entities.PACKAGES.values():
-            assert f"| {package.name} | {package.version} | {package.licence} |" in card.text
+            assert f"| {package.name} | {package.version} | {package.license} |" in card.text
         used = {drawing for split in mentions.values() for drawing in split["drawing"]} - {None}
         assert used <= {name.removeprefix("@iconify-json/") for name in sample_entities.PACKAGES}
 
@@ -512,7 +512,7 @@ class TestImages:
         assert min(shares) > 0.3
         assert len(set(shares)) == 30
 
-    def test_render_trims_and_keeps_colours(self) -> None:
+    def test_render_trims_and_keeps_colors(self) -> None:
         pytest.importorskip("resvg_py")
         image = sample_images.render(Drawing("test", RING.replace('viewBox="0 0 20 10"', 'viewBox="-20 -20 60 60"')))
         assert image.mode == "RGBA"
@@ -520,7 +520,7 @@ class TestImages:
         assert image.getpixel((image.width - 8, image.height // 2)) == (204, 0, 0, 255)
         assert image.getpixel((image.width // 4, image.height // 2)) == (255, 255, 0, 255)
 
-    def test_one_colour_drawing_takes_its_ink(self) -> None:
+    def test_one_color_drawing_takes_its_ink(self) -> None:
         pytest.importorskip("resvg_py")
         svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><path d="M0 0h10v10H0z"/></svg>'
         logo = Drawing("test", svg, ink=(0, 128, 0))
@@ -593,8 +593,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made = {}
     for name, published in sample_entities.PACKAGES.items():
         path = tmp_path / published.filename
-        digest = archive(path, {"package.json": {"license": published.licence}, **content[name]})
-        made[name] = Package(name, published.version, digest, published.licence, published.role, published.project)
+        digest = archive(path, {"package.json": {"license": published.license}, **content[name]})
+        made[name] = Package(name, published.version, digest, published.license, published.role, published.project)
     monkeypatch.setattr(sample_entities, "PACKAGES", made)
     return tmp_path
 
@@ -664,7 +664,7 @@ class TestPackages:
         with pytest.raises(SampleError, match="as it was published"):
             PackageStore(packages)
 
-    def test_another_licence_is_refused(self, packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_license_is_refused(self, packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         old = sample_entities.PACKAGES["flag-icons"]
         changed = Package(old.name, old.version, old.sha256, "GPL-3.0", old.role, old.project)
         monkeypatch.setitem(sample_entities.PACKAGES, "flag-icons", changed)

@@ -196,7 +196,7 @@ def test_coverage_that_too_few_mentions_allow() -> None:
         ((1300, "float32", 0), "it has 1,300 entities, not 1,000"),
         ((700, "float32", 0), "it has 700 entities"),
         ((1000, "int8", 0), "stored in int8, not float32"),
-        ((1000, "float32", 3), "of 10 entities that were noted it lacks 3"),
+        ((1000, "float32", 3), "it lacks 3 of 10 entities that the calibration noted"),
         ((10, "float16", 10), "10 entities, not 1,000, and of 10 .* lacks 10, and its features"),
     ],
 )

@@ -91,7 +91,7 @@ def test_card_of_own_data_with_a_hostile_name(tmp_path: Path) -> None:
     card, text = card_of("custom", write_folder(files, tmp_path), pretty_name=name, license="cc0-1.0")
     assert card.data.to_dict()["pretty_name"] == name
     assert card.data.to_dict()["license"] == "cc0-1.0"
-    assert "Licence: cc0-1.0." in text
+    assert "License: cc0-1.0." in text
     assert "&lt;/td\\>\\|\\`" in text
     assert "```bibtex" not in text
     assert check_card(text, "dataset") == ([], [])

@@ -256,8 +256,10 @@ def test_what_a_user_gets_wrong(made: Path, tmp_path: Path, refused: Any) -> Non
     assert "not both" in refused("link", *model, *single, *index, "--entities", "x.jsonl")
     assert "There is no file" in refused("link", *model, tmp_path / "none.jsonl")
     assert "There is no file" in refused("index", "build", *model, "--entities", "no.csv", "--output_dir", tmp_path)
-    assert "is no MIMIC checkpoint" in refused("link", "--model", tmp_path, *single, *index)
+    assert "is not a MIMIC checkpoint" in refused("link", "--model", tmp_path, *single, *index)
     assert "cannot be loaded" in refused("link", "--model", tmp_path / "none", *single, *index)
+    assert "There is no device 'cud'" in refused("link", *model, *single, "--device", "cud")
+    assert "there is no directory" in refused("link", *model, *single, "--output_file", tmp_path / "none" / "o.jsonl")
     assert "There is no device" in refused("index", "build", *model, "--entities", made / "tables" / "entities.jsonl",
                                            "--output_dir", tmp_path / "i", "--device", "cuda:99")  # fmt: skip
     (tmp_path / "m.jsonl").write_text('{"mention": "A", "text": "A b."}\n{"mention": " ", "text": "A b."}\n')
@@ -368,6 +370,6 @@ def test_images_of_a_table_lie_in_its_folder_unless_another_is_named(
     assert f"is not in the folder {table.parent}" in unread()[0]
     assert unread("--image_root", image.parent) == []
     table.write_text(json.dumps({"id": "a", "name": "b", "images": ["http://127.0.0.1:9/a.png"]}), encoding="utf-8")
-    assert "URLs are not fetched here" in unread()[0]
+    assert "URLs are not read here" in unread()[0]
     assert "an address of this machine" in unread("--allow_urls", "public")[0]
-    assert "cannot be fetched" in unread("--allow_urls", "private")[0]
+    assert "cannot be downloaded" in unread("--allow_urls", "private")[0]

@@ -242,8 +242,8 @@ def test_text_longer_than_clip_allows(published: dict[str, Tensor], clip_config:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "is no CLIP configuration"),
-        ('{"hidden_size": 3}', "is no CLIP configuration"),
+        ("[1]", "is not a CLIP configuration"),
+        ('{"hidden_size": 3}', "is not a CLIP configuration"),
         ('{"model_type": "siglip", "text_config": {}, "vision_config": {}}', "'siglip'"),
     ],
 )
@@ -534,7 +534,7 @@ def test_views_share_what_they_show(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("[" * 100_000, "is not JSON"),
-        (json.dumps({"text_config": "x", "vision_config": 5}), "no valid CLIP configuration"),
+        (json.dumps({"text_config": "x", "vision_config": 5}), "not a valid CLIP configuration"),
         (json.dumps({"text_config": {"num_attention_heads": 0}, "vision_config": {}}), "CLIP configuration"),
         (json.dumps({"text_config": {"hidden_size": 10**6, "vocab_size": 10**7}, "vision_config": {}}), ""),
         (json.dumps({"text_config": {"num_hidden_layers": 10**9}, "vision_config": {}}), "more layers than"),

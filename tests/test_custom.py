@@ -292,7 +292,7 @@ def test_a_record_of_lists_is_a_mention_for_each_item(tmp_path: Path) -> None:
         {"source_id": "r", "kind": "caption", "entity": name} for name in record["entity"]
     ]
     assert {row.image.name for row in rows} == {"a.png"}
-    assert report.counts == {"nil_kept": 1}  # that they share an id is no finding
+    assert report.counts == {"nil_kept": 1}  # that they share an id is not a finding
 
 
 @pytest.mark.parametrize(

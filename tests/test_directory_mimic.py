@@ -332,7 +332,7 @@ def change_lines(place: Path, change: Callable[[list[bytes]], Any]) -> None:
 LINES: dict[str, Callable[[list[bytes]], Any]] = {
     "an id twice": lambda lines: lines.__setitem__(1, lines[0]),
     "another id": lambda lines: lines.__setitem__(1, lines[1].replace(b"e1", b"x1")),
-    "a name that is no text": lambda lines: lines.__setitem__(1, b'{"id": "e1", "name": ["a"], "description": 5}\n'),
+    "a name that is not a text": lambda lines: lines.__setitem__(1, b'{"id": "e1", "name": ["a"], "description": 5}\n'),
     "half of a character": lambda lines: lines.__setitem__(1, b'{"id": "e1", "name": "\\ud800", "description": ""}\n'),
     "a number that is none": lambda lines: lines.__setitem__(1, b'{"id": "e1", "name": "", "x": NaN}\n'),
     "lines in another order": lambda lines: lines.reverse(),

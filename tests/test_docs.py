@@ -106,7 +106,7 @@ def blocks_of(text: str) -> list[Block]:
         elif directive:
             pass  # of a table
         elif "<!-- test" in line:
-            raise PageError(f"line {number + 1}: {line.strip()} is no directive")
+            raise PageError(f"line {number + 1}: {line.strip()} is not a directive")
         number += 1
     if skip:
         raise PageError("there is no block after the last `test: skip`")

@@ -66,7 +66,7 @@ def test_it_answers_where_only_transformers_is_installed(clean: ForkingPython, c
         ({}, "An input is an object such as"),
         ({"inputs": {"mention": "a", "text": "a", "image": "/etc/passwd"}}, "no file is read"),
         ({"inputs": {"mention": "a", "text": "a", "image": "photo.png"}}, "no file is read"),
-        ({"inputs": {"mention": "a", "text": "a", "image": "http://127.0.0.1/a.png"}}, "fetched"),
+        ({"inputs": {"mention": "a", "text": "a", "image": "http://127.0.0.1/a.png"}}, "URLs are not read"),
         ({"inputs": {"mention": "a", "text": "a", "image": {"path": "/etc/passwd"}}}, "a string of base64"),
         ({"inputs": {"mention": "a", "text": "x" * 200_000}}, "at most 100,000 characters"),
         ({"inputs": [{"mention": "a", "text": "a"}] * 300}, "At most 256 inputs"),
@@ -89,7 +89,7 @@ def test_what_it_does_not_take_is_told(checkpoint: Path, request_: dict[str, Any
         EndpointHandler(str(checkpoint))(request_)
 
 
-def test_an_address_is_fetched_only_if_asked_for_and_never_a_private_one(
+def test_an_address_is_read_only_if_asked_for_and_never_a_private_one(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ):
     request = {"inputs": {"mention": "a", "text": "a", "image": "http://127.0.0.1:9/image.png"}}

@@ -68,9 +68,9 @@ def test_a_pipe_or_a_device_is_not_read(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="is not a regular file"):
             read_json(tmp_path / name)
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="is not a regular file"):
             regular(tmp_path / name)
 
 
@@ -99,7 +99,7 @@ def test_a_lock_is_held_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_what_a_lock_must_not_be(tmp_path: Path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(EntityIndexError, match="is no regular file, so it cannot serve as a lock"), locked(tmp_path):
+    with pytest.raises(EntityIndexError, match="is not a regular file, so it cannot serve as a lock"), locked(tmp_path):
         pass
     assert (tmp_path / "precious").read_text() == "kept"
 

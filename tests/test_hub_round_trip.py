@@ -216,7 +216,7 @@ def test_index_card_tells_no_path_of_this_machine(hub: Hub, api: HfApi, index: E
         assert str(index.directory.parents[1]) not in files[name].decode()
     text = files["README.md"].decode()
     assert "base_model" not in text
-    assert "licence" in text.lower()
+    assert "license" in text.lower()
     assert "license:" not in text
     assert '"THE-MODEL"' in text
 
@@ -296,7 +296,7 @@ def test_interrupted_upload_goes_on(hub: Hub, api: HfApi, index: EntityIndex, em
     with pytest.raises(RuntimeError, match=r"Error while uploading '(shard|names|matcher|removed)-"):
         index.push_to_hub("alice/slow", token=ALICE)
     assert set(hub.files("alice/slow", repo_type="dataset")) == {".gitattributes"}, "a half index must not be seen"
-    with pytest.raises(EntityIndexError, match="no entity index"):
+    with pytest.raises(EntityIndexError, match="not an entity index"):
         EntityIndex.from_pretrained("alice/slow")
     sent = {request.path for request in hub.matching("PUT", "/objects/") if request.status == 200}
     hub.forget()
@@ -346,7 +346,7 @@ def test_revision_that_moves_between_listing_and_download(
         ("a/b/c", "There is no directory 'a/b/c', and it is not the id"),
         ("alice/nothing", "the Hub shows no dataset repository of that name. If it is private, log in"),
         ("alice/linker", "There is a model of that name, but an index is a repository of its own"),
-        ("alice/toys", "alice/toys on the Hub is no entity index: it has no index_config.json"),
+        ("alice/toys", "alice/toys on the Hub is not an entity index: it has no index_config.json"),
     ],
 )
 def test_what_is_no_index(api: HfApi, empty_cache: Path, name: str, message: str):

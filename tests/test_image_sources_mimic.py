@@ -313,7 +313,7 @@ def test_a_service_reads_nothing_that_a_request_names(
     for image in (str(folder / "photo.png"), folder / "photo.png", "/etc/none", "http://127.0.0.1:9/a.png"):
         mention = {"mention": "a", "text": "b", "image": image}
         for call in (mention, [mention], iter([mention])):
-            with pytest.raises(MimicImageError, match=r"no file is read for it|URLs are not fetched here"):
+            with pytest.raises(MimicImageError, match=r"no file is read for it|URLs are not read here"):
                 list(linker(call))
     for given in (PNG, f"data:image/png;base64,{TEXT}", IMAGE, io.BytesIO(PNG)):
         assert linker({"mention": "a", "text": "b", "image": given})
@@ -436,7 +436,7 @@ def test_addresses_as_browsers_send_them(given: str, sent: str) -> None:
     assert as_browsers_send(given) == sent
 
 
-def test_an_address_with_a_space_is_fetched(web: Server) -> None:
+def test_an_address_with_a_space_is_read(web: Server) -> None:
     assert load_image(f"{web.address}/File:My Ł photo.jpg?a=b c") is not None
     assert load_image(f"{web.address}/moved") is not None
 
@@ -521,7 +521,7 @@ def test_private_addresses_are_asked_only_if_said(
     got, warned = seen(model, processor, table, allow_urls=True)
     assert got == [False, True, False, False, False]
     assert len(web.asked) == 1  # type: ignore[attr-defined]
-    assert "at inner.example, an address of this machine or of a private network, which is not asked here" in warned[0]
+    assert "at inner.example, an address of this machine or of a private network, which is not read here" in warned[0]
     assert seen(model, processor, table, allow_urls="private")[0][:3] == [True, True, True]
     assert load_image(inner) is not None  # what a caller's code says
 
@@ -548,7 +548,7 @@ def test_a_file_on_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Non
     monkeypatch.setattr("huggingface_hub.HfFileSystem", FileSystem)
     for source in ("hf://datasets/a/b@c/p.png", "zip://some/photo.png::hf://datasets/a/b/p.zip"):
         assert load_image(source) is not None
-        with pytest.raises(MimicImageError, match="URLs are not fetched here"):
+        with pytest.raises(MimicImageError, match="URLs are not read here"):
             load_image(source, allow_urls=False)
-    with pytest.raises(MimicImageError, match="cannot be fetched"):
+    with pytest.raises(MimicImageError, match="cannot be downloaded"):
         load_image("hf://datasets/a/other/p.png")

@@ -90,7 +90,7 @@ def test_what_was_left_out_is_told() -> None:
     run = a_run(metrics=metrics, train_mentions_left_out=3, unreadable_images=7)
     card = text_of(run)
     assert "answers of 12 test mentions are not in the knowledge base. They are not part of the figures." in card
-    assert "18,092 (3 left out: their answer is no entity)" in card
+    assert "18,092 (3 left out: their answer is not in the knowledge base)" in card
     assert "| Images that could not be read | 7 |" in card
     run.arguments["missing_answers"] = "miss"
     assert "knowledge base. They count as misses." in text_of(run)

@@ -178,5 +178,5 @@ def test_damaged_tables(tmp_path: Path):
             NameTable.load(path, 4)
     path.unlink()
     path.mkdir()
-    with pytest.raises(EntityIndexError, match="no regular file"):
+    with pytest.raises(EntityIndexError, match="not a regular file"):
         NameTable.load(path, 4)

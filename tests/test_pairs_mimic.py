@@ -78,7 +78,7 @@ def test_equals_come_in_the_order_of_rows_whatever_is_scored_with_them(dtype: st
                 assert index.search(mentions, k, method=method).entity_ids == expected
 
 
-# --- What is no number
+# --- What is not a number
 
 
 def damaged(model: MimicModel, name: str, row: int, value: float) -> EntityIndex:

@@ -308,7 +308,7 @@ def test_any_kind_of_image(linker: Linker, photo: Any, url: str, tmp_path: Path)
         assert linker({**mention, "image": same}) == expected, same
     assert linker(mention) == bare
     assert linker({**mention, "image": ""}) == bare
-    with pytest.raises(MimicImageError, match=r"nothing.png cannot be fetched: HTTP Error 404"):
+    with pytest.raises(MimicImageError, match=r"nothing.png cannot be downloaded: HTTP Error 404"):
         linker({**mention, "image": url.replace("photo", "nothing")})
 
 
@@ -605,7 +605,7 @@ def test_places_that_were_given_hold_for_every_form_of_input(linker, tmp_path, f
     model, processor = linker.model, linker.processor
     load: Any = pipeline
     careful = load(TASK, model=model, processor=processor, index=linker.index, image_root=False, allow_urls=False)
-    for source, message in [(str(place), "no file is read"), ("http://127.0.0.1:9/a.png", "fetched")]:
+    for source, message in [(str(place), "no file is read"), ("http://127.0.0.1:9/a.png", "URLs are not read")]:
         mention = {"mention": "Orange", "text": "Orange here.", "image": source}
         inputs = mention if form is dict else form([mention])
         with pytest.raises(MimicImageError, match=message):

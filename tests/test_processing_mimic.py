@@ -385,13 +385,13 @@ def test_urls(processor: MimicProcessor, web: str, monkeypatch: pytest.MonkeyPat
     expected = processor.pixels([random_image()])
     for address in ("/photo.png", "/moved"):
         assert torch.equal(processor.pixels([web + address]), expected)
-    with pytest.raises(MimicImageError, match=r"/nowhere cannot be fetched: .*404"):
+    with pytest.raises(MimicImageError, match=r"/nowhere cannot be downloaded: .*404"):
         load_image(f"{web}/nowhere")
     with pytest.raises(MimicImageError, match="/page is not an image"):
         load_image(f"{web}/page")
     with pytest.raises(MimicImageError, match="/to_file"):
         load_image(f"{web}/to_file")
-    with pytest.raises(MimicImageError, match="URLs are not fetched here"):
+    with pytest.raises(MimicImageError, match="URLs are not read here"):
         load_image(f"{web}/photo.png", allow_urls=False)
     monkeypatch.setattr(downloads_mimic, "MAX_BYTES", 4000)
     with pytest.raises(MimicImageError, match="is larger than"):
@@ -399,7 +399,7 @@ def test_urls(processor: MimicProcessor, web: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_server_that_is_not_there(web: str) -> None:
-    with pytest.raises(MimicImageError, match="cannot be fetched"):
+    with pytest.raises(MimicImageError, match="cannot be downloaded"):
         load_image("http://127.0.0.1:9/photo.png")
     with pytest.raises(MimicImageError, match="ftp:// address, which is not read"):
         load_image("ftp://127.0.0.1/photo.png")

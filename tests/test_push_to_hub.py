@@ -238,7 +238,7 @@ def test_one_alone(hub: Hub, directories: Path, capsys: pytest.CaptureFixture[st
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no directory": (lambda root: shutil.rmtree(root / "toys"), "There is no directory"),
-    "no checkpoint": (lambda root: (root / "linker" / "config.json").unlink(), "is no checkpoint"),
+    "no checkpoint": (lambda root: (root / "linker" / "config.json").unlink(), "is not a checkpoint"),
     "no weights": (lambda root: (root / "linker" / "model.safetensors").unlink(), "has no weights"),
     "no processor": (lambda root: (root / "linker" / "processor_config.json").unlink(), "has no processor"),
     "no code": (lambda root: (root / "linker" / "store_mimic.py").unlink(), "lacks code"),
@@ -247,7 +247,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "This index was made by the model",
     ),
     "no index": (lambda root: (root / "linker" / "index" / "index_config.json").unlink(), "There is no entity index"),
-    "no card of the data": (lambda root: (root / "toys" / "README.md").unlink(), "is no data set"),
+    "no card of the data": (lambda root: (root / "toys" / "README.md").unlink(), "is not a data set"),
     "no configurations": (
         lambda root: (root / "toys" / "README.md").write_text("---\nlicense: mit\n---\n"),
         "no configuration 'entities' and 'mentions'",

@@ -59,7 +59,7 @@ def test_an_integer_is_one_id_however_a_table_gives_it() -> None:
     column = pd.DataFrame({"answer": [375, None, 2**53]})["answer"]
     assert [entity_id_of(column[0]), entity_id_of(column[2])] == ["375", str(2**53)]
     assert {entity_id_of(value) for value in ("375", 375, 375.0, np.int64(375), np.float32(375))} == {"375"}
-    # What is no integer, or may be another one that was rounded, and what is no id at all.
+    # What is not an integer, or may be another one that was rounded, and what is not an id at all.
     for value in (375.5, 2.0**60, math.inf, math.nan, True, np.True_, None, "", [375]):
         with pytest.raises(ValueError, match="An id must be a string that is not empty, or an integer"):
             entity_id_of(value)

@@ -127,7 +127,9 @@ def test_verify_names_the_entity_unless_it_was_removed():
     index: EntityIndex = index_of(model, encoded, mask, shards=2)
     index.verify()
     index._contents.store.shards[1].tensors["cross_modal"][0] *= 3  # the sixth, e5
-    with pytest.raises(EntityIndexError, match=r"`cross_modal` of entity 'e5' are none that the model of this index"):
+    with pytest.raises(
+        EntityIndexError, match=r"`cross_modal` of entity 'e5' cannot come from the model of this index"
+    ):
         index.verify()
     index.remove(["e5"])
     index.verify()

@@ -142,7 +142,7 @@ def test_programs_link_and_explain_and_read_no_files(address: str, tmp_path: Pat
     place = tmp_path / "secret.png"
     random_image(1).save(place)
     for hostile in (str(place), f"file://{place}", "http://127.0.0.1:9/x.png"):
-        with pytest.raises(Exception, match=r"no file is read|fetched"):
+        with pytest.raises(Exception, match=r"no file is read|URLs are not read"):
             client.predict(text, hostile, None, 3, api_name="/link")
 
 

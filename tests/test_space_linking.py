@@ -111,8 +111,8 @@ def test_a_request_reads_no_file_and_no_address(tmp_path: Path):
             image_of_request(hostile, True)
     with pytest.raises(MimicImageError, match="its format is unknown"):
         image_of_request("data:image/png,abc", True)
-    # An address is fetched only where that is allowed, and one of this machine not even then.
-    with pytest.raises(MimicImageError, match="fetched"):
+    # An address is read only where that is allowed, and one of this machine not even then.
+    with pytest.raises(MimicImageError, match="URLs are not read"):
         image_of_request("http://127.0.0.1:9/a.png", False)
     with pytest.raises(MimicImageError, match="private network"):
         image_of_request("http://127.0.0.1:9/a.png", True)

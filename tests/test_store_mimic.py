@@ -428,7 +428,7 @@ def test_names_that_lead_elsewhere(key: str, name: Any, saved: Path):
             manifest[key] = name
 
     change_manifest(saved, change)
-    with pytest.raises(EntityIndexError, match="is no valid name"):
+    with pytest.raises(EntityIndexError, match="is not a valid name"):
         EntityIndex.from_pretrained(saved)
 
 

@@ -1,4 +1,4 @@
-"""Long texts are cut before they are tokenized, to the same tokens; what is no text is named."""
+"""Long texts are cut before they are tokenized, to the same tokens; what is not a text is named."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def test_unreadable_images_are_warned_of_listed_and_left_out(processor: MimicPro
 
 def test_answer_that_is_no_entity_is_refused_in_a_batch(processor: MimicProcessor) -> None:
     mentions = [*toy_data.mentions("train", 1), {**toy_data.mentions("train", 1)[0], "answer": "Q1", "id": "x"}]
-    with pytest.raises(ValueError, match=r"answer 'Q1' of mention 'x' is no entity"):
+    with pytest.raises(ValueError, match=r"answer 'Q1' of mention 'x' is not in the knowledge base"):
         MentionEntityCollator(processor, toy_data.entities())(mentions)
 
 
@@ -539,7 +539,7 @@ def test_finished_training_is_not_overwritten_unasked(trained: Path, data_dir: P
     args.resume_from_checkpoint = "last"
     assert str(train.checkpoint_to_resume(args)).endswith("checkpoint-20")
     args.resume_from_checkpoint = str(data_dir)
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         train.checkpoint_to_resume(args)
 
 

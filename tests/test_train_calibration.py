@@ -71,7 +71,7 @@ def test_card_tells_how_sure_it_is(trained: tuple[Path, dict[str, float]]) -> No
     assert "| Expected calibration error of the answer given (15 bins) |" in card
     assert f"]({RELIABILITY})" in card
     assert (output_dir / RELIABILITY).stat().st_size > 5000
-    assert "they are no probabilities" not in card
+    assert "they are not probabilities" not in card
 
 
 def test_calibration_can_be_left_out_or_insisted_on(data_dir: Path, trained: Any, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_pictures_are_drawn_where_matplotlib_is(tmp_path: Path, monkeypatch: pyt
     run = TrainingRun(dataset="someone/wikimel", calibration=report)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     card = str(run.write(tmp_path / "without"))
-    assert "| Covered by sets for 90% | 0.910 |" in card
+    assert "| Sets for 90%: share with the right answer | 0.910 |" in card
     assert "for 25% of which" in card
     assert not list((tmp_path / "without").glob("*.png"))
     monkeypatch.undo()

@@ -132,7 +132,7 @@ def test_wikidiverse_release_with_candidates(tmp_path: Path) -> None:
         ("https://en.wikipedia.org/wiki/What%27s_Up%3F", "What's_Up?", "What's Up?", False),
         ("https://en.wikipedia.org/wiki/Who_Is_It?", "Who_Is_It?", "Who Is It?", False),
         ("https://en.wikipedia.org/wiki/%23MeToo/x", "#MeToo/x", "#MeToo/x", False),
-        # Escapes that are no UTF-8: two such pages stay two.
+        # Escapes that are not UTF-8: two such pages stay two.
         ("https://en.wikipedia.org/wiki/Caf%e9_%C5%81", "Caf%E9_Ł", "Caf%E9 Ł", False),
         ("https://en.wikipedia.org/wiki/Caf%E8_%C5%81", "Caf%E8_Ł", "Caf%E8 Ł", False),
     ],

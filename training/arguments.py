@@ -1,4 +1,4 @@
-"""The options of a training: the published recipe, where the model starts, and its data. It loads no model or data."""
+"""The options of training: the published recipe, where the model starts, and its data. Loads no model and no data."""
 
 from __future__ import annotations
 
@@ -76,13 +76,14 @@ class ModelArguments:
         "Leave padding out of the text unit's attention. The published model does not."
     )
     ignore_duplicate_answers: bool | None = _switch(
-        "An answer that several mentions of a batch share is no negative of itself. In the published loss it is."
+        "Do not use an answer that several mentions of a batch share as a negative of itself, as the published loss "
+        "does."
     )
     symmetric_loss: bool | None = _switch("Also rank the mentions for each entity. The published loss does not.")
     context_window: str | None = field(
         default=None,
         metadata={
-            "help": "Which part of a text is read that is longer than text_max_length: its start, as published, or the "
+            "help": "Which part is read of a text longer than text_max_length: its start, as published, or the "
             "words around the mention.",
             "choices": ["start", "mention"],
         },
@@ -139,7 +140,7 @@ class DataArguments:
         },
     )
     shuffle_buffer: int = field(
-        default=4096, metadata={"help": "With streaming: mentions among which the next is drawn."}
+        default=4096, metadata={"help": "With streaming: how many mentions to shuffle at a time."}
     )
     cache_pixels: bool = field(
         default=False,
@@ -151,30 +152,32 @@ class DataArguments:
     merge_duplicates: bool = field(
         default=False,
         metadata={
-            "help": "An answer that several mentions of a batch share is in the batch once, which saves encoding it "
-            "again. In the published batches it is there for each of them, and so is its own negative."
+            "help": "Encode an answer that several mentions of a batch share only once. In the published batches it "
+            "is there for each of them, and so is its own negative."
         },
     )
-    max_train_mentions: int | None = field(default=None, metadata={"help": "Train on the first so many mentions only."})
+    max_train_mentions: int | None = field(
+        default=None, metadata={"help": "Train on only this many mentions, the first ones."}
+    )
     max_eval_mentions: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first so many mentions of a split only."}
+        default=None, metadata={"help": "Evaluate on only this many mentions of a split, the first ones."}
     )
     image_root: str | None = field(
         default=None,
         metadata={
-            "help": "The folder that images must be in which the data set names by a path (default: its own folder, if "
-            "it is one). What it brings along itself is read in any case."
+            "help": "For a data set that names image files by a path: the folder that they must be in (default: the "
+            "data set's own folder). Images in the data set itself are always read."
         },
     )
     allow_urls: str = field(
         default="none",
         metadata={
-            "help": "Which addresses of images are fetched that the data set names: none, public, or private (those of "
-            "this machine and of private networks too).",
+            "help": "Which addresses are read, if the data set names images by one: none, public, or private (of this "
+            "machine and of private networks too).",
             "choices": ["none", "public", "private"],
         },
     )
-    top_k: int = field(default=10, metadata={"help": "Best entities noted for each mention of the test split."})
+    top_k: int = field(default=10, metadata={"help": "How many entities to write for each mention of the test split."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the checkpoints and results of an earlier training in output_dir."}
     )
@@ -234,7 +237,9 @@ class MimicTrainingArguments(TrainingArguments):
     """
 
     per_device_train_batch_size: int | None = _recipe(  # type: ignore[assignment]
-        "per_device_train_batch_size", None, "Mentions of a step in each process. By default 128 in all together."
+        "per_device_train_batch_size",
+        None,
+        "Mentions of a step in each process. By default, all processes together have 128.",
     )
     per_device_eval_batch_size: int = _recipe("per_device_eval_batch_size", 128)
     num_train_epochs: float = _recipe("num_train_epochs", 20.0)

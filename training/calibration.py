@@ -1,4 +1,4 @@
-"""Calibration: learning from mentions whose answers are known how sure an answer is. See calibration_mimic.py."""
+"""Calibration: learns how sure an answer is, from mentions with known answers. See calibration_mimic.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens at the steps and epochs of a training: the callbacks of [`MimicTrainer`]. They know no model."""
+"""What happens at the steps and epochs of a training: the callbacks of [`MimicTrainer`]. Knows no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of mentions and the entities that they mean. It knows the processor, and no model."""
+"""Makes batches of mentions and the entities that they mean. Knows the processor, but no model."""
 
 from __future__ import annotations
 
@@ -177,8 +177,8 @@ class MentionEntityCollator:
             )
         except KeyError:
             raise ValueError(
-                f"The answer {mention.get('answer')!r} of mention {mention.get('id')!r} is no entity of the knowledge "
-                "base, so it cannot be trained on. Leave such mentions out first."
+                f"The answer {mention.get('answer')!r} of mention {mention.get('id')!r} is not in the knowledge base, "
+                "so it cannot be trained on. Leave such mentions out first."
             ) from None
 
     def _draw(self, mentions: Sequence[Mapping[str, Any]]) -> random.Random | None:

@@ -1,4 +1,4 @@
-"""The mentions and entities of a training, read from a data set or an archive. It knows no model."""
+"""The mentions and entities of a training, read from a data set or an archive. Knows no model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MISSING_LOG = "mentions_without_entity.jsonl"
 
 
 class StreamedMentions(torch.utils.data.IterableDataset):
-    """Mentions read as they come, in another order each epoch, without those whose answer is no entity.
+    """Mentions read as they come, in another order each epoch, without those whose answer is not in the knowledge base.
 
     Args:
         stream: the mentions.
@@ -81,10 +81,10 @@ def load_data(data: DataArguments, cache_dir: str | None = None) -> tuple[dict[s
         try:
             splits = datasets.load_dataset(name, "mentions", streaming=data.streaming, **options)
             entities = datasets.load_dataset(name, "entities", split="kb", **options)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:  # also without the Hub
             raise ValueError(
-                f"The data set {name!r} cannot be loaded: {error} A data set has the configurations mentions and "
-                "entities (with the split kb); docs/datasets.md says how to make one."
+                f"The data set {name!r} cannot be loaded: {str(error).rstrip('.')}. A data set has the configurations "
+                "mentions and entities (with the split kb); docs/datasets.md says how to make one."
             ) from error
     mentions = {split: undecoded(part, "image") for split, part in splits.items()}
     for split, part in mentions.items():
@@ -108,7 +108,7 @@ def _rows_of(stream: datasets.IterableDataset) -> Iterator[Mapping[str, Any]]:
 def training_mentions(
     mentions: Any, knowledge_base: KnowledgeBase, data: DataArguments, args: MimicTrainingArguments
 ) -> tuple[Any, int]:
-    """The mentions that can be trained on, and the number of those that cannot: their answer is no entity, or null.
+    """The mentions that can be trained on, and the number of those that cannot: their answer is null or not an entity.
 
     They are named in `mentions_without_entity.jsonl` in the output directory.
 

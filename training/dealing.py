@@ -1,8 +1,8 @@
-"""How the mentions of a step are dealt out to several processes: each gets its part of one batch. It knows no model.
+"""Shares the mentions of a step among several processes: each gets its part of one batch. Knows no model.
 
-Together the parts are the batch that one process would have, in its order; so n processes train as one does. The last
-batch of an epoch is smaller, and is dealt out evenly too. Where it has fewer mentions than there are processes, the
-first mentions of the epoch fill it up: a process without a mention could not take part in the step.
+Together the parts are the batch that one process would have, in its order, so n processes train as one does. The last
+batch of an epoch is smaller, and is shared evenly too. If it has fewer mentions than there are processes, the first
+mentions of the epoch fill it up, because a process without a mention could not take part in the step.
 """
 
 from __future__ import annotations

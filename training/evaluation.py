@@ -1,4 +1,4 @@
-"""Ranking the answers of mentions among a whole knowledge base, and the metrics of it. It knows no trainer."""
+"""Ranks the answers of mentions among a whole knowledge base, and computes the metrics. Knows no trainer."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def _note_entities(
 def in_batch_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics` for a plain `Trainer`: each mention's answer among the entities of its batch.
 
-    The metrics are those of `mel_ranking`. They tell whether training works; they are no figures for a paper, for
+    The metrics are those of `mel_ranking`. They tell whether training works; they are not figures for a paper, for
     which the answer is ranked among the whole knowledge base, as [`MimicTrainer`] does.
     """
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions

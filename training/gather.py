@@ -1,9 +1,9 @@
-"""The loss of a batch that several processes share: each mention's negatives are the entities of all of them.
+"""The loss of a batch that several processes share: each mention's negatives are the entities of all processes.
 
-What is exchanged are the features of entities, some 20 kB each in the published model, and the gradients with respect
-to them. The loss of process p is that of its own M_p of all M mentions, times n / M_total: the mean over n processes,
-which is what DistributedDataParallel takes of gradients, is then the loss of one process with the whole batch. It knows
-features and scores, not what encodes them.
+The processes exchange the features of entities, about 20 kB each in the published model, and the gradients with
+respect to them. Process p has M_p of all M mentions, and its loss is the sum over these times n / M.
+DistributedDataParallel takes the mean of the gradients of n processes, which is then the gradient of one process with
+the whole batch. Knows features and scores, but not what encodes them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Hard negatives: for each mention of the training the wrong entities that the model thinks best.
+"""Hard negatives: for each training mention, wrong entities that the model scores high.
 
-Every few epochs the knowledge base is encoded by the model as it is then, and searched exactly for each mention. Some
-of what was found joins the batches as further entities, which no mention there means (see collator.py).
+Every few epochs the knowledge base is encoded by the current model and searched exactly for each mention. Some of the
+entities found join the batches as further entities, which no mention there means (see collator.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The entities that mentions are linked to, found by id or read by number. It knows no model."""
+"""The entities that mentions are linked to, found by id or by number. Knows no model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class KnowledgeBase:
         places ([`ImagePlaces`]): what these two come to.
 
     Raises:
-        ValueError: if there are no entities, an id is no string or integer, or two share an id.
+        ValueError: if there are no entities, an id is not a string or integer, or two share an id.
     """
 
     def __init__(

@@ -336,18 +336,24 @@ class TrainingRun:
         return [
             [label, f"{figures[name]:.3f}"]
             for label, name in (
-                ("Answers that are right, NIL among them", "accuracy"),
+                ("Share of right answers (NIL is one of the answers)", "accuracy"),
                 ("Expected calibration error of the answer given (15 bins)", "ece"),
-                ("The same for the best entity", "ece_best"),
-                ("The same by a softmax of the scores as they are", "ece_best_before"),
-                ("What chance makes of perfect probabilities", "ece_of_chance"),
+                ("Expected calibration error of the best entity", "ece_best"),
+                (
+                    "Expected calibration error of the best entity, uncalibrated (softmax of the scores)",
+                    "ece_best_before",
+                ),
+                ("Expected calibration error that perfect probabilities would show by chance", "ece_of_chance"),
                 ("Brier score of the answer given", "brier"),
                 ("Area under the ROC: best entity right or wrong", "auc_best"),
                 ("Area under the ROC: NIL or not", "auc_nil"),
                 ("NIL precision", "nil_precision"),
                 ("NIL recall", "nil_recall"),
                 ("NIL F1", "nil_f1"),
-                *((f"Covered by sets for {percent}%", f"coverage_{percent}") for percent in COVERAGES),
+                *(
+                    (f"Sets for {percent}%: share with the right answer", f"coverage_{percent}")
+                    for percent in COVERAGES
+                ),
             )
             if name in figures
         ]
@@ -359,7 +365,7 @@ class TrainingRun:
             revision = f", revision {code(self.dataset_revision)}" if self.dataset_revision else ""
             facts.append(("Data", f"{_linked('datasets/', self.dataset)}{revision}"))
         if self.train_mentions is not None:
-            left = f" ({self.train_mentions_left_out:,} left out: their answer is no entity)"
+            left = f" ({self.train_mentions_left_out:,} left out: their answer is not in the knowledge base)"
             facts.append(("Mentions", f"{self.train_mentions:,}" + (left if self.train_mentions_left_out else "")))
         if self.entities is not None:
             facts.append(("Entities", f"{self.entities:,}"))
@@ -428,9 +434,9 @@ def draw_curves(log_history: Iterable[Mapping[str, Any]], path: Path) -> bool:
     axes[0].set_title("Training loss", loc="left", fontsize=10)
     if evaluations:
         epochs = [entry["epoch"] for entry in evaluations]
-        for name, colour in (("mrr", "#2a6f97"), ("hits@1", "#c8553d")):
+        for name, color in (("mrr", "#2a6f97"), ("hits@1", "#c8553d")):
             values = [entry[f"eval_{name}"] for entry in evaluations]
-            axes[1].plot(epochs, values, color=colour, linewidth=1.5, marker="o", markersize=3, label=_LABELS[name])
+            axes[1].plot(epochs, values, color=color, linewidth=1.5, marker="o", markersize=3, label=_LABELS[name])
         axes[1].set_ylim(0, 1)
         axes[1].legend(frameon=False, fontsize=9, loc="lower right")
         axes[1].set_title("Validation", loc="left", fontsize=10)
@@ -455,11 +461,11 @@ def draw_reliability(report: CalibrationReport, path: Path) -> bool:
     left.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
     curves = ((report.before, "#c8553d", "softmax of the scores"), (report.after, "#2a6f97", "calibrated"))
     most = max(count for curve, _, _ in curves for _, _, count in curve)
-    for curve, colour, label in curves:
+    for curve, color, label in curves:
         said, seen, counts = zip(*curve, strict=True)
-        left.plot(said, seen, color=colour, linewidth=1.5, label=label)
+        left.plot(said, seen, color=color, linewidth=1.5, label=label)
         # The area of a dot tells the number of mentions.
-        left.scatter(said, seen, s=[8 + 60 * count / most for count in counts], color=colour)
+        left.scatter(said, seen, s=[8 + 60 * count / most for count in counts], color=color)
     left.set_xlim(0, 1)
     left.set_ylim(0, 1)
     left.legend(frameon=False, fontsize=9, loc="upper left")

@@ -1,4 +1,4 @@
-"""Several processes that work on one training: whether they have the same data and options, and what is refused."""
+"""Checks of several processes that work on one training: whether they have the same data and options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well probabilities are kept: what a calibration says of mentions, beside what is so. It knows arrays alone."""
+"""How well probabilities hold: what a calibration says of mentions, compared with what is true. Knows arrays only."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Outcomes:
 
 @dataclass
 class CalibrationReport:
-    """How well probabilities are kept, for a card and its pictures.
+    """How well probabilities hold, for a card and its images.
 
     Args:
         nil_rate: the share of mentions without an entity that was expected.

@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from, judged by the files in its directory. It loads no model."""
+"""Which checkpoint a training goes on from, judged by the files in its directory. Loads no model."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def checkpoint_to_resume(args: MimicTrainingArguments, overwrite: bool = False) 
     if wanted is not None and wanted.lower() not in ("last", "true"):
         fault = fault_of(Path(wanted))
         if fault is not None:
-            raise ValueError(f"{wanted} is no complete checkpoint of a training: {fault}.")
+            raise ValueError(f"{wanted} is not a complete checkpoint of a training: {fault}.")
         return wanted
     if wanted is None and (directory / "train_results.json").is_file():
         raise ValueError(

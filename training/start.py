@@ -1,9 +1,10 @@
-"""The model and processor that a training starts from. It knows no trainer."""
+"""The model and processor that a training starts from. Knows no trainer."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,7 @@ import datasets
 import torch
 import yaml
 from tokenizers import pre_tokenizers, trainers
-from transformers import (
-    CLIPConfig,
-    CLIPTokenizer,
-)
+from transformers import CLIPConfig, CLIPTokenizer
 
 from ..configuration_mimic import MimicConfig
 from ..modeling_mimic import MimicModel
@@ -30,15 +28,16 @@ def build_model(
     overrides = model_args.config_overrides()
     hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     if model_args.model_name_or_path is not None:
-        return load_model(model_args.model_name_or_path, model_args, **overrides, **hub)
+        with _naming("--model_name_or_path", model_args.model_name_or_path):
+            return load_model(model_args.model_name_or_path, model_args, **overrides, **hub)
     images = {} if model_args.correct_images is None else {"correct_images": model_args.correct_images}
     kwargs = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
     if model_args.backbone is not None:
-        model = MimicModel.from_backbone(model_args.backbone, dtype=torch.float32, **overrides, **hub, **kwargs)
-        config: Any = model.config
         settings: dict[str, Any] = {**hub, **images}
-        processor = MimicProcessor.from_backbone(model_args.backbone, config, **settings)
-        return model, processor
+        with _naming("--backbone", model_args.backbone):
+            model = MimicModel.from_backbone(model_args.backbone, dtype=torch.float32, **overrides, **hub, **kwargs)
+            config: Any = model.config
+            return model, MimicProcessor.from_backbone(model_args.backbone, config, **settings)
     clip = _clip_config(model_args.clip_config)
     tokenizer = train_tokenizer(_texts(mentions or [], knowledge_base), model_args.vocab_size)
     length = overrides.get("text_max_length", MimicConfig().text_max_length)
@@ -50,6 +49,18 @@ def build_model(
     image_processor = MimicProcessor.image_processor_for(config.backbone_config)
     texts: dict[str, Any] = {"text_max_length": config.text_max_length, "context_window": config.context_window}
     return model, MimicProcessor(image_processor, tokenizer, **{**texts, **images})
+
+
+@contextmanager
+def _naming(option: str, name: str) -> Iterator[None]:
+    """Names what cannot be loaded: without a network transformers says only that the Hub cannot be reached."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None or name in str(error):
+            raise
+        where = "" if Path(name).exists() else "there is no directory of this name, and as a Hub id: "
+        raise ValueError(f"{option} {name}: {where}{error}") from error
 
 
 def load_model(path: str, model_args: ModelArguments, **kwargs: Any) -> tuple[MimicModel, MimicProcessor]:

@@ -1,4 +1,4 @@
-"""What a training run is on the Hub: a model with its code, card and results, and an index of its own repository."""
+"""Uploads a training: a model with its code, card and results, and an index in a repository of its own."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How several processes that work on one training wait for each other, and what they tell of one that is lost.
+"""How several processes of one training wait for each other, and how they report one that is lost.
 
-A collective operation fails, or hangs, where a process comes late or not at all. So what takes long is done with
-[`all_of_them`]: each process does its own part, tells that it is done or what went wrong, and waits without a limit as
-long as the others are alive. A failure in one is then the error of all. What must use collective operations, such as a
-step, is done [`in_touch`]: where one breaks, the others say which process is gone, or failed, and why.
+A collective operation fails, or hangs, if a process comes late or not at all. So everything that takes long runs in
+[`all_of_them`]: each process does its own part, says that it is done or what went wrong, and waits without a limit as
+long as the others are alive. If one fails, all raise its error. What must use collective operations, such as a step,
+runs [`in_touch`]: if an operation breaks, the others say which process is gone or failed, and why.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Returns:
     `count`, `nil_count`: the mentions, and those of them that have no entity.
 
 Raises:
-    ValueError: if there are no mentions, the numbers of predictions and references differ, or an answer is no id.
+    ValueError: if there are no mentions, the numbers of predictions and references differ, or an answer is not an id.
 
 Examples:
 
