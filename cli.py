@@ -58,11 +58,11 @@ _PROGRAMS = {
     "train": ("mimic_el.train", "Train and evaluate a model."),
     "prepare": (
         "mimic_el.datasets_scripts.prepare",
-        "Make a Hub data set from a benchmark's archive or your own tables.",
+        "Make a Hub data set from an archive or your own tables.",
     ),
     "convert": ("mimic_el.scripts.convert_original_checkpoint", "Convert a checkpoint of the published code, or back."),
     "push": ("mimic_el.scripts.push_to_hub", "Publish a model, its index and data sets on the Hub."),
-    "sample": ("mimic_el.scripts.demo", "Train a small model on the sample data set, and show some links."),
+    "sample": ("mimic_el.scripts.demo", "Train a small model on the sample, and show some links."),
 }
 
 

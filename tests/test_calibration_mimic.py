@@ -197,7 +197,7 @@ def test_coverage_that_too_few_mentions_allow() -> None:
         ((700, "float32", 0), "it has 700 entities"),
         ((1000, "int8", 0), "stored in int8, not float32"),
         ((1000, "float32", 3), "it lacks 3 of 10 entities that the calibration noted"),
-        ((10, "float16", 10), "10 entities, not 1,000, and of 10 .* lacks 10, and its features"),
+        ((10, "float16", 10), "10 entities, not 1,000, and it lacks 10 .*, and its features"),
     ],
 )
 def test_another_knowledge_base_is_told(facts: tuple[int, str, int], said: str | None) -> None:

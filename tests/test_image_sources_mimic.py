@@ -215,7 +215,7 @@ def test_a_data_set_is_not_read_from_paths_and_addresses(
     assert got == [False, False, False, False, True]
     assert len(warned) == 4
     assert "Entity 'e0'" in warned[0]
-    assert "pass image_root= with the folder that its images are in" in warned[0]
+    assert "pass image_root= with the folder that the images are in" in warned[0]
     assert "allow_urls=True" in warned[2]
     # The same as a column of images, which `datasets` would open.
     features = datasets.Features({**datasets.Dataset.from_list(rows("a")).features, "images": [datasets.Image()]})
