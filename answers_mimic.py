@@ -100,7 +100,8 @@ def calibration_for(config: MimicConfig, index: EntityIndex, warn: bool = True) 
     if warn and unlike is not None:
         warnings.warn(
             f"This is not the knowledge base that the model was calibrated with: {unlike}. Probabilities may be "
-            "off. To correct them, calibrate it with a few hundred mentions with known answers (mimic-el calibrate).",
+            "off. To correct them, calibrate the model with a few hundred mentions with known answers "
+            "(mimic-el calibrate).",
             stacklevel=2,
         )
     return calibration
