@@ -231,8 +231,8 @@ class Moment:
 def _reason(error: Exception) -> str:
     """The first line of what Ray says, or of what kept the actor from starting."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Error: " in line]
-    return (telling or lines or [type(error).__name__])[-1 if telling else 0].rstrip(".")
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines or [type(error).__name__])[-1 if errors else 0].rstrip(".")
 
 
 def ray_at_work() -> Any:

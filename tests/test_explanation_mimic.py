@@ -1,4 +1,4 @@
-"""An explanation as a page and as a picture."""
+"""An explanation as a page and as an image."""
 
 from __future__ import annotations
 
