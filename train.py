@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
@@ -30,6 +29,7 @@ from mimic_el.saving_mimic import is_full
 from mimic_el.training.arguments import DataArguments, MimicTrainingArguments, ModelArguments
 from mimic_el.training.calibration import DEPTH, calibration_report
 from mimic_el.training.collator import MentionEntityCollator, unreadable_images
+from mimic_el.training.configuration_file import settings_of
 from mimic_el.training.data import first, load_data, training_mentions
 from mimic_el.training.evaluation import RankedMentions
 from mimic_el.training.examples import example_of, explained_example
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
     """Arguments from the command line: options, or a YAML or JSON file and options that go before what it says.
 
     Raises:
-        ValueError: if the file is not a mapping, or has a key that is not an option.
+        ValueError: if the file cannot be read, or has a key that is not an option or a value of the wrong kind.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = option_parser()
@@ -85,18 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataA
                     f"{', '.join(sorted(packaged))}.{did_you_mean(path.name, packaged)}"
                 )
             path = packaged[path.name]
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"The configuration file {path} is neither YAML nor JSON: {error}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"The configuration file {path} must hold a mapping of options to values.")
-        options = {action.dest for action in parser._actions}
-        for name in settings:
-            if name not in options:
-                raise ValueError(f"{path}: there is no option {name!r}.{did_you_mean(str(name), options)}")
+        settings = settings_of(path, (ModelArguments, DataArguments, MimicTrainingArguments))
         data = Path(__file__).parent / str(settings.get("dataset_name"))
         if path.resolve().parent == Path(__file__).resolve().parent / "configs" and data.is_dir():
             settings["dataset_name"] = str(data)  # a data set of the package, wherever the command runs
