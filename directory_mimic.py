@@ -28,6 +28,7 @@ from .errors_mimic import EntityIndexError
 from .files_mimic import (
     LOCK,
     file_facts,
+    json_text,
     locked,
     read_json,
     regular,
@@ -388,6 +389,10 @@ def unfinished_build(directory: Path) -> dict[str, Any] | None:
         state = read_json(path)
         files = [name for entry in state["shards"] for name in shard_files(entry["name"])]
         known = isinstance(state["build"], str) and isinstance(files, list)
+        for entry in state["shards"]:
+            if not _are_file_facts(entry["files"], shard_files(entry["name"])):
+                raise ValueError("the files of a shard are not told as they must be")
+        json_text(state).encode()  # half characters could not be written again
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EntityIndexError(
             f"{path} cannot be read: {error!r}. Delete it, and the build starts from the beginning."

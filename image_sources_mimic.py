@@ -31,7 +31,7 @@ from .texts_mimic import shortened
 _CHUNK = 2**16
 _PATH_LENGTH = 4096
 _SHORTEST_BASE64 = 40
-_SCHEME = re.compile(r"(data):|([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_SCHEME = re.compile(r"(data):|(file):(?=/)|([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 # How the files of the formats that are read begin: what tells an image in base64 from a path that is not there.
 _SIGNATURES = re.compile(
@@ -149,7 +149,7 @@ def file_named(source: str | os.PathLike[str], places: ImagePlaces) -> str:
 def _kind(source: str | os.PathLike[str]) -> str:
     """The scheme of an address, in small letters; an empty string for a path."""
     scheme = _SCHEME.match(source[:64]) if isinstance(source, str) else None
-    return (scheme.group(1) or scheme.group(2)).lower() if scheme else ""
+    return next(filter(None, scheme.groups())).lower() if scheme else ""
 
 
 def _require_urls(name: str, places: ImagePlaces) -> None:

@@ -151,6 +151,9 @@ def open_image(
         name = getattr(source, "name", None)
         where = f"{_GIVEN}file {shortened(name)}" if isinstance(name, str) else f"{_GIVEN}file"
         opened = _open(io.BytesIO(read_file(source, where)), where)
+    elif isinstance(source, np.ndarray) and source.ndim == 1 and source.dtype == np.uint8:  # a file that was read
+        where = f"{_GIVEN}bytes"
+        opened = _open(io.BytesIO(source.tobytes()), where)
     elif callable(getattr(source, "__array__", None)) and not np.isscalar(source):
         where = f"{_GIVEN}array"
         opened = _of_array(source)
@@ -196,6 +199,18 @@ def listed(images: Any) -> list[Any]:
     return [images]
 
 
+def only_image(images: Any, whose: str = "A mention") -> Any:
+    """The image of what has one at most, be it in a list of one; `None` if there is none.
+
+    Raises:
+        MimicImageError: if there are several.
+    """
+    several = listed(images)
+    if len(several) > 1:
+        raise MimicImageError(f"{whose} has one image; here are {len(several)}. Choose one of them.")
+    return several[0] if several else None
+
+
 def _of_mapping(image: Mapping[str, Any]) -> Any:
     """The bytes of an undecoded image of `datasets`, or else its path."""
     if image and not {"bytes", "path"} & set(image):
@@ -208,9 +223,10 @@ def _of_mapping(image: Mapping[str, Any]) -> Any:
 
 def _of_array(source: Any) -> Image.Image:
     """An array or tensor of pixels as a PIL image."""
-    if hasattr(source, "detach"):
-        source = source.detach().cpu()  # a tensor
     try:
+        if hasattr(source, "detach"):  # a tensor
+            source = source.detach().cpu()
+            source = source.float() if source.dtype.is_floating_point else source  # numpy has no bfloat16
         values = np.asarray(source)
     except Exception as error:  # tensors of types that numpy has not, arrays of anything
         raise MimicImageError(f"The given array cannot be read: {shortened(str(error))}") from error
@@ -309,11 +325,12 @@ def _to_rgb(image: Image.Image, correct: bool) -> Image.Image:
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        top = max(255.0, float(values.max()) if values.max() <= 65535 else 65535.0)
-        top = 65535.0 if top > 255 else 255.0
+        if image.mode == "F" and values.max() <= 1:  # as arrays of floats
+            values *= 255
+        top = 65535.0 if values.max() > 255 else 255.0
         return Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(background, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -328,5 +345,6 @@ __all__ = [
     "first_image",
     "listed",
     "load_image",
+    "only_image",
     "open_image",
 ]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .errors_mimic import MentionError, MimicError
 from .features_mimic import can_be_scored
-from .images_mimic import ImageInput
+from .images_mimic import ImageInput, only_image
 from .matching_mimic import Matcher, MentionFeatures, MimicEncoderOutput
 from .modeling_mimic import MimicModel
 from .precision_mimic import layout_of, mention_layout
@@ -139,9 +139,13 @@ def checked_text(record: Mapping[str, Any], name: str) -> str:
 
 
 def image_of(record: Mapping[str, Any]) -> ImageInput:
-    """The image of a mention or document; `None` where there is none."""
+    """The image of a mention or document; `None` where there is none.
+
+    Raises:
+        MimicImageError: if there are several.
+    """
     image = record.get("image")
-    return None if is_absent(image) else image
+    return None if is_absent(image) else only_image(image)
 
 
 def read_image(

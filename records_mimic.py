@@ -6,6 +6,7 @@ Knows how records are read and checked, but not how they are encoded or stored.
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import difflib
 import itertools
 import math
@@ -25,6 +26,7 @@ from .names_mimic import ALIASES, listed_aliases
 from .texts_mimic import check_unicode, is_unicode
 
 _RECORDS_AT_ONCE = 512
+_MOST_DIGITS = 100
 
 
 def entity_id_of(value: Any, what: str = "An entity's id") -> str:
@@ -43,14 +45,15 @@ def entity_id_of(value: Any, what: str = "An entity's id") -> str:
         return value
     if not isinstance(value, bool | np.bool_) and hasattr(value, "__index__"):
         return str(operator.index(value))
-    # Larger ones may be another integer, rounded.
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
-        if abs(number) <= 2**53 and number.is_integer():
-            return str(int(number))
+    if isinstance(value, decimal.Decimal):  # which databases have for integers
+        known = value.is_finite() and value.adjusted() < _MOST_DIGITS
+    else:  # larger fractions may be another integer, rounded
+        known = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= 2**53
+    if known and value == int(value):
+        return str(int(value))
     raise ValueError(
-        f"{what} is {value!r}. An id must be a string that is not empty, or an integer. (Of numbers in a column where "
-        'some are missing pandas makes fractions: read ids as text, `dtype={"id": str}`.)'
+        f"{what} is {value!r:.200}. An id must be a string that is not empty, or an integer. (Of numbers in a column "
+        'where some are missing pandas makes fractions: read ids as text, `dtype={"id": str}`.)'
     )
 
 
@@ -63,7 +66,7 @@ class Records:
         allow_urls, image_root: where images that are named by a string are read from; see [`places_of`].
 
     Raises:
-        ValueError: if it is a single dict.
+        ValueError: if it is a single dict, a data set with its splits, or no records at all.
     """
 
     def __init__(
@@ -72,8 +75,8 @@ class Records:
         allow_urls: bool | str | None = None,
         image_root: bool | str | os.PathLike[str] | None = None,
     ) -> None:
-        if isinstance(entities, Mapping):
-            raise ValueError("A knowledge base is a list or data set of records with `id`, not a single dict.")
+        entities = rows_of_columns(entities)
+        check_several(entities)
         if callable(getattr(entities, "entities", None)):
             entities = entities.entities()
         self._switches = (allow_urls, image_root)
@@ -348,16 +351,41 @@ def near_field(name: str, present: Iterable[str]) -> str | None:
     return plain[close[0]] if close else None
 
 
+def check_several(entities: Any) -> None:
+    """Raises a `ValueError` for what can be no records."""
+    what = "A knowledge base is a list or data set of records with `id`, not "
+    if isinstance(entities, Mapping):
+        if any(hasattr(split, "column_names") for split in entities.values()):
+            names = ", ".join(map(repr, entities))
+            raise ValueError(f"{what}a data set with its splits ({names:.200}): pass one of them.")
+        raise ValueError(f"{what}a single dict.")
+    if isinstance(entities, str | bytes | os.PathLike):
+        raise ValueError(
+            f"{what}a name ({entities!r:.200}): read it first, such as with datasets.load_dataset or pandas.read_json."
+        )
+    if not any(hasattr(entities, name) for name in ("__iter__", "__getitem__", "collect", "read_all", "entities")):
+        raise ValueError(f"{what}{type(entities).__name__}.")
+
+
 def is_absent(value: Any) -> bool:
     """Whether a field has no value: `None`, or what pandas and numpy write for it (NaN, `pd.NA`, `NaT`)."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
+    if isinstance(value, numbers.Rational):  # which may be too large for a float
+        return False
+    if isinstance(value, decimal.Decimal):
+        return value.is_nan()
     return isinstance(value, numbers.Real) and math.isnan(value)
 
 
 def records_of_table(table: Any) -> Any:
-    """The records of a `pandas.DataFrame`, or of a table or batch of Arrow, as a list of dicts; anything else as it
-    is."""
+    """The records of a `pandas.DataFrame`, of a frame of polars, or of a table, batch or reader of Arrow, as a list of
+    dicts; anything else as it is."""
+    if type(table).__module__.partition(".")[0] == "polars":
+        table = table.collect() if hasattr(table, "collect") else table
+        return table.to_dicts() if hasattr(table, "to_dicts") else table
+    if hasattr(table, "read_all") and hasattr(table, "schema"):
+        table = table.read_all()
     if hasattr(table, "iloc") and hasattr(table, "columns"):
         return table.to_dict("records")
     if hasattr(table, "to_pylist") and hasattr(table, "schema"):
@@ -365,11 +393,49 @@ def records_of_table(table: Any) -> Any:
     return table
 
 
+def rows_of_columns(columns: Any) -> Any:
+    """The records of a dict of columns, such as `dataset[:]` gives; anything else as it is.
+
+    Raises:
+        ValueError: if the columns have different lengths.
+    """
+    if not isinstance(columns, Mapping) or isinstance(columns.get("id"), str) or not _is_column(columns.get("id")):
+        return columns
+    lengths = {name: len(column) if _is_column(column) else None for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"The columns have different lengths: {lengths!s:.200}.")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _is_column(value: Any) -> bool:
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str | bytes | Mapping)
+
+
 def plain_record(record: Any) -> Any:
-    """A row of a DataFrame (a `pandas.Series`) as a dict; anything else as it is."""
-    if hasattr(record, "iloc") and hasattr(record, "index") and not hasattr(record, "columns"):
-        return record.to_dict()
-    return record
+    """A row of a DataFrame (a `pandas.Series`), a named tuple or a row of sqlite as a dict, with plain values for the
+    scalars of Arrow and numpy; anything else as it is."""
+    if not isinstance(record, Mapping):
+        if hasattr(record, "iloc") and hasattr(record, "index") and not hasattr(record, "columns"):
+            record = record.to_dict()
+        elif isinstance(record, tuple) and hasattr(record, "_asdict"):
+            record = record._asdict()
+        elif type(record).__module__ == "sqlite3":
+            record = dict(record)
+        else:
+            return record
+    scalars = {name: _plain_value(value) for name, value in record.items() if _is_scalar(value)}
+    return {**record, **scalars} if scalars else record
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether a value is one of Arrow or numpy that stands for a plain one."""
+    if value is None or isinstance(value, str | int | float | list):
+        return False
+    return hasattr(value, "as_py") or (isinstance(value, np.ndarray) and value.ndim == 0)
+
+
+def _plain_value(value: Any) -> Any:
+    return value.as_py() if hasattr(value, "as_py") else value.item()
 
 
 def duplicate_id(entity_id: str) -> ValueError:
@@ -396,6 +462,7 @@ def in_order_of_length(records: Sequence[Mapping[str, Any]] | Span) -> list[int]
 __all__ = [
     "Records",
     "Span",
+    "check_several",
     "duplicate_id",
     "entity_id_of",
     "ids_of",
@@ -408,6 +475,7 @@ __all__ = [
     "places_of",
     "plain_record",
     "records_of_table",
+    "rows_of_columns",
     "table_record",
     "undecoded",
 ]

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_processor
 from tiny_clip import tiny_model
 
 from mimic_el.errors_mimic import MimicImageError
-from mimic_el.images_mimic import first_image, load_image, open_image
+from mimic_el.images_mimic import first_image, load_image, only_image, open_image
 
 PUBLISHED = Path(__file__).parent / "golden" / "images"
 CASES = sorted(path.name for path in PUBLISHED.iterdir() if not path.name.startswith("expected_"))
@@ -132,3 +133,35 @@ def test_a_callers_own_image_stays_apart(resize: tuple[int, int] | None, fast: b
     assert made is not None
     made.paste((255, 0, 0), (0, 0, 30, 20))
     assert not np.asarray(image).any()
+
+
+def test_what_else_holds_the_bytes_or_the_pixels_of_an_image(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    given: list[Any] = [
+        np.frombuffer(data, np.uint8),
+        f"file:{tmp_path}/a.png",
+        torch.from_numpy(pixels / 255.0),
+    ]
+    for source in given:
+        made = load_image(source)
+        assert made is not None
+        assert np.array_equal(np.asarray(made), pixels)
+    made = load_image(torch.from_numpy(pixels).to(torch.bfloat16))
+    assert made is not None
+    assert np.abs(np.asarray(made).astype(int) - pixels).max() <= 1
+    grey = image.convert("LA").convert("La")
+    assert np.array_equal(np.asarray(load_image(grey)), np.asarray(image.convert("L").convert("RGB")))
+    floats = Image.fromarray((pixels[..., 0] / 255).astype(np.float32))
+    assert np.abs(np.asarray(load_image(floats))[..., 0].astype(int) - pixels[..., 0]).max() <= 1
+    with pytest.raises(MimicImageError, match="cannot be read"):
+        load_image(torch.empty(3, 4, 4, device="meta"))
+
+
+def test_a_mention_has_one_image_in_a_list_or_not() -> None:
+    assert only_image(["a.png"]) == only_image(("a.png",)) == only_image(np.array(["a.png"], object)) == "a.png"
+    assert only_image([]) is only_image(None) is None
+    with pytest.raises(MimicImageError, match="A mention has one image; here are 2"):
+        only_image(["a.png", "b.png"])

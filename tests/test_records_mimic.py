@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import decimal
 import math
 import pickle
+import sqlite3
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 from mel_archives import noise
 
 from mimic_el.records_mimic import Records, entity_id_of, is_absent, near_field, table_record
+from mimic_el.training.knowledge_base import KnowledgeBase
 
 
 @pytest.fixture
@@ -154,3 +158,64 @@ def test_paths_of_files_do_not_go_into_an_index(value: Any, kept: bool) -> None:
     assert record["name"] == "photo.png"
     assert record["description"] == "/home/ann"
     assert record.get("note") == (value if kept else None)
+
+
+ROWS = [{"id": "1", "name": "Ann", "description": "a"}, {"id": "2", "name": "Ben", "description": ""}]
+Row = collections.namedtuple("Row", ROWS[0])  # type: ignore[misc]
+
+
+def sqlite_rows() -> list[Any]:
+    with sqlite3.connect(":memory:") as connection:
+        connection.row_factory = sqlite3.Row
+        return connection.execute(
+            "select 1 as id, 'Ann' as name, 'a' as description union select 2, 'Ben', ''"
+        ).fetchall()
+
+
+@pytest.mark.parametrize(
+    "entities",
+    [
+        lambda: {name: [row[name] for row in ROWS] for name in ROWS[0]},
+        lambda: datasets.Dataset.from_list(ROWS).with_format("numpy")[:],
+        lambda: pa.Table.from_pylist(ROWS).to_reader(),
+        lambda: [Row(**row) for row in ROWS],
+        sqlite_rows,
+        lambda: [{name: pa.scalar(value) for name, value in row.items()} for row in ROWS],
+        lambda: [{name: np.array(value) for name, value in row.items()} for row in ROWS],
+        lambda: [{**row, "id": decimal.Decimal(row["id"])} for row in ROWS],
+        lambda: pa.table({**pa.Table.from_pylist(ROWS).to_pydict(), "id": pa.array([1, 2], pa.decimal128(9, 2))}),
+        lambda: pytest.importorskip("polars").DataFrame(ROWS),
+        lambda: pytest.importorskip("polars").LazyFrame(ROWS),
+    ],
+)
+def test_whatever_holds_records_is_taken(entities: Callable[[], Any]) -> None:
+    """By an index and by training alike."""
+    records = Records(entities())
+    assert [table_record(record) for record in records.take(9)] == ROWS
+    knowledge_base = KnowledgeBase(entities())
+    assert [table_record(record) for record in knowledge_base.entities()] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("entities", "told"),
+    [
+        ("kb.jsonl", "not a name"),
+        (None, "not NoneType"),
+        (5, "not int"),
+        ({"id": "1"}, "not a single dict"),
+        ({"id": ["1", "2"], "name": ["Ann"]}, "different lengths"),
+        (datasets.DatasetDict({"kb": datasets.Dataset.from_list(ROWS)}), r"splits \('kb'\)"),
+    ],
+)
+def test_what_can_be_no_records_is_told(entities: Any, told: str) -> None:
+    for kind in (Records, KnowledgeBase):
+        with pytest.raises(ValueError, match=told):
+            kind(entities)
+
+
+def test_numbers_that_no_float_holds() -> None:
+    record = {"id": 10**400, "name": "Ann", "year": 10**400, "height": decimal.Decimal("NaN")}
+    assert table_record(record) == {"id": str(10**400), "name": "Ann", "description": "", "year": str(10**400)}
+    for value in ("NaN", "sNaN", "Infinity", "1.5", "1e9999"):
+        with pytest.raises(ValueError, match="An id must be a string"):
+            entity_id_of(decimal.Decimal(value))

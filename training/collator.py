@@ -21,7 +21,7 @@ from ..errors_mimic import MimicImageError
 from ..image_sources_mimic import placed
 from ..images_mimic import first_image, listed
 from ..processing_mimic import MimicProcessor
-from ..records_mimic import entity_id_of
+from ..records_mimic import entity_id_of, is_absent, plain_record
 from ..texts_mimic import check_unicode
 from .knowledge_base import KnowledgeBase
 
@@ -96,6 +96,12 @@ class MentionEntityCollator:
         Raises:
             ValueError: if an answer is not in the knowledge base.
         """
+        mentions = [plain_record(mention) for mention in mentions]
+        for mention in mentions:
+            if not isinstance(mention, Mapping):
+                raise ValueError(f"A mention of a batch must be a dict, got {type(mention).__name__}.")
+        if not mentions:
+            raise ValueError("A batch needs one mention at least.")
         rows = [self._row(mention) for mention in mentions]
         if self.merge_duplicates:
             entity_rows = list(dict.fromkeys(rows))
@@ -110,7 +116,10 @@ class MentionEntityCollator:
         batch = self.encode_mentions(mentions)
         joined = self._inputs(
             self.processor.entity_texts(
-                [entity["name"] or "" for entity in entities], [entity["description"] or "" for entity in entities]
+                *(
+                    [_text(entity.get(name), name, f"Entity {entity['id']!r}") for entity in entities]
+                    for name in ("name", "description")
+                )
             ),
             [image for image, _ in images],
             [f"entity {entity['id']}, image {place}" for entity, (_, place) in zip(entities, images, strict=True)],
@@ -202,13 +211,13 @@ class MentionEntityCollator:
 
     def _texts_of(self, mentions: Sequence[Mapping[str, Any]]) -> list[str]:
         """The templates of mentions, filled: the part of each sentence that the processor's context window shows."""
+        heads, bodies = (
+            [_text(field_of(mention, name), name, f"Mention {mention.get('id')!r}") for mention in mentions]
+            for name in ("mention", "sentence")
+        )
+        starts, ends = ([mention.get(name) for mention in mentions] for name in ("start", "end"))
         try:
-            return self.processor.mention_texts(
-                [field_of(mention, "mention") or "" for mention in mentions],
-                [field_of(mention, "sentence") or "" for mention in mentions],
-                [mention.get("start") for mention in mentions],
-                [mention.get("end") for mention in mentions],
-            )
+            return self.processor.mention_texts(heads, bodies, starts, ends)
         except ValueError as error:
             if len(mentions) == 1:
                 raise ValueError(f"Mention {mentions[0].get('id')!r}: {error}") from error
@@ -271,6 +280,19 @@ def unreadable_images(log: Path) -> list[dict[str, str]]:
 
 class _Resized(np.ndarray):
     """An image that is resized already, as against an array of pixels that a record has for an image."""
+
+
+def _text(value: Any, name: str, whose: str) -> str:
+    """A text of a record; an absent one is empty.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if is_absent(value):
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{whose}: `{name}` must be a string, got {type(value).__name__}.")
+    return value
 
 
 def _pick(images: Any, draw: random.Random | None) -> tuple[Any, int]:

@@ -10,7 +10,16 @@ import datasets
 
 from ..errors_mimic import UnknownEntityError
 from ..image_sources_mimic import ImagePlaces
-from ..records_mimic import entity_id_of, is_absent, placed_record, places_of, records_of_table
+from ..records_mimic import (
+    check_several,
+    entity_id_of,
+    is_absent,
+    placed_record,
+    places_of,
+    plain_record,
+    records_of_table,
+    rows_of_columns,
+)
 
 
 def require_columns(present: Iterable[str] | None, needed: Iterable[str], what: str) -> None:
@@ -58,7 +67,8 @@ class KnowledgeBase:
         places ([`ImagePlaces`]): what these two come to.
 
     Raises:
-        ValueError: if there are no entities, an id is not a string or integer, or two share an id.
+        ValueError: if there are no entities, an id is not a string or integer, two share an id, or these are not
+            entities at all.
     """
 
     def __init__(
@@ -67,18 +77,24 @@ class KnowledgeBase:
         allow_urls: bool | str | None = None,
         image_root: bool | str | os.PathLike[str] | None = None,
     ) -> None:
+        entities = rows_of_columns(entities)
+        check_several(entities)
         self._source: Any = entities
         self.places = places_of(entities, "images", allow_urls, image_root)
         if isinstance(entities, datasets.Dataset):
             require_columns(entities.column_names, ("id", "name", "description", "images"), "the entities")
             # As Arrow, nothing is decoded. (A cast to undecoded images would write the data set anew.)
             self._source = entities.with_format("arrow")
-        elif hasattr(entities, "to_dict") and hasattr(entities, "columns"):  # a DataFrame
+        elif hasattr(entities, "iloc") and hasattr(entities, "columns"):  # a DataFrame
             require_columns(entities.columns, ("id", "name", "description", "images"), "the entities")
             rows = entities.to_dict("records")
             self._source = [{name: None if is_absent(value) else value for name, value in row.items()} for row in rows]
         else:
             self._source = records_of_table(entities)
+            if not hasattr(self._source, "__getitem__") or not hasattr(self._source, "__len__"):
+                self._source = list(self._source)  # what gives its records one after the other
+            if isinstance(self._source, list | tuple):
+                self._source = [plain_record(record) for record in self._source]
         self._rows: dict[str, int] = {}
         duplicates = []
         for row, value in enumerate(self.column("id")):
