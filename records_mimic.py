@@ -27,6 +27,7 @@ from .texts_mimic import check_unicode, is_unicode
 
 _RECORDS_AT_ONCE = 512
 _MOST_DIGITS = 100
+_FLOOR: Any = -(2**53)  # beyond it a float may be another integer, rounded
 
 
 def entity_id_of(value: Any, what: str = "An entity's id") -> str:
@@ -47,8 +48,8 @@ def entity_id_of(value: Any, what: str = "An entity's id") -> str:
         return str(operator.index(value))
     if isinstance(value, decimal.Decimal):  # which databases have for integers
         known = value.is_finite() and value.adjusted() < _MOST_DIGITS
-    else:  # larger fractions may be another integer, rounded
-        known = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= 2**53
+    else:
+        known = isinstance(value, numbers.Real) and not isinstance(value, bool) and _FLOOR <= value <= -_FLOOR
     if known and value == int(value):
         return str(int(value))
     raise ValueError(

@@ -32,7 +32,7 @@ def test_files_that_cannot_be_taken(told: str, tmp_path: Path) -> None:
 
 def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "c.yaml")
-    with pytest.raises(ValueError, match=r"c\.yaml cannot be read: .* no regular file"):
+    with pytest.raises(ValueError, match=r"c\.yaml cannot be read: .* not a regular file"):
         train.parse_args([str(tmp_path / "c.yaml")])
 
 

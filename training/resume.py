@@ -44,7 +44,7 @@ def fault_of(checkpoint: Path) -> str | None:
         return f"it has no {STATE}"
     for path in sorted(checkpoint.iterdir()):
         if not path.is_dir() and not path.is_file():  # reading a named pipe would wait for ever
-            return f"its {path.name} is no regular file"
+            return f"its {path.name} is not a regular file"
     read: dict[str, Any] = {}
     for path in sorted(checkpoint.glob("*.json")):
         try:
