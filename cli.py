@@ -18,7 +18,7 @@ from .commands.demo import demo
 from .commands.index import index_app
 from .commands.inputs import CommandError, one_line, read_entities, read_mentions
 from .commands.link import link
-from .console import tolerate_any_text
+from .console import harmless, tolerate_any_text
 from .errors_mimic import MimicError
 
 app = typer.Typer(
@@ -101,10 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except MimicError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {harmless(one_line(error))}", file=sys.stderr)
         return 1
     except OSError as error:  # no such file, a full disk, a Hub that does not answer
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {harmless(one_line(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,10 +29,19 @@ def tolerate_any_text() -> None:
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Prints text, what the stream's encoding has not as escapes."""
+    """Prints text, control characters and what the stream's encoding has not as escapes."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    print(harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+# What moves the cursor of a terminal, changes what it shows, or turns the order of what it shows.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal: control characters in it, which data may hold, are written as escapes, as JSON has them."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def takes_unicode(stream: IO[str]) -> bool:

@@ -155,10 +155,11 @@ class Explanation:
     def summary(self) -> str:
         """The explanation in a sentence or two."""
         leading = max(self.units, key=lambda name: self._of(self.units[name]))
-        names = f"“{self.mention_side.title}” is linked to {self.entity['name']} ({self.entity['entity_id']})"
+        mention, name, ident = map(_named, (self.mention_side.title, self.entity["name"], self.entity["entity_id"]))
+        names = f"“{mention}” is linked to {name} ({ident})"
         if self.versus is None:
             return f"{names} with a score of {self.entity['score']:.2f}. The {_UNITS[leading].lower()} unit adds most."
-        rival = f"{self.versus['name']} ({self.versus['entity_id']})"
+        rival = f"{_named(self.versus['name'])} ({_named(self.versus['entity_id'])})"
         if self.explained >= 0:
             return f"{names} and not to {rival}, by {self.explained:.2f}. The {_UNITS[leading].lower()} unit adds most."
         worst = min(self.units, key=lambda name: self._of(self.units[name]))
@@ -196,7 +197,7 @@ class Explanation:
         """
         path = Path(path)
         if path.suffix.lower() in (".html", ".htm"):
-            title = html.escape(f"{self.mention_side.title}: {self.entity['name']}")
+            title = html.escape(f"{_named(self.mention_side.title)}: {_named(self.entity['name'])}")
             head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
             path.write_text(f"{head}<body>{self.to_html()}</body></html>\n", encoding="utf-8")
             return
@@ -224,6 +225,25 @@ def heat_map(image: Image.Image, patches: np.ndarray, box: Sequence[float], larg
     strength = np.clip(np.abs(values) / largest, 0, 1)[..., None] * 0.85
     colors = np.where(values[..., None] >= 0, np.array(_FOR), np.array(_AGAINST)).astype(np.float32)
     return Image.fromarray((shown * (1 - strength) + colors * strength).round().astype(np.uint8))
+
+
+# --- Texts as they are shown
+
+# What is no character, and what turns the order of those around it.
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MOST_OF_A_NAME, _MOST_PASSED_OVER = 200, 2000
+
+
+def _named(text: Any) -> str:
+    """A name, or a word, cut where it is very long."""
+    some = str(text)[:_MOST_OF_A_NAME]
+    return _UNSHOWN.sub("\ufffd", some) + ("…" if len(str(text)) > len(some) else "")
+
+
+def _passed_over(text: str) -> str:
+    """What stands around the words that the model read: the beginning and the end of it, where it is very long."""
+    half = _MOST_PASSED_OVER // 2
+    return _UNSHOWN.sub("\ufffd", text if len(text) <= _MOST_PASSED_OVER else f"{text[:half]} … {text[-half:]}")
 
 
 # --- Parts of the page
@@ -267,13 +287,13 @@ def _marked(text: str, words: Sequence[WordContribution], largest: float) -> str
     for word in words:
         strength = min(1.0, abs(word.contribution) / largest) * 0.6
         color = ",".join(map(str, _FOR if word.contribution >= 0 else _AGAINST))
-        parts.append(html.escape(text[at : word.start]))
+        parts.append(html.escape(_passed_over(text[at : word.start])))
         parts.append(
             f'<mark style="background:rgba({color},{strength:.3f})" title="{word.contribution:+.3f}">'
-            f"{html.escape(text[word.start : word.end])}</mark>"
+            f"{html.escape(_named(text[word.start : word.end]))}</mark>"
         )
         at = word.end
-    return "".join(parts) + html.escape(text[at:])
+    return "".join(parts) + html.escape(_passed_over(text[at:]))
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -379,10 +399,10 @@ def _pieces(text: str, words: Sequence[WordContribution]) -> Iterator[tuple[str,
     """A text cut into what may stand on a line of its own: words with their contribution, and what is between."""
     at = 0
     for word in words:
-        yield from ((piece, 0.0) for piece in _spaced(text[at : word.start]))
-        yield text[word.start : word.end], word.contribution
+        yield from ((piece, 0.0) for piece in _spaced(_passed_over(text[at : word.start])))
+        yield _named(text[word.start : word.end]), word.contribution
         at = word.end
-    yield from ((piece, 0.0) for piece in _spaced(text[at:]))
+    yield from ((piece, 0.0) for piece in _spaced(_passed_over(text[at:])))
 
 
 def _spaced(text: str) -> list[str]:

@@ -21,7 +21,7 @@ import transformers
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from mimic_el.console import busy_machine, did_you_mean, tolerate_any_text
+from mimic_el.console import busy_machine, did_you_mean, harmless, tolerate_any_text
 from mimic_el.errors_mimic import CalibrationError, MimicError
 from mimic_el.index_mimic import EntityIndex
 from mimic_el.modeling_mimic import MimicModel
@@ -297,7 +297,7 @@ def run(argv: Sequence[str] | None = None) -> None:
                 ". Make room. The same command goes on with a training from its last checkpoint; one that has ended is "
                 "evaluated with --no_do_train --model_name_or_path OUTPUT_DIR in place of where the model starts."
             )
-        print(f"train: error: {told}", file=sys.stderr)
+        print(f"train: error: {harmless(told)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

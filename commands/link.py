@@ -14,7 +14,7 @@ from typing import IO, Annotated, Any
 import typer
 from tqdm.auto import tqdm
 
-from ..console import takes_unicode
+from ..console import harmless, takes_unicode
 from ..errors_mimic import MimicError
 from .inputs import CommandError, image_places, load_model, mentions_of, one_line, read_entities
 from .options import (
@@ -190,7 +190,7 @@ def link(
                 except (MimicError, ValueError) as error:
                     raise CommandError(f"{place}: {error}") from error
             for warning in caught:
-                print(f"warning: {_at_line(str(warning.message), lines)}", file=sys.stderr)
+                print(f"warning: {harmless(_at_line(str(warning.message), lines))}", file=sys.stderr)
             for line, answer in zip(lines, found, strict=True):
                 if isinstance(answer, dict) and on_error == OnError.RAISE:
                     raise CommandError(_of_line(line, answer["error"]))
@@ -265,11 +265,12 @@ def _linked_line(
         message = _of_line(line, answer["error"])
         answer = {"error": message, "error_type": answer["error_type"]}
         if on_error == OnError.WARN:
-            print(f"warning: {message}", file=sys.stderr)
+            print(f"warning: {harmless(message)}", file=sys.stderr)
             answer = []
     if not isinstance(answer, dict):
         answer = {"entities" if inputs.get("mention") is not None else "mentions": answer}
-    return json.dumps({**record, **answer}, ensure_ascii=not takes_unicode(output)) + "\n"
+    text = json.dumps({**record, **answer}, ensure_ascii=not takes_unicode(output))
+    return (harmless(text) if output.isatty() else text) + "\n"
 
 
 __all__ = ["link"]

@@ -33,7 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mimic_el.console import given_path, parse, say, tolerate_any_text
+from mimic_el.console import given_path, harmless, parse, say, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.hub_files_mimic import hub_files
 from mimic_el.images_mimic import MAX_PIXELS
@@ -523,14 +523,14 @@ def main(argv: list[str] | None = None) -> int:
         print("\nInterrupted. What is written is kept: run the same command again to go on.", file=sys.stderr)
         return 130
     except (MimicError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {harmless(str(error))}", file=sys.stderr)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         print(
             f"error: the Hub refuses: {error}\nLog in with `hf auth login`, or run the command again to go on.",
             file=sys.stderr,
         )
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error}\nRun the same command again once this is repaired.", file=sys.stderr)
+        print(f"error: {harmless(str(error))}\nRun the same command again once this is repaired.", file=sys.stderr)
     return 1
 
 

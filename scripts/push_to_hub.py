@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mimic_el.configuration_mimic import MimicConfig
-from mimic_el.console import given_path, parse, tolerate_any_text
+from mimic_el.console import given_path, harmless, parse, tolerate_any_text
 from mimic_el.errors_mimic import MimicError
 from mimic_el.files_mimic import regular
 from mimic_el.hub_files_mimic import EVAL_RESULTS_FOLDER, REPLACED, hub_files
@@ -527,7 +527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nInterrupted. Run the same command again: what is up is not sent again.", file=sys.stderr)
         return 130
     except (MimicError, HFValidationError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {harmless(str(error))}", file=sys.stderr)
         return 1
     except (HTTPError, OSError, RuntimeError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""

@@ -14,6 +14,7 @@ import pytest
 from mel_archives import write_folder
 
 from mimic_el import cli, console, train
+from mimic_el.commands import link
 from mimic_el.console import busy_machine, did_you_mean, parse, say
 from mimic_el.datasets_scripts.prepare import main as prepare_main
 from mimic_el.datasets_scripts.prepare import report_only
@@ -169,3 +170,25 @@ def test_an_empty_path_is_not_the_working_directory(
     said = " ".join(capsys.readouterr().err.split())
     assert "is empty. Name" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_of_data_controls_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "a\x1b[2J\x9b1m\r\x7f\x00 \u202eb\u2066 \ud800 \u0142\t\n"
+    expected = "a\\u001b[2J\\u009b1m\\u000d\\u007f\\u0000 \\u202eb\\u2066 \\ud800 \u0142\t\n"
+    assert console.harmless(text) == expected
+    console.say(text)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_links_shown_on_a_terminal_are_the_same_json(terminal: bool) -> None:
+    class Output(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return terminal
+
+    record = {"mention": "a\x1b[2J\x9b1m \u202eb"}
+    line = link._linked_line("line 1", record, record, [], link.OnError.RAISE, Output())
+    assert json.loads(line) == {**record, "entities": []}
+    assert ("\x9b" in line) is not terminal

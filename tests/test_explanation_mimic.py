@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +87,19 @@ def test_a_heat_map_leaves_what_the_model_did_not_see():
     shown = np.asarray(heat_map(Image.new("L", (100, 50), 255), np.ones((2, 2)), (0.25, 0, 0.75, 1), 1.0, 100))
     assert (shown[25, 10] == 255).all()
     assert not (shown[25, 50] == 255).all()
+
+
+def test_texts_that_are_long_or_control_what_is_shown(tmp_path: Path) -> None:
+    long, hostile = "word " * 200_000, "<script>x</script>\x00\x1b[2J\x9b\u202eabc"
+    words = [WordContribution("word", 500_000, 500_004, 0.5), WordContribution("x" * 10_000, 600_000, 700_000, -0.5)]
+    side = ExplainedSide(hostile + long, long + hostile, [], words)
+    entity = {"entity_id": hostile, "name": hostile + long, "description": long, "score": 1.0}
+    units = {name: UnitContribution(0.3, None) for name in ("text", "image", "cross_modal")}
+    why = Explanation(entity, None, units, side, side, None, 0.0, 0.0)
+    page = why.to_html()
+    assert len(page) < 20_000
+    assert "<script>x" not in page
+    assert not set(page) & set("\x00\x1b\x9b\u202e")
+    why.save(tmp_path / "why.html")
+    why.save(tmp_path / "why.png")
+    assert len(why.summary()) < 1000
