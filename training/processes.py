@@ -25,6 +25,9 @@ def use_timeout(timeout: timedelta) -> None:
 def set_for_ddp(args: TrainingArguments) -> None:
     """Sets what DistributedDataParallel needs to train a model whose one encoder serves both sides."""
     args.ddp_find_unused_parameters = False
+    if args.device.type == "cpu":
+        # To accelerate it is "cpu:0". Older transformers would have torch load an optimizer to that, which it cannot.
+        vars(args)["_setup_devices"] = torch.device("cpu")
     # Reentrant checkpointing goes back through the encoder once for each side, for which DDP is not made.
     name = "activation_checkpointing_kwargs"  # the new name of gradient_checkpointing_kwargs
     name = name if hasattr(args, name) else "gradient_checkpointing_kwargs"

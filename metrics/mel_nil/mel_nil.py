@@ -77,7 +77,7 @@ def _folded(answer):
         return None
     if isinstance(answer, str):
         return None if answer.casefold() in ("", "nil") else answer
-    if not isinstance(answer, bool):
+    if type(answer).__name__ not in ("bool", "bool_"):  # numpy's, too: that of 2.0 can be an index
         if hasattr(answer, "__index__"):
             return str(answer.__index__())
         if isinstance(answer, numbers.Real):

@@ -77,7 +77,7 @@ def ranking_metrics(ranks, ks=(1, 3, 5, 10, 20), missing="exclude"):
     if missing not in ("exclude", "miss", "error"):
         raise ValueError(f'mel_ranking: `missing` must be "exclude", "miss" or "error", got {missing!r}.')
     given, ks = ks, list(ks) if np.iterable(ks) else [ks]
-    if not ks or not all(hasattr(k, "__index__") and not isinstance(k, bool) and k >= 1 for k in ks):
+    if not ks or not all(hasattr(k, "__index__") and type(k).__name__ not in ("bool", "bool_") and k >= 1 for k in ks):
         raise ValueError(f"mel_ranking: `ks` must hold positive whole numbers, got {given!r}.")
     ranks = np.asarray(ranks, dtype=np.float64)
     if ranks.ndim != 1 or ranks.size == 0:
