@@ -1,7 +1,7 @@
 """A knowledge base, encoded once: built, stored, changed, searched and shared.
 
-This is the face of several rooms, and hands over to the one that does the work. It does no arithmetic and names no
-files.
+`EntityIndex` is what a user sees of an index. It passes each call on to the file that does the work, and computes nothing
+itself.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class EntityIndex(SearchableIndex):
                 several processes, and there is an `output_dir`, each encodes its part, waits for the others, and gives
                 the whole index; so all must call this. `None`: this process encodes all.
             show_progress: whether to show a progress bar.
-            allow_urls: whether images that are named by an address are fetched: `True` (public addresses),
+            allow_urls: whether images that are named by an address are read: `True` (public addresses),
                 `"private"` (those of this machine and of private networks too) or `False`.
             image_root: whether images that are named by a path are read from this machine: `True` (any), `False`, or
                 the folder that they must be in. Both default to what a list or DataFrame that the caller made needs,
@@ -332,7 +332,7 @@ class EntityIndex(SearchableIndex):
             commit_message: title of the commit.
             model_id: Hub id of the model that made the index, for the page. Known already if the model was loaded
                 from there.
-            license: the licence of the entities' texts, as the Hub spells it ("cc-by-sa-4.0"), for the page.
+            license: the license of the entities' texts, as the Hub spells it ("cc-by-sa-4.0"), for the page.
             source: Hub id of the data set that the entities are from, for the page.
         """
         repo_id = HfApi(token=token).create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id

@@ -82,7 +82,7 @@ class MimicOutput(ModelOutput):
 
 
 class MimicPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, loading and saving of MIMIC models."""
+    """Weight initialization, loading and saving of MIMIC models."""
 
     config_class = MimicConfig
     base_model_prefix = "mimic"
@@ -138,7 +138,7 @@ class MimicPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # The published model's own layers start from PyTorch's default (CLIP's are initialised by CLIP).
+        # The published model's own layers start from PyTorch's default (CLIP's are initialized by CLIP).
         if isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
@@ -180,7 +180,7 @@ class MimicModel(MimicPreTrainedModel):
 
     @classmethod
     def from_backbone(cls, backbone: str | os.PathLike[str] | PreTrainedModel, **kwargs: Any) -> MimicModel:
-        """A MIMIC model on a pretrained dual encoder, its own layers initialised at random: where fine-tuning starts.
+        """A MIMIC model on a pretrained dual encoder, its own layers initialized at random: where fine-tuning starts.
 
         Args:
             backbone: Hub id or directory of a CLIP, SigLIP, SigLIP 2, MetaCLIP 2, Chinese-CLIP, AltCLIP or
@@ -216,12 +216,12 @@ class MimicModel(MimicPreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong: where the first weight is or, if Accelerate offloaded it, is fetched to."""
+        """Where inputs belong: where the first weight is or, if Accelerate offloaded it, is moved to."""
         device = super().device
         if device.type == "meta":
             hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
-            fetched_to = (getattr(hook, "execution_device", None) for hook in hooks)
-            device = next((torch.device(place) for place in fetched_to if place is not None), device)
+            moved_to = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(place) for place in moved_to if place is not None), device)
         return device
 
     def get_input_embeddings(self) -> nn.Module:
