@@ -1,7 +1,7 @@
 """A knowledge base, encoded once: built, stored, changed, searched and shared.
 
-`EntityIndex` is what a user sees of an index. It passes each call on to the file that does the work, and computes nothing
-itself.
+`EntityIndex` is what a user sees of an index. It passes each call on to the file that does the work, and computes
+nothing itself.
 """
 
 from __future__ import annotations
