@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -31,6 +32,24 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     os.environ.update(hub.env())
     config.pluginmanager.register(_Root())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, unless another way to distribute tests was asked for."""
+    if config.getvalue("dist") != "load":
+        return None
+    from scheduling import FilesTogether
+
+    config.option.loadscopereorder = False  # the order is that of the tests
+    return FilesTogether(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from scheduling import longest_first
+
+        items[:] = longest_first(items)
 
 
 class _Root:

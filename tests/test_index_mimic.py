@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -84,9 +85,9 @@ def build(linker: Linker, entities: Any, place: Path | None = None, **options: A
     return EntityIndex.build(*linker, entities, place, **{**SMALL, **options})
 
 
-def links(index: EntityIndex, mentions: MentionFeatures, k: int = 5) -> list[dict[str, float]]:
+def links(index: EntityIndex, mentions: MentionFeatures, k: int = 5, method: str = "pruned") -> list[dict[str, float]]:
     """Ids and scores that are found, to 4 digits."""
-    found = index.search(mentions, k)
+    found = index.search(mentions, k, method=method)
     return [
         {entity_id: round(float(score), 3) for entity_id, score in zip(ids, scores, strict=False)}
         for ids, scores in zip(found.entity_ids, found.scores, strict=True)
@@ -1039,20 +1040,27 @@ def ended(child: int) -> int:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-def killed_at(step: int, work: Callable[[], Any]) -> bool:
-    """Does work in a child that is killed before or after its n-th change of the directory; whether it was."""
+def moments_of(work: Callable[[], Any], place: Path, copies: Path) -> list[Path]:
+    """Does work in a child process, and gives what a kill at each moment would have left of a directory.
 
-    def killed() -> None:
-        left = [step]
+    The directory is copied before and after each change of it, and at the end: a process that is killed leaves the
+    files as they are. That kills leave no more than this is tested below, at random moments. As after a kill, the
+    process is no more when the copies are looked at.
+    """
+    copies.mkdir()
 
-        def at(change: Callable[..., Any]) -> Callable[..., Any]:
+    def copied() -> None:
+        step = itertools.count()
+
+        def copy() -> None:
+            to = copies / str(next(step))
+            shutil.copytree(place, to) if place.exists() else to.mkdir()
+
+        def around(change: Callable[..., Any]) -> Callable[..., Any]:
             def changing(*args: Any, **kwargs: Any) -> Any:
-                for moment in ("before", "after"):
-                    if not left[0]:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    left[0] -= 1
-                    if moment == "before":
-                        result = change(*args, **kwargs)
+                copy()
+                result = change(*args, **kwargs)
+                copy()
                 return result
 
             return changing
@@ -1060,14 +1068,19 @@ def killed_at(step: int, work: Callable[[], Any]) -> bool:
         unlink = Path.unlink
 
         def unlinking(path: Path, missing_ok: bool = False) -> None:
-            (at(unlink) if path.exists() else unlink)(path, missing_ok=missing_ok)
+            (around(unlink) if path.exists() else unlink)(path, missing_ok=missing_ok)
 
-        os.replace = at(os.replace)
+        os.replace = around(os.replace)
         Path.unlink = unlinking  # type: ignore[method-assign, assignment]
         work()
+        copy()
 
-    return ended(fork(killed)) == signal.SIGKILL
+    assert ended(fork(copied)) == 0
+    return sorted(copies.iterdir(), key=lambda path: int(path.name))
 
+
+# Each directory is read whole, in the way that costs least where entities are few.
+EVERY = "exhaustive"
 
 linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 
@@ -1079,13 +1092,13 @@ def test_a_build_that_is_killed_at_any_moment(
 ):
     """It opens not at all or whole, and goes on with no more than one shard to be encoded again."""
     few = kb[:9]
-    expected = links(build(linker, few, shard_entities=4), mentions)
+    expected = links(build(linker, few, shard_entities=4), mentions, method=EVERY)
     encoded = Counted(linker[0], monkeypatch)
-    step = 0
-    while True:
-        place = tmp_path / str(step)
-        if not killed_at(step, lambda: build(linker, few, place, shard_entities=4)):  # noqa: B023
-            break
+    whole = tmp_path / "whole"
+    *moments, end = moments_of(lambda: build(linker, few, whole, shard_entities=4), whole, tmp_path / "moments")
+    assert len(moments) > 20
+    assert list(EntityIndex.from_pretrained(end).entities()) == table(few)
+    for place in moments:
         done = len(list(place.glob("shard-*.safetensors")))
         if not (place / "index_config.json").exists():
             with pytest.raises(EntityIndexError, match=r"There is no entity index|interrupted"):
@@ -1095,12 +1108,10 @@ def test_a_build_that_is_killed_at_any_moment(
             assert encoded.since() <= max(0, 9 - 4 * (done - 1)), "a shard that was written is not encoded again"
         index = EntityIndex.from_pretrained(place)
         assert list(index.entities()) == table(few)
-        assert links(index, mentions) == expected
+        assert links(index, mentions, method=EVERY) == expected
         index.verify()
         index.remove(["e1"])
         assert not strays(place)
-        step += 1
-    assert step > 20
 
 
 CHANGES: dict[str, Callable[[EntityIndex, Linker, list[dict[str, Any]]], Any]] = {
@@ -1122,33 +1133,30 @@ def test_a_change_that_is_killed_at_any_moment(
     """The index is the old one or the new one; the next change clears away what was left."""
     original = tmp_path / "original"
     build(linker, kb[:6], original, shard_entities=4).remove(["e2"])
-    old = links(EntityIndex.from_pretrained(original), mentions)
+    old = links(EntityIndex.from_pretrained(original), mentions, method=EVERY)
     shutil.copytree(original, tmp_path / "new")
     CHANGES[change](EntityIndex.from_pretrained(tmp_path / "new"), linker, kb)
-    new = links(EntityIndex.from_pretrained(tmp_path / "new"), mentions)
-    seen, step = [], 0
-    while True:
-        place = tmp_path / str(step)
-        shutil.copytree(original, place)
-        opened = EntityIndex.from_pretrained(place)
-        killed = killed_at(step, lambda: CHANGES[change](opened, linker, kb))  # noqa: B023
+    new = links(EntityIndex.from_pretrained(tmp_path / "new"), mentions, method=EVERY)
+    opened = EntityIndex.from_pretrained(original)
+    moments = moments_of(lambda: CHANGES[change](opened, linker, kb), original, tmp_path / "moments")
+    assert len(moments) > 5
+    seen = []
+    for place in moments:
         index = EntityIndex.from_pretrained(place)
         index.verify()
-        found = links(index, mentions)
+        found = links(index, mentions, method=EVERY)
         assert found in (old, new)
         seen.append(found == new)
-        if not killed:
+        if place == moments[-1]:
             break
         if change == "build over":
             assert list(build(linker, kb[3:5], place, overwrite=True).entities()) == table(kb[3:5])
         else:
             index.remove(["e4"])
         assert not strays(place)
-        step += 1
     assert seen == sorted(seen), "old before, new after one moment"
     assert seen[-1]
     assert old == new or not seen[0]
-    assert step > 4
 
 
 @linux

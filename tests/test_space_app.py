@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -19,14 +20,14 @@ from transformers import pipeline
 
 from mimic_el.space.linking import Linking, Settings
 
-gradio = pytest.importorskip("gradio", reason="the page needs Gradio")
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is tried with Playwright")
+# Imported where it is used: Gradio takes seconds, in every worker that only collects the tests.
+for name in ("gradio", "playwright"):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"the page needs {name}", allow_module_level=True)
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="the page is tried in Chromium, which is not installed")
-
-from mimic_el.space import app  # noqa: E402
 
 HOSTILE = '<img src=x onerror="document.title=\'broken\'"><script>document.title="broken"</script>'
 TRAINED = os.environ.get("MIMIC_PAGE_MODEL")
@@ -35,6 +36,8 @@ SECONDS = 60_000
 
 
 def served(linking: Linking, settings: Settings) -> tuple[Any, str]:
+    from mimic_el.space import app
+
     blocks = app.page(linking, settings)
     blocks.queue(default_concurrency_limit=1)
     look: Any = {"theme": app.theme(), "css": app.CSS}
@@ -60,7 +63,9 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
