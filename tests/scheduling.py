@@ -30,7 +30,7 @@ def _rank(nodeid: str) -> int:
 
 
 def unit_of(nodeid: str) -> str:
-    """What must run in one worker: the name of a file without its suffix, or of the processes that several files use."""
+    """What must run in one worker: the name of a file without its suffix, or of what several files use."""
     return _unit_of_file(nodeid.split("::", 1)[0].rpartition("/")[2])
 
 
