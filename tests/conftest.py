@@ -1,5 +1,6 @@
 """Every test has a Hugging Face home of its own, and no Hub but one on localhost (`hub_server.Hub`)."""
 
+import gc
 import os
 import sys
 import warnings
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         from scheduling import longest_first
 
         items[:] = longest_first(items)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: nobody who collects garbage need look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 class _Root:

@@ -5,7 +5,8 @@ of the tests' own: transformers, torch, accelerate, Pillow and what they require
 `mimic_el` nor `datasets` can be imported there.
 
 Importing torch and transformers takes seconds. One process does so, and forks a child for each piece of code: a child
-is in the state of a process that has only imported them, and has an empty cache of the Hub's unless told otherwise.
+is in the state of a process that has only imported them and made what they make once, and has an empty cache of the
+Hub's unless told otherwise.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 PACKAGES = ("transformers", "torch", "accelerate", "pillow")
 PRELOADED = """PIL.Image torch transformers transformers.pipelines transformers.trainer transformers.models.clip
     transformers.models.clip.modeling_clip transformers.models.clip.image_processing_pil_clip
-    transformers.models.clip.tokenization_clip transformers.models.auto.processing_auto""".split()  # noqa: SIM905
+    transformers.models.clip.tokenization_clip transformers.models.auto.processing_auto transformers.models.aimv2
+    transformers.models.clip.tokenization_clip_fast torch.distributed.algorithms.ddp_comm_hooks torch.utils.serialization
+    torch.profiler._cupti_monitor numpy.ctypeslib""".split()  # noqa: SIM905
 
 
 class ForkingPython:
@@ -127,7 +130,7 @@ def clean_python(hub: Hub) -> ForkingPython:
 def own_python(hub: Hub) -> ForkingPython:
     """Processes that have this project installed, and use the test Hub; one for a run of the tests."""
     directory = Path(tempfile.mkdtemp(prefix="own-"))
-    preloaded = [*PRELOADED, "datasets", "mimic_el", "mimic_el.training"]
+    preloaded = [*PRELOADED, "datasets", "mimic_el", "mimic_el.train"]
     return _closed_at_exit(ForkingPython(sys.executable, preloaded, hub.env(), directory))
 
 
@@ -173,10 +176,23 @@ def _required(names: tuple[str, ...]) -> list[importlib.metadata.Distribution]:
 
 def _serve() -> None:
     import contextlib
+    import gc
 
     for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):  # other versions have other modules
             __import__(name)
+    # What libraries make at first use, and keep: plugins of formats, and names of weights in all models.
+    with contextlib.suppress(ImportError):
+        from PIL import Image
+
+        Image.init()
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("clip")
+    # A child need not look through a million objects that stay, each time that it collects garbage.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
