@@ -35,8 +35,8 @@ PACKAGES = ("transformers", "torch", "accelerate", "pillow")
 PRELOADED = """PIL.Image torch transformers transformers.pipelines transformers.trainer transformers.models.clip
     transformers.models.clip.modeling_clip transformers.models.clip.image_processing_pil_clip
     transformers.models.clip.tokenization_clip transformers.models.auto.processing_auto transformers.models.aimv2
-    transformers.models.clip.tokenization_clip_fast torch.distributed.algorithms.ddp_comm_hooks torch.utils.serialization
-    torch.profiler._cupti_monitor numpy.ctypeslib""".split()  # noqa: SIM905
+    transformers.models.clip.tokenization_clip_fast torch.distributed.algorithms.ddp_comm_hooks
+    torch.utils.serialization torch.profiler._cupti_monitor numpy.ctypeslib""".split()  # noqa: SIM905
 
 
 class ForkingPython:

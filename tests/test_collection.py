@@ -49,7 +49,7 @@ def test_the_root_may_have_any_name_and_is_not_imported_by_it(tmp_path: Path) ->
     (root / "tests").mkdir(parents=True)
     (root / "__init__.py").write_text("raise RuntimeError('imported by the name of its folder')")
     shutil.copy(here.parent / "pyproject.toml", root)
-    for name in ("conftest.py", "hub_server.py"):
+    for name in ("conftest.py", "hub_server.py", "scheduling.py"):
         shutil.copy(here / name, root / "tests")
     (root / "tests" / "test_nothing.py").write_text("def test_nothing() -> None:\n    pass\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
