@@ -110,8 +110,12 @@ def _remove_linked(directory: Path, entries: Sequence[dict[str, Any]]) -> None:
     with suppress(EntityIndexError):
         if {entry["name"] for entry in read_manifest(directory)["shards"]} >= {entry["name"] for entry in entries}:
             return
-    for entry in entries:
-        for file in shard_files(entry["name"]):
+    _delete_shards(directory, [entry["name"] for entry in entries])
+
+
+def _delete_shards(directory: Path, names: Sequence[str]) -> None:
+    for name in names:
+        for file in shard_files(name):
             (directory / file).unlink(missing_ok=True)
 
 
@@ -152,12 +156,16 @@ def _check_ids(one: Part, other: Part) -> None:
 def _linked(source: Path, entry: dict[str, Any], directory: Path, number: int) -> dict[str, Any]:
     """A shard's files in another directory, and its entry there; its name tells its place."""
     name, files = new_shard_name(number), {}
-    for old, new in zip(shard_files(entry["name"]), shard_files(name), strict=True):
-        try:
-            os.link(source / old, directory / new)
-        except OSError:  # another file system, or one that has no links; a full disk is told by the copy
-            shutil.copyfile(source / old, directory / new)
-        files[new] = entry["files"][old]
+    try:
+        for old, new in zip(shard_files(entry["name"]), shard_files(name), strict=True):
+            try:
+                os.link(source / old, directory / new)
+            except OSError:  # another file system, or one that has no links; a full disk is told by the copy
+                shutil.copyfile(source / old, directory / new)
+            files[new] = entry["files"][old]
+    except BaseException:
+        _delete_shards(directory, [name])
+        raise
     return {**entry, "name": name, "files": files}
 
 

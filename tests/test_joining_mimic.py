@@ -64,24 +64,32 @@ def test_files_are_copied_where_they_cannot_be_linked(
 def test_a_merge_that_fails_leaves_nothing(
     parts: tuple[MimicModel, MimicProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a full disk, when the second shard is copied, and when the list of files is written."""
+    """As on a full disk, when the second shard is copied, a piece of it, and when the list of files is written."""
     build(parts, knowledge_base(6), tmp_path / "a")
-    for name in ("_linked", "publish"):
-        function = getattr(joining_mimic, name)
-        calls: list[int] = []
+    copyfile, calls = shutil.copyfile, []
 
-        def full(*args: Any, function: Any = function, calls: list[int] = calls, name: str = name) -> Any:
-            calls.append(1)
-            if name == "publish" or len(calls) == 2:
-                raise OSError(28, "No space left on device")
-            return function(*args)
+    def full(source: Any, place: Any, *args: Any) -> Any:
+        calls.append(place)
+        if len(calls) < 3:
+            return copyfile(source, place)
+        place.write_bytes(source.read_bytes()[:100])
+        raise OSError(28, "No space left on device")
 
+    def no_links(*args: Any) -> Any:
+        raise OSError("no links here")
+
+    def no_list(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    for faults in ({"os.link": no_links, "shutil.copyfile": full}, {"publish": no_list}):
         with monkeypatch.context() as patch:
-            patch.setattr(joining_mimic, name, full)
-            with pytest.raises((OSError, EntityIndexError)):
+            for name, function in faults.items():
+                patch.setattr(f"mimic_el.joining_mimic.{name}", function)
+            with pytest.raises(EntityIndexError, match="No space is left on the disk"):
                 EntityIndex.merge([tmp_path / "a"], tmp_path / "index", move=True)
         assert not list((tmp_path / "index").glob("shard-*"))
         assert len(EntityIndex.from_pretrained(tmp_path / "a")) == 6
+    assert len(calls) == 3
     assert len(EntityIndex.merge([tmp_path / "a"], tmp_path / "index", move=True)) == 6
 
 
