@@ -234,17 +234,17 @@ def test_what_processes_do_not_share_is_refused_in_all(
         from mimic_el import MimicModel, MimicProcessor, MimicTrainer, MimicTrainingArguments
         model, processor = MimicModel.from_pretrained(start), MimicProcessor.from_pretrained(start)
 
-        def attempt(what, mentions=9, entities=9, **options):
-            options = {"use_cpu": True, "ddp_backend": "gloo", "report_to": "none", "eval_strategy": "no",
-                       "load_best_model_at_end": False, "disable_tqdm": True, "max_steps": 1, **options}
-            args = MimicTrainingArguments(output_dir="out", **options)
+        def attempt(what, mentions=9, entities=9, checkpoint=None, **options):
+            options = {"output_dir": "out", "use_cpu": True, "ddp_backend": "gloo", "report_to": "none", "max_steps": 1,
+                       "eval_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True, **options}
+            args = MimicTrainingArguments(**options)
             known = toy_data.entities()
             data = toy_data.mention_dataset("train", mentions)
             data = data if what == "train" else data.select([*range(1, 9), 0] if rank else range(9))
             trainer = MimicTrainer(model, args, entities=known[9 - entities :], processing_class=processor,
                                    train_dataset=data)
             try:
-                trainer.train() if what == "train" else trainer.rank(data)
+                trainer.train(checkpoint) if what == "train" else trainer.rank(data)
             except ValueError as error:
                 result.append(str(error))
 
@@ -254,6 +254,10 @@ def test_what_processes_do_not_share_is_refused_in_all(
         attempt("train", entities=9 - rank)
         attempt("train", learning_rate=1e-3 * (1 + rank))
         attempt("train", mentions=1)
+        # A machine that does not share the output directory sees no checkpoint there, or another.
+        os.makedirs(f"own-{rank}/checkpoint-{5 + rank}")
+        attempt("train", checkpoint=None if rank else "elsewhere/checkpoint-5")
+        attempt("train", checkpoint=True, output_dir=f"own-{rank}")
         model.config.symmetric_loss = bool(rank)
         attempt("train")
     """
@@ -262,10 +266,12 @@ def test_what_processes_do_not_share_is_refused_in_all(
         assert [message[: len(others)] for message in found[:3]] == [others] * 3
         assert found[3].startswith("Process 1 of 2 has another value of learning_rate than process 0: 0.002, not 0.001")
         assert found[4] == "2 processes cannot share 1 training mention: start 1 at most."
-        assert found[5].startswith(
+        assert found[5].startswith("Process 1 of 2 goes on from the beginning, process 0 from checkpoint-5. The output")
+        assert found[6].startswith("Process 1 of 2 goes on from checkpoint-6, process 0 from checkpoint-5. The output")
+        assert found[7].startswith(
             "Process 1 of 2 has another value of the model's symmetric_loss than process 0: True"
         )
-        assert len(found) == 6
+        assert len(found) == 8
 
 
 def test_more_processes_than_mentions_in_a_batch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import distributed as dist
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from .arguments import CONFIG_ARGUMENTS
 from .gather import process_count
@@ -87,6 +89,29 @@ def check_same_settings(args: TrainingArguments, config: Any) -> None:
                     f"Process {place} of {len(every)} has another value of {name} than process 0: {another}, not "
                     f"{one}. All processes must be given the same options and the same model."
                 )
+
+
+def check_same_start(checkpoint: str | bool | None, output_dir: str | None) -> None:
+    """Makes sure that all processes go on from the same checkpoint, or all begin.
+
+    Args:
+        checkpoint: as `resume_from_checkpoint` of `Trainer.train`; `True` for the last in `output_dir`.
+
+    Raises:
+        ValueError: in all processes, naming one that does not.
+    """
+    if process_count() == 1:
+        return
+    own = get_last_checkpoint(output_dir or ".") if checkpoint is True else checkpoint or None
+    every: list[Any] = [None] * process_count()
+    dist.all_gather_object(every, None if own is None else Path(own).name)
+    for place, other in enumerate(every):
+        if other != every[0]:
+            told, first = (name or "the beginning" for name in (other, every[0]))
+            raise ValueError(
+                f"Process {place} of {len(every)} goes on from {told}, process 0 from {first}. The output directory, "
+                "with the checkpoints in it, must be one that all processes share."
+            )
 
 
 def check_enough(batch: int, mentions: Any) -> None:

@@ -32,7 +32,15 @@ from .grad_cache import cached_step
 from .hard_negatives import TABLE, MentionsWithNegatives, best_wrong_entities
 from .knowledge_base import KnowledgeBase
 from .model_card import TrainingRun
-from .processes import check_enough, check_launch, check_same_data, check_same_settings, set_for_ddp, use_timeout
+from .processes import (
+    check_enough,
+    check_launch,
+    check_same_data,
+    check_same_settings,
+    check_same_start,
+    set_for_ddp,
+    use_timeout,
+)
 from .upload import INDEX_FOLDER, upload_run, uploaded_index
 from .watch import in_touch, of_the_main_process
 
@@ -121,14 +129,15 @@ class MimicTrainer(Trainer):
         """Everything but the parameters with "bias" in their name, as published: layer norm weights decay too."""
         return [name for name, _ in model.named_parameters() if "bias" not in name]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As [`transformers.Trainer.train`]. With several processes, one that fails or is gone is named by the others.
 
         Raises:
             ProcessError: then.
         """
         with in_touch("training", silence=self.args.ddp_timeout):
-            return super().train(*args, **kwargs)
+            check_same_start(resume_from_checkpoint, self.args.output_dir)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # --- Batches and their loss
 
