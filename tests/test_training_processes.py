@@ -290,6 +290,22 @@ def test_engines_that_cut_up_parameters_are_refused(tmp_path: Path, monkeypatch:
         check_launch(args)
 
 
+def test_what_no_batch_of_mentions_can_be_dealt_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their length; and processes of srun that would each be the only one."""
+    args = MimicTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    check_launch(args)
+    assert not caplog.messages
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    check_launch(args)
+    assert "srun has started 4 processes, and each trains alone" in caplog.text
+    args.train_sampling_strategy = "group_by_length"
+    with pytest.raises(ValueError, match="cannot be grouped by length"):
+        check_launch(args)
+
+
 def test_the_log_says_what_a_step_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def note(count: int, **options: Any) -> str:
         monkeypatch.setattr(MimicTrainingArguments, "world_size", count)

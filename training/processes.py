@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from .arguments import CONFIG_ARGUMENTS
 from .gather import process_count
 from .knowledge_base import KnowledgeBase
+
+logger = logging.getLogger("mimic_el.train")
 
 
 def use_timeout(timeout: timedelta) -> None:
@@ -138,11 +141,20 @@ def check_enough(batch: int, mentions: Any) -> None:
 
 
 def check_launch(args: TrainingArguments) -> None:
-    """Refuses what would split batches or parameters in ways that MIMIC's loss cannot use.
+    """Refuses what would split batches or parameters in ways that MIMIC's loss cannot use, and warns of processes that
+    do not know of each other.
 
     Raises:
         ValueError: naming the setting, and what to do.
     """
+    step = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if args.world_size == 1 and step.isdecimal() and int(step) > 1:
+        logger.warning(
+            "srun has started %s processes, and each trains alone, for it was not told of the others. To train "
+            "together, have srun start one torchrun a machine: see docs/training.md. To train apart, give each its own "
+            "output_dir.",
+            step,
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, which would split batches in ways that MIMIC's loss "
@@ -159,6 +171,11 @@ def check_launch(args: TrainingArguments) -> None:
                 f"{name} is not supported: the loss uses the matcher's parameters outside the model's `forward`, where "
                 f"{name} has them in parts. The model fits one GPU; for large batches there is --cached_batch_size."
             )
+    grouped = (
+        getattr(args, "group_by_length", False) or getattr(args, "train_sampling_strategy", "") == "group_by_length"
+    )
+    if grouped:
+        raise ValueError("Batches cannot be grouped by length: all texts have the same. Leave that option out.")
     accelerator = args.accelerator_config
     for name in ("split_batches", "dispatch_batches"):
         if args.world_size > 1 and getattr(accelerator, name, None):
