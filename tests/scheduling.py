@@ -14,8 +14,16 @@ from xdist.scheduler import LoadScopeScheduling
 
 FOLDER = Path(__file__).parent
 SERVERS = ("own_python", "clean_python")  # a file that uses both goes with the first
-# After those that use forking processes; the others follow by name. A file of more than 5 seconds belongs here.
-LONG = ("test_train", "test_distributed", "test_search_mimic", "test_index_mimic", "test_launchers", "test_init")
+# After those that use forking processes; the others follow by name. A file of more than 10 seconds belongs here.
+LONG = (
+    "test_search_mimic",
+    "test_index_mimic",
+    "test_distributed_actors",
+    "test_space_app",
+    "test_store_mimic",
+    "test_pipeline_mimic",
+    "test_pairs_mimic",
+)
 
 
 def longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
