@@ -397,6 +397,19 @@ def test_mentions_of_another_form(model: MimicModel, processor: MimicProcessor, 
                 use(without)
 
 
+def test_an_index_names_the_model_that_was_trained(
+    model: MimicModel, processor: MimicProcessor, tmp_path: Path
+) -> None:
+    """And not the one that training started from, on whose page at the Hub it would be found otherwise."""
+    model.config.name_or_path = "alice/base"
+    args = TrainingArguments(str(tmp_path / "mine"), use_cpu=True, disable_tqdm=True)
+    trainer = MimicTrainer(model, args, entities=toy_data.entities(), processing_class=processor)
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    assert trainer.build_index().made_by["name"] == "alice/base"
+    trainer.save_model()
+    assert trainer.build_index().made_by["name"] == str(tmp_path / "mine")
+
+
 def test_diverged_model_is_an_error_and_no_rank(model: MimicModel, processor: MimicProcessor) -> None:
     index = EntityIndex.build(model.eval(), processor, toy_data.entities(), dtype="float32", show_progress=False)
     collator = MentionEntityCollator(processor, toy_data.entities())

@@ -351,6 +351,13 @@ class MimicTrainer(Trainer):
         with in_touch("evaluation", silence=self.args.ddp_timeout):
             return measure() if together else of_the_main_process("evaluation", measure)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`transformers.Trainer.save_model`]."""
+        super().save_model(output_dir, _internal_call)
+        if output_dir in (None, self.args.output_dir):
+            # What an index notes as its model: not the checkpoint any more that training started from.
+            self._mimic_model().config.name_or_path = str(self.args.output_dir or ".")
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of `self.run` into the output directory; `model_name` is its title."""
         if self.is_world_process_zero():
