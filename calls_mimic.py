@@ -5,7 +5,7 @@ A wrong option must not look like a fault of each of the mentions. Knows no inde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,10 @@ def checked_call(
             f"`candidates` must be a list of entity ids, got the string {candidates!r}. (By name they are "
             f"{' or '.join(map(repr, BY_NAME))}.)"
         )
+    if candidates is not None and not isinstance(candidates, str):
+        if not isinstance(candidates, Iterable):
+            raise ValueError(f"`candidates` must be a list of entity ids, got {type(candidates).__name__}.")
+        candidates = list(candidates)  # a generator can be read only once, and there may be several mentions
     for name, value in (("top_k", top_k), ("rerank_top_k", rerank_top_k)):
         if value is not None and (isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or value < 1):
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")

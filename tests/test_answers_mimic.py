@@ -87,7 +87,8 @@ def test_candidates_limit_what_is_answered_and_not_how_sure_it_is(linker: Any, p
     """Given that the answer is a candidate or NIL: a few candidates of one name are no sign of NIL."""
     every, nil = all_probabilities(parts)
     candidates = [f"e{place}" for place in range(count)]
-    for answers, own, none in zip(linker(parts[3], candidates=candidates, top_k=20), every, nil, strict=True):
+    found = linker(parts[3], candidates=iter(candidates), top_k=20)
+    for answers, own, none in zip(found, every, nil, strict=True):
         given = none + sum(own[entity_id] for entity_id in candidates)
         expected = {entity_id: own[entity_id] / given for entity_id in candidates} | {None: none / given}
         said = {answer["entity_id"]: answer["probability"] for answer in answers}
