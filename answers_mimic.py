@@ -20,7 +20,7 @@ from .matching_mimic import MentionFeatures
 from .mentions_mimic import Mention
 from .names_mimic import names_of
 from .rerank_mimic import Reranker, reranked
-from .searchable_mimic import BY_NAME
+from .searchable_mimic import limited_by_name
 
 # Below all scores, and above what a float32 cannot hold.
 _LOWEST = -1e30
@@ -150,7 +150,7 @@ def calibrated_links(
     Returns:
         for each mention its answers, most probable first.
     """
-    limits, named = _by_name(index, candidates, words)
+    limits, named = limited_by_name(index.state, candidates, words)
     depth = min(max(calibration.depth, top_k), len(index))
 
     def link(rows: Sequence[int], k: int, allowed: Sequence[Any], **options: Any) -> list[list[dict[str, Any]]]:
@@ -193,17 +193,6 @@ def calibrated_links(
         _answers(entities, every[row], float(nil[row]), top_k, least, named.get(row, ()))
         for row, entities in enumerate(linked)
     ]
-
-
-def _by_name(index: EntityIndex, candidates: Sequence[Any], words: Sequence[str]) -> tuple[list[Any], dict[int, Any]]:
-    """What each mention is limited to, `None` for nothing; and what is added to the answers of which mention."""
-    limits, named = list(candidates), {}
-    rows = [row for row, way in enumerate(limits) if isinstance(way, str) and way in BY_NAME]
-    for row, bearers in zip(rows, index.state.bearers([words[row] for row in rows]) if rows else (), strict=True):
-        if limits[row] != "names" and bearers is not None:
-            named[row] = bearers
-        limits[row] = bearers if limits[row] == "names" else None
-    return limits, named
 
 
 def _each_once(candidates: Any) -> Any:

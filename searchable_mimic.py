@@ -283,17 +283,7 @@ class SearchableIndex(ABC):
             ValueError: if there are candidates by name and no names.
         """
         state = self.state
-        allowed: list[Any] = list(_for_each(candidates, len(mentions)))
-        by_name = {row: way for row, way in enumerate(allowed) if isinstance(way, str) and way in BY_NAME}
-        if by_name and (names is None or len(names) != len(allowed)):
-            way = next(iter(by_name.values()))
-            raise ValueError(f'For candidates="{way}" the names must be given: what each mention says.')
-        added = {}
-        bearers = state.bearers([names[row] for row in by_name]) if names is not None and by_name else ()
-        for (row, way), found in zip(by_name.items(), bearers, strict=True):
-            allowed[row] = found if way == "names" else None
-            if way != "names" and found is not None:
-                added[row] = found
+        allowed, added = limited_by_name(state, _for_each(candidates, len(mentions)), names)
         linked = state.linked(mentions, top_k, allowed, **options)
         if added:
             rows = torch.tensor(list(added))
@@ -407,9 +397,38 @@ class SearchableIndex(ABC):
         return self.state.count_better(mentions, scores, answers, method, show_progress)
 
 
+def limited_by_name(
+    state: State, candidates: Sequence[Any], names: Sequence[str] | None
+) -> tuple[list[Any], dict[int, Any]]:
+    """The candidates of each mention, those that are found by name among them, or `None` for all; and, by the mention's
+    row, the entities of its name that are added to what the search finds.
+
+    Args:
+        candidates: of each mention, as of [`SearchableIndex.link`].
+        names: what each mention says.
+
+    Raises:
+        ValueError: if there are candidates by name and no names.
+    """
+    allowed: list[Any] = list(candidates)
+    added: dict[int, Any] = {}
+    by_name = {row: way for row, way in enumerate(allowed) if isinstance(way, str) and way in BY_NAME}
+    if not by_name:
+        return allowed, added
+    if names is None or len(names) != len(allowed):
+        way = next(iter(by_name.values()))
+        raise ValueError(f'For candidates="{way}" the names must be given: what each mention says.')
+    bearers = state.bearers([names[row] for row in by_name])
+    for (row, way), found in zip(by_name.items(), bearers, strict=True):
+        allowed[row] = found if way == "names" else None
+        if way != "names" and found is not None:
+            added[row] = found
+    return allowed, added
+
+
 def _for_each(candidates: Any, count: int) -> list[Any]:
     """The candidates of each of so many mentions, where they may be given for all of them."""
     return [candidates] * count if candidates is None or isinstance(candidates, str) else list(candidates)
 
 
-__all__ = ["BY_NAME", "SearchableIndex"]
+__all__ = ["BY_NAME", "SearchableIndex", "limited_by_name"]

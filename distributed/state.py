@@ -145,10 +145,10 @@ class PartedState:
                 yield from records
 
     def record(self, entity_id: str) -> dict[str, Any]:
-        for [record] in self.at_one_moment(lambda moment: moment.all("records", [entity_id])):
-            if record is not None:
-                return record
-        raise unknown_entities([entity_id], len(self))
+        [record] = self.records_of([entity_id])
+        if record is None:
+            raise unknown_entities([entity_id], len(self))
+        return record
 
     def records_of(self, entity_ids: Sequence[str]) -> list[dict[str, Any] | None]:
         every = self.at_one_moment(lambda moment: moment.all("records", list(entity_ids)))
