@@ -9,13 +9,13 @@ import argparse
 import difflib
 import io
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from .saving_mimic import empty_path
+from .texts_mimic import CONTROLS
 
 
 def tolerate_any_text() -> None:
@@ -35,13 +35,9 @@ def say(text: str, stream: IO[str] | None = None) -> None:
     print(harmless(text).encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
-# What moves the cursor of a terminal, changes what it shows, or turns the order of what it shows.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
 def harmless(text: str) -> str:
     """Text for a terminal: control characters in it, which data may hold, are written as escapes, as JSON has them."""
-    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def takes_unicode(stream: IO[str]) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .texts_mimic import CONTROLS
+
 # What speaks for the link, and what against it.
 _FOR, _AGAINST = (37, 99, 235), (220, 38, 38)
 _LEGEND = "Blue speaks for it, red against it."
@@ -229,21 +231,19 @@ def heat_map(image: Image.Image, patches: np.ndarray, box: Sequence[float], larg
 
 # --- Texts as they are shown
 
-# What is no character, and what turns the order of those around it.
-_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _MOST_OF_A_NAME, _MOST_PASSED_OVER = 200, 2000
 
 
 def _named(text: Any) -> str:
     """A name, or a word, cut where it is very long."""
     some = str(text)[:_MOST_OF_A_NAME]
-    return _UNSHOWN.sub("\ufffd", some) + ("…" if len(str(text)) > len(some) else "")
+    return CONTROLS.sub("\ufffd", some) + ("…" if len(str(text)) > len(some) else "")
 
 
 def _passed_over(text: str) -> str:
     """What stands around the words that the model read: the beginning and the end of it, where it is very long."""
     half = _MOST_PASSED_OVER // 2
-    return _UNSHOWN.sub("\ufffd", text if len(text) <= _MOST_PASSED_OVER else f"{text[:half]} … {text[-half:]}")
+    return CONTROLS.sub("\ufffd", text if len(text) <= _MOST_PASSED_OVER else f"{text[:half]} … {text[-half:]}")
 
 
 # --- Parts of the page

@@ -11,6 +11,8 @@ _SPARE_TOKENS = 64
 # White space for every library: Python's own notion has some control characters besides.
 _SPACES = " \t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _SPACE = re.compile(f"[{_SPACES}]+")
+# What is not shown as a character: it moves the cursor of a terminal, or turns the order of the characters around it.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shortened(text: str, length: int = 200) -> str:
@@ -68,4 +70,4 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-__all__ = ["check_unicode", "is_unicode", "needed_text", "shortened"]
+__all__ = ["CONTROLS", "check_unicode", "is_unicode", "needed_text", "shortened"]
